@@ -1,0 +1,1 @@
+"""Keepless: train a model inside a memory budget."""

@@ -1,0 +1,106 @@
+"""Every error that Keepless raises on purpose.
+
+::
+
+    KeeplessError
+    |-- BudgetError          a budget that cannot be read: "8 bananas", True, -1
+    |-- InfeasibleBudget     no plan found under the budget; carries `.smallest_budget` and `.bound`
+    |-- CaptureError         the model cannot be captured as one graph
+    |   |-- BatchError       the model's forward rejects this batch
+    |   |-- LossError        the loss is not a scalar, or has no gradient
+    |   `-- ParameterError   nothing to train, or parameters that cannot be planned for
+    |-- GuardError           a planned model was called in a way that its plan does not cover
+    |-- StepError            a training step cannot go on (used twice, changed in between)
+    |   |-- StaleTensorError a parameter or input was changed between forward and backward
+    |   `-- ReplayError      a second or double backward that cannot be replayed
+    |-- PlanError            a plan file that cannot be read, or was made for something else
+    |-- ProgramError         a program breaks a rule of the machine; carries `.rule` and `.index`
+    |-- MeasureError         a measurement failed
+    `-- SolverError          an unknown solver, or a solver that broke its contract
+
+User mistakes are one of these; an `AssertionError` is our own bug.
+"""
+
+from __future__ import annotations
+
+
+class KeeplessError(Exception):
+    """Base of everything that Keepless raises on purpose."""
+
+
+class BudgetError(KeeplessError, ValueError):
+    """A budget that cannot be read, or that is not a positive number of bytes."""
+
+
+class InfeasibleBudget(KeeplessError):
+    """No plan was found under the budget.
+
+    Attributes:
+        smallest_budget: bytes of the smallest budget for which a plan was found.
+        bound: bytes that every plan needs at least (proven).
+        blocking: the op that sets the floor, as "name (module, source line)".
+    """
+
+    def __init__(self, message: str, *, smallest_budget: int, bound: int, blocking: str = "") -> None:
+        super().__init__(message)
+        self.smallest_budget = smallest_budget
+        self.bound = bound
+        self.blocking = blocking
+
+
+class CaptureError(KeeplessError):
+    """The model cannot be captured as one graph."""
+
+
+class BatchError(CaptureError):
+    """The model's forward rejects this batch."""
+
+
+class LossError(CaptureError):
+    """The loss is not a scalar, is not a tensor, or has no gradient."""
+
+
+class ParameterError(CaptureError):
+    """Nothing to train, or parameters that cannot be planned for."""
+
+
+class GuardError(KeeplessError):
+    """A planned model was called in a way that its plan does not cover."""
+
+
+class StepError(KeeplessError, RuntimeError):
+    """A training step cannot go on."""
+
+
+class StaleTensorError(StepError):
+    """A parameter, buffer or input was changed in place between its forward use and its backward use."""
+
+
+class ReplayError(StepError):
+    """A second or double backward that cannot be replayed exactly."""
+
+
+class PlanError(KeeplessError):
+    """A plan file that cannot be read, or a plan that was made for something else."""
+
+
+class ProgramError(KeeplessError):
+    """A program breaks a rule of the machine.
+
+    Attributes:
+        rule: "R1" ... "R7".
+        index: number of the offending instruction, or the program's length for its end.
+    """
+
+    def __init__(self, message: str, *, rule: str, index: int) -> None:
+        super().__init__(message)
+        self.rule = rule
+        self.index = index
+
+
+class MeasureError(KeeplessError):
+    """A measurement failed."""
+
+
+class SolverError(KeeplessError):
+    """An unknown solver, or a solver that broke its contract."""
