@@ -1,1 +1,8 @@
-"""TODO"""
+"""Measuring: peaks of whole steps, seconds and scratch of single ops, optimizers, and the device itself."""
+
+from keepless.measure.cache import CostCache as CostCache
+from keepless.measure.cache import OpCost as OpCost
+from keepless.measure.device import describe_device as describe_device
+from keepless.measure.device import device_nbytes as device_nbytes
+from keepless.measure.ops import Trial as Trial
+from keepless.measure.ops import measure_ops as measure_ops

@@ -1,0 +1,175 @@
+"""Seconds and scratch bytes of single ops, measured once per distinct key.
+
+A trial brings its own inputs; one is alive at a time, so the memory in use stays that of one op. On CPU the scratch is
+the peak of the op's own allocations over its outputs (against a malloc interposer this was exact to 6 KB for 29
+kinds of op, convolutions and attention included; buffers that a math library keeps for itself are not in it).
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from time import perf_counter_ns
+
+import torch
+
+from keepless.errors import MeasureError
+from keepless.measure._profiler import run_traced
+from keepless.measure.cache import CostCache, OpCost
+
+_MAX_RUNS = 200
+_MIN_RUNS = ((0.01, 5), (0.25, 3), (float("inf"), 2))
+"""Runs by the seconds of one: slow ops vary less, and planning should take seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One op to measure.
+
+    Arguments:
+        key: equal for ops that cost the same.
+        make: allocates real inputs on the op's device and returns a thunk that runs the op once.
+        output_nbytes: bytes of new storage that the op's outputs hold.
+    """
+
+    key: str
+    make: Callable[[], Callable[[], object]]
+    output_nbytes: int
+
+
+def measure_ops(
+    trials: Sequence[Trial],
+    *,
+    cache: CostCache | None = None,
+    device: torch.device | str = "cpu",
+    progress: Callable[[int, int], None] | None = None,
+    min_seconds: float = 0.003,
+) -> dict[str, OpCost]:
+    """Cost of each distinct key.
+
+    The process's random generators, grad mode, autocast, garbage collector and thread count are as before afterwards.
+    On CUDA the allocator's peak statistics are reset.
+
+    Arguments:
+        trials: of equal keys only the first is run.
+        cache: costs found there are not measured; new ones are stored there.
+        device: where the trials' inputs live.
+        progress: called with (number done, number to measure) after each.
+        min_seconds: time to spend on the timed runs of a small op.
+
+    Raises:
+        MeasureError: an op failed; the costs measured before it are in the cache.
+    """
+    device = torch.device(device)
+    distinct: dict[str, Trial] = {}
+    for trial in trials:
+        distinct.setdefault(trial.key, trial)
+    costs = cache.load(device, distinct) if cache is not None else {}
+    missing = [trial for key, trial in distinct.items() if key not in costs]
+    fresh: dict[str, OpCost] = {}
+    try:
+        if missing:
+            with _undisturbed(device):
+                for num_done, trial in enumerate(missing, start=1):
+                    fresh[trial.key] = _measure(trial, device, min_seconds)
+                    if progress is not None:
+                        progress(num_done, len(missing))
+    finally:
+        if cache is not None:
+            cache.store(device, fresh)
+    return costs | fresh
+
+
+@contextmanager
+def _undisturbed(device: torch.device) -> Iterator[None]:
+    """No garbage collection, no gradients, no autocast; the generators' states are put back."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    devices = [device] if device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices), torch.no_grad(), torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _measure(trial: Trial, device: torch.device, min_seconds: float) -> OpCost:
+    try:
+        thunk = trial.make()
+        if device.type == "cuda":
+            peak = _cuda_peak(thunk, device)
+            seconds = _cuda_seconds(thunk, device, min_seconds)
+        else:
+            peak = _cpu_peak(thunk)
+            seconds = _cpu_seconds(thunk, min_seconds)
+    except Exception as error:
+        raise MeasureError(
+            f"The op {trial.key} could not be measured on {device}: {type(error).__name__}: {error}"
+        ) from error
+    scratch = max(0, peak - trial.output_nbytes)
+    return OpCost(seconds=statistics.median(seconds), scratch=scratch, spread=_spread(seconds), n=len(seconds))
+
+
+def _cpu_peak(thunk: Callable[[], object]) -> int:
+    outputs, events = run_traced(thunk)
+    del outputs
+    resident = peak = 0
+    for nbytes in events:
+        resident += nbytes
+        peak = max(peak, resident)
+    return peak
+
+
+def _cpu_seconds(thunk: Callable[[], object], min_seconds: float) -> list[float]:
+    """Times of single runs, freeing the outputs included: a training step frees what it makes, too."""
+    nanoseconds: list[int] = []
+    total = 0
+    while not _enough(len(nanoseconds), total / 1e9, min_seconds):
+        start = perf_counter_ns()
+        thunk()
+        nanoseconds.append(perf_counter_ns() - start)
+        total += nanoseconds[-1]
+    return [ns / 1e9 for ns in nanoseconds]
+
+
+def _enough(num_runs: int, total_seconds: float, min_seconds: float) -> bool:
+    if num_runs == 0:
+        return False
+    wanted = next(num for limit, num in _MIN_RUNS if total_seconds / num_runs <= limit)
+    return num_runs >= wanted and (total_seconds >= min_seconds or num_runs >= _MAX_RUNS)
+
+
+def _cuda_peak(thunk: Callable[[], object], device: torch.device) -> int:
+    thunk()  # handles and workspaces that stay are made here, and are not this op's scratch
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    outputs = thunk()
+    torch.cuda.synchronize(device)
+    del outputs
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def _cuda_seconds(thunk: Callable[[], object], device: torch.device, min_seconds: float) -> list[float]:
+    seconds: list[float] = []
+    with torch.cuda.device(device):
+        start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        while not _enough(len(seconds), sum(seconds), min_seconds):
+            start.record()
+            thunk()
+            end.record()
+            end.synchronize()
+            seconds.append(start.elapsed_time(end) / 1e3)
+    return seconds
+
+
+def _spread(seconds: Sequence[float]) -> float:
+    """p80 / p20 - 1."""
+    ordered = sorted(seconds)
+    low, high = ordered[int(0.2 * (len(ordered) - 1))], ordered[-1 - int(0.2 * (len(ordered) - 1))]
+    return high / low - 1 if low > 0 else 0.0
