@@ -1,1 +1,6 @@
-"""TODO"""
+"""The machine: its rules, and what they make of a program."""
+
+from keepless.machine.rules import RULES as RULES
+from keepless.machine.rules import Machine as Machine
+from keepless.machine.rules import reuse_pairs as reuse_pairs
+from keepless.machine.rules import rng_states as rng_states

@@ -1,1 +1,5 @@
-"""TODO"""
+"""Passes: from an order of ops to a program, and from programs to better programs."""
+
+from keepless.passes.evaluate import Evaluation as Evaluation
+from keepless.passes.evaluate import evaluate as evaluate
+from keepless.passes.order import from_order as from_order
