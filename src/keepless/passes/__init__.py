@@ -1,5 +1,7 @@
 """Passes: from an order of ops to a program, and from programs to better programs."""
 
+from keepless.passes.drops import insert_drops as insert_drops
 from keepless.passes.evaluate import Evaluation as Evaluation
 from keepless.passes.evaluate import evaluate as evaluate
 from keepless.passes.order import from_order as from_order
+from keepless.passes.reuse import reuse_storage as reuse_storage
