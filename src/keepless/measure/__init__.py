@@ -4,5 +4,7 @@ from keepless.measure.cache import CostCache as CostCache
 from keepless.measure.cache import OpCost as OpCost
 from keepless.measure.device import describe_device as describe_device
 from keepless.measure.device import device_nbytes as device_nbytes
+from keepless.measure.meter import PeakMeasurement as PeakMeasurement
+from keepless.measure.meter import measure_peak as measure_peak
 from keepless.measure.ops import Trial as Trial
 from keepless.measure.ops import measure_ops as measure_ops
