@@ -7,6 +7,7 @@
     |-- InfeasibleBudget     no plan found under the budget; carries `.smallest_budget` and `.bound`
     |-- CaptureError         the model cannot be captured as one graph
     |   |-- BatchError       the model's forward rejects this batch
+    |   |-- DataDependentError  the forward needs a tensor's data in Python
     |   |-- LossError        the loss is not a scalar, or has no gradient
     |   `-- ParameterError   nothing to train, or parameters that cannot be planned for
     |-- GuardError           a planned model was called in a way that its plan does not cover
@@ -54,6 +55,10 @@ class CaptureError(KeeplessError):
 
 class BatchError(CaptureError):
     """The model's forward rejects this batch."""
+
+
+class DataDependentError(CaptureError):
+    """The forward needs a tensor's data in Python: `.item()`, or a branch on a value."""
 
 
 class LossError(CaptureError):

@@ -1,0 +1,119 @@
+"""What ties a torch-free `Graph` to torch: a call for each op, a tensor slot for each value.
+
+A *slot* is one tensor of the captured step: the result of an op, a view of another slot, or an argument. Slots that
+share storage belong to one `Value`. A view slot costs nothing and is made where it is first needed, again after each
+recomputation of its value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from keepless.ir import Graph
+
+
+@dataclass(frozen=True, slots=True)
+class Ref:
+    """A tensor argument: the slot's tensor goes here."""
+
+    slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A callable with arguments in which `Ref` stands for a tensor."""
+
+    target: Callable[..., Any]
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ViewCode:
+    """How to make a view slot: `source` is the slot that it looks at; `item` picks from a tuple of views."""
+
+    source: int
+    call: Call
+    item: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class OpCode:
+    """How to run one op.
+
+    Arguments:
+        call: of the first run.
+        outputs: (position in the returned tuple, slot, value); position None where one tensor is returned.
+        replay: the call of later runs, where it differs (BatchNorm without its statistics).
+        in_place: (output value, input value) -> the call that writes the output over the input.
+        state: the value that holds the generator's state before the draw, for an RNG op.
+    """
+
+    call: Call
+    outputs: tuple[tuple[int | None, int, int], ...]
+    replay: Call | None = None
+    in_place: Mapping[tuple[int, int], Call] = field(default_factory=dict)
+    state: int | None = None
+
+
+@dataclass(frozen=True)
+class Binding:
+    """Everything that the engine needs beside the graph.
+
+    Arguments:
+        graph: the step.
+        ops: per op; None for opaque ops that the caller runs (LOSS, OPTIMIZER).
+        slot_value: slot -> value id.
+        views: slot -> how to make it.
+        params: parameter name -> slot, in the model's order.
+        buffers: buffer name -> slot.
+        inputs: flat batch position -> slot.
+        constants: slot -> tensor that the model's code holds.
+        outputs: flat output position -> slot, or None where `output_constants` has the value.
+        output_constants: flat output position -> value that is not a tensor.
+        output_spec: pytree spec that puts the outputs together.
+        grad_outputs: flat output positions that receive gradients in the backward.
+        tangents: slots of those gradients, in the same order.
+        grads: (parameter name or flat input position, slot) of each gradient that the step makes.
+        examples: slot -> fake tensor with its shape, strides, dtype and device.
+        device: of the step.
+    """
+
+    graph: Graph
+    ops: tuple[OpCode | None, ...]
+    slot_value: Mapping[int, int]
+    views: Mapping[int, ViewCode]
+    params: Mapping[str, int]
+    buffers: Mapping[str, int]
+    inputs: Mapping[int, int]
+    constants: Mapping[int, torch.Tensor]
+    outputs: Mapping[int, int]
+    output_constants: Mapping[int, Any]
+    output_spec: Any
+    grad_outputs: tuple[int, ...]
+    tangents: tuple[int, ...]
+    grads: tuple[tuple[str | int, int], ...]
+    examples: Mapping[int, torch.Tensor]
+    device: torch.device
+
+
+def map_refs(item: Any, replace: Callable[[int], Any]) -> Any:
+    """The nested arguments with every `Ref` replaced by `replace(slot)`."""
+    if isinstance(item, Ref):
+        return replace(item.slot)
+    if isinstance(item, tuple | list):
+        return type(item)(map_refs(part, replace) for part in item)
+    if isinstance(item, dict):
+        return {key: map_refs(part, replace) for key, part in item.items()}
+    return item
+
+
+def slots_of(call: Call) -> list[int]:
+    """The slots that a call reads, each once, in the order of the arguments."""
+    found: dict[int, None] = {}
+    map_refs((call.args, dict(call.kwargs)), lambda slot: found.setdefault(slot, None))
+    return list(found)

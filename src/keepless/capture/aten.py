@@ -1,0 +1,132 @@
+"""What Keepless knows about single aten ops: in-place forms, dropout taken apart, BatchNorm without statistics.
+
+Every form here gives the same bits as the op that it stands for; `tests/cpu/test_capture_aten.py` compares them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+aten = torch.ops.aten
+
+
+def draw_mask(size: tuple[int, ...], stride: tuple[int, ...], keep: float) -> torch.Tensor:
+    """A dropout mask as `aten.native_dropout` draws it on the CPU: bool, True with probability `keep`."""
+    return torch.empty_strided(size, stride, dtype=torch.bool).bernoulli_(keep)
+
+
+def apply_mask(x: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
+    """`x` where the mask is True, scaled. The same products, in the same order, as eager's dropout."""
+    return torch.mul(x, mask).mul_(scale)
+
+
+def apply_mask_(x: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
+    """`apply_mask`, over its input."""
+    return x.mul_(mask).mul_(scale)
+
+
+def eager_scale(p: float, dtype: torch.dtype) -> float:
+    """The factor by which eager's dropout on the CPU scales what it keeps, rounded as eager rounds it.
+
+    Eager divides its noise tensor by 1 - p in the tensor's dtype; `native_dropout` multiplies by 1 / (1 - p).
+    """
+    return float(torch.ones((), dtype=dtype).div_(1 - p).item())
+
+
+def materialize(grad: torch.Tensor, size: tuple[int, ...], stride: tuple[int, ...]) -> torch.Tensor:
+    """A copy of a gradient with its parameter's layout, so that autograd takes it over without another copy."""
+    return torch.empty_strided(size, stride, dtype=grad.dtype, device=grad.device).copy_(grad)
+
+
+_INPLACE: dict[Any, Callable[..., Any]] = {
+    aten.add.Tensor: aten.add_.Tensor,
+    aten.sub.Tensor: aten.sub_.Tensor,
+    aten.mul.Tensor: aten.mul_.Tensor,
+    aten.div.Tensor: aten.div_.Tensor,
+    aten.add.Scalar: aten.add_.Scalar,
+    aten.sub.Scalar: aten.sub_.Scalar,
+    aten.mul.Scalar: aten.mul_.Scalar,
+    aten.div.Scalar: aten.div_.Scalar,
+    aten.tanh.default: aten.tanh_.default,
+    aten.exp.default: aten.exp_.default,
+    aten.neg.default: aten.neg_.default,
+    aten.relu.default: aten.relu_.default,
+    aten.sigmoid.default: aten.sigmoid_.default,
+    aten.silu.default: aten.silu_.default,
+    aten.gelu.default: aten.gelu_.default,
+    aten.hardtanh.default: aten.hardtanh_.default,
+    aten.leaky_relu.default: aten.leaky_relu_.default,
+    aten.elu.default: aten.elu_.default,
+    aten.rsqrt.default: aten.rsqrt_.default,
+    aten.sqrt.default: aten.sqrt_.default,
+    aten.pow.Tensor_Scalar: aten.pow_.Scalar,
+    aten.masked_fill.Scalar: aten.masked_fill_.Scalar,
+}
+"""Ops whose first argument may be overwritten by the result."""
+
+_OUT: dict[Any, tuple[Any, str, tuple[int, ...]]] = {
+    aten.add.Tensor: (aten.add.out, "out", (1,)),
+    aten.mul.Tensor: (aten.mul.out, "out", (1,)),
+    aten.sub.Tensor: (aten.sub.out, "out", (1,)),
+    aten.div.Tensor: (aten.div.out, "out", (1,)),
+    aten.tanh_backward.default: (aten.tanh_backward.grad_input, "grad_input", (0,)),
+    aten.sigmoid_backward.default: (aten.sigmoid_backward.grad_input, "grad_input", (0,)),
+    aten.threshold_backward.default: (aten.threshold_backward.grad_input, "grad_input", (0,)),
+    aten.gelu_backward.default: (aten.gelu_backward.grad_input, "grad_input", (0,)),
+    aten.silu_backward.default: (aten.silu_backward.grad_input, "grad_input", (0,)),
+    aten.where.self: (aten.where.self_out, "out", (1, 2)),
+}
+"""Elementwise ops with an out= form, and the arguments that may serve as the out tensor.
+
+TensorIterator allows an output that is exactly one of its inputs (`assert_no_partial_overlap`).
+"""
+
+
+def in_place_forms(target: Any) -> dict[int, Callable[..., Any]]:
+    """Argument position -> callable with the op's own arguments that writes its result over that argument."""
+    forms: dict[int, Callable[..., Any]] = {}
+    if target in _INPLACE:
+        forms[0] = _INPLACE[target]
+    if target is apply_mask:
+        forms[0] = apply_mask_
+    if target in _OUT:
+        out_op, name, positions = _OUT[target]
+        for position in positions:
+            forms.setdefault(position, functools.partial(_call_out, out_op, name, position))
+    return forms
+
+
+def _call_out(out_op: Any, name: str, position: int, *args: Any, **kwargs: Any) -> Any:
+    return out_op(*args, **kwargs, **{name: args[position]})
+
+
+def draws_random(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call advances the random generator."""
+    if target is draw_mask:
+        return True
+    if not isinstance(target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in target.tags:
+        return False
+    names = [argument.name for argument in target._schema.arguments]
+    bound = dict(zip(names, args, strict=False)) | kwargs
+    return not ("dropout_p" in bound and bound["dropout_p"] == 0.0)
+
+
+BATCH_NORM_FORWARD = (aten._native_batch_norm_legit_functional.default,)
+BATCH_NORM_BACKWARD = (aten.native_batch_norm_backward.default,)
+
+
+def batch_norm_replay(args: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]] | None:
+    """For a training-mode BatchNorm: the op and arguments that give the same outputs without its statistics."""
+    x, weight, bias, _, _, training, momentum, eps = args
+    if not training:
+        return None
+    return aten.native_batch_norm.default, (x, weight, bias, None, None, True, momentum, eps)
+
+
+def batch_norm_backward_args(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The backward's arguments without the running statistics, which it reads only in evaluation mode."""
+    return (*args[:3], None, None, *args[5:]) if args[7] else args

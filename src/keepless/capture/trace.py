@@ -1,0 +1,400 @@
+"""From a module and a batch to one joint graph of aten ops, without running or changing anything of the user's.
+
+The model's forward runs three times under fake tensors: once to see its outputs and its loss, twice inside
+AOTAutograd's joint export. Python side effects of those runs are looked for and undone; a model that has any is
+refused, because a captured step would not have them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from keepless import _compat
+from keepless.capture.inputs import FlatInputs
+from keepless.errors import BatchError, CaptureError, DataDependentError, LossError, ParameterError
+
+LossFn = Callable[[Any, Any], torch.Tensor]
+
+_state = threading.local()
+
+
+def is_tracing() -> bool:
+    """Whether this thread is inside a capture (a planned forward then stands aside)."""
+    return bool(getattr(_state, "active", False))
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A captured step, still in torch's terms.
+
+    Arguments:
+        module: joint graph; placeholders and output carry descriptors.
+        output_spec: pytree spec of the forward's output.
+        output_leaves: flat output; tensors stand for themselves as fakes, other leaves are constants.
+        grad_outputs: flat output positions that receive gradients.
+        loss_position: flat position of the model's own loss, None where the caller computes the loss.
+        as_compiled: the model's code was told that it is being compiled, because its eager branches look at data; the
+            captured ops may then differ from plain eager's.
+    """
+
+    module: torch.fx.GraphModule
+    output_spec: Any
+    output_leaves: tuple[Any, ...]
+    grad_outputs: tuple[int, ...]
+    loss_position: int | None
+    as_compiled: bool = False
+
+
+class _Step(torch.nn.Module):
+    """The model's forward as a function of all its tensors; outputs without gradient are detached.
+
+    The model is no submodule of this one: parameters, buffers and batch tensors are plain arguments, each storage
+    once, so that tied parameters stay one argument with one gradient.
+    """
+
+    def __init__(self, model: torch.nn.Module, flat: FlatInputs, grad_outputs: tuple[int, ...]) -> None:
+        super().__init__()
+        self._hidden = (_Holder(model),)
+        self._names = [f"model.{name}" for name, _ in named_state(model)]
+        self._flat = flat
+        self._grad_outputs = frozenset(grad_outputs)
+
+    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        count = len(self._names)
+        state = dict(zip(self._names, tensors[:count], strict=True))
+        args, kwargs = self._flat.rebuild(tensors[count:])
+        output = torch.func.functional_call(self._hidden[0], state, args, kwargs, tie_weights=True)
+        leaves, _ = _compat.tree_flatten(output)
+        return tuple(
+            leaf if position in self._grad_outputs else leaf.detach()
+            for position, leaf in enumerate(leaves)
+            if isinstance(leaf, torch.Tensor)
+        )
+
+
+def forward_of(model: torch.nn.Module) -> Callable[..., Any]:
+    """The model's own forward, beneath a plan that may be applied."""
+    planned = model.__dict__.get("forward")
+    return getattr(planned, "original", None) or model.forward
+
+
+def trace_step(
+    model: torch.nn.Module, flat: FlatInputs, *, batch: Any, loss_fn: LossFn | None, grad_outputs: tuple[int, ...] | None
+) -> Traced:
+    """Captures one training step.
+
+    Arguments:
+        model: in the modes (train, eval) that the step will have.
+        flat: its call.
+        batch: what `loss_fn` gets as its second argument.
+        loss_fn: loss of (output, batch); None where the model's output holds its loss.
+        grad_outputs: flat output positions that receive gradients; None to find them from the loss.
+
+    Raises:
+        BatchError: the forward rejects the batch.
+        LossError: no scalar loss with a gradient.
+        CaptureError: the forward needs a tensor's data in Python, or has side effects in Python.
+    """
+    check_model(model)
+    try:
+        return _trace(model, flat, batch, loss_fn, grad_outputs, as_compiled=False)
+    except DataDependentError:
+        return _trace(model, flat, batch, loss_fn, grad_outputs, as_compiled=True)
+
+
+def _trace(
+    model: torch.nn.Module,
+    flat: FlatInputs,
+    batch: Any,
+    loss_fn: LossFn | None,
+    grad_outputs: tuple[int, ...] | None,
+    *,
+    as_compiled: bool,
+) -> Traced:
+    compiling = _compat.as_if_compiling() if as_compiled else contextlib.nullcontext()
+    _state.active = True
+    try:
+        with torch.enable_grad(), _guard_side_effects(model), compiling:
+            leaves, spec, found, loss_position = _dry_run(model, flat, batch, loss_fn)
+            positions = found if grad_outputs is None else grad_outputs
+            module = _export(model, flat, positions)
+    finally:
+        _state.active = False
+    return Traced(module, spec, tuple(leaves), positions, loss_position, as_compiled)
+
+
+def check_model(model: torch.nn.Module) -> None:
+    """Refuses models that no plan of this engine can serve.
+
+    Raises:
+        ParameterError: no trainable parameter, several devices, sparse or subclassed parameters.
+        CaptureError: hooks on submodules, or the model checkpoints already.
+    """
+    params = [p for p in model.parameters() if p.requires_grad]
+    if not params:
+        raise ParameterError("The model has no trainable parameter: there is no backward to plan for.")
+    devices = {t.device for t in (*model.parameters(), *model.buffers())}
+    if len(devices) > 1:
+        names = ", ".join(sorted(str(device) for device in devices))
+        raise ParameterError(f"The model's tensors are on several devices ({names}); plan a model on one device.")
+    if next(iter(devices)).type not in ("cpu", "cuda"):
+        raise ParameterError(f"The model is on {next(iter(devices))}; only cpu and cuda are supported.")
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if type(tensor) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
+            raise ParameterError(f"{name} is a {type(tensor).__name__}; tensor subclasses are not supported yet.")
+        if tensor.layout is not torch.strided:
+            raise ParameterError(f"{name} has layout {tensor.layout}; only strided tensors are supported.")
+    for name, module in model.named_modules():
+        if module is model:
+            continue
+        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+            raise CaptureError(
+                f"The submodule {name} has hooks; a captured step would not run them. Remove them before planning."
+            )
+    for flag in ("is_gradient_checkpointing", "is_activation_checkpointing"):
+        if getattr(model, flag, False) is True:
+            raise CaptureError(f"The model checkpoints already ({flag}); turn that off before planning.")
+
+
+def _dry_run(
+    model: torch.nn.Module, flat: FlatInputs, batch: Any, loss_fn: LossFn | None
+) -> tuple[list[Any], Any, tuple[int, ...], int | None]:
+    """The forward's flat output under fake tensors, and which of it receives gradients."""
+    mode = _compat.FakeTensorMode()
+    state = {name: mode.from_tensor(t.detach()).requires_grad_(t.requires_grad) for name, t in named_state(model)}
+    fakes = {id(t): mode.from_tensor(t.detach()).requires_grad_(t.requires_grad) for t in flat.tensors}
+    args, kwargs = flat.rebuild([fakes[id(t)] for t in flat.tensors])
+    holder = _Holder(model)
+    with mode:
+        try:
+            output = torch.func.functional_call(
+                holder, {f"model.{name}": t for name, t in state.items()}, args, kwargs, tie_weights=True
+            )
+        except Exception as error:  # whatever the user's forward raises is named, with its type, in ours
+            raise _forward_error(error, "The model's forward") from error
+        leaves, spec = _compat.tree_flatten(output)
+        for leaf in leaves:
+            if not isinstance(leaf, (torch.Tensor, bool, int, float, complex, str, bytes, type(None))):
+                raise CaptureError(
+                    f"The forward returns a {type(leaf).__name__} that torch's pytrees do not know; register it with "
+                    "torch.utils._pytree.register_pytree_node, or return tensors, tuples and dicts."
+                )
+        if loss_fn is None:
+            position = _own_loss(output, leaves)
+            return leaves, spec, (position,), position
+        fake_batch = _compat.tree_unflatten(
+            [fakes.get(id(leaf), leaf) for leaf in _compat.tree_flatten(batch)[0]], _compat.tree_flatten(batch)[1]
+        )
+        with _lift_real_tensors(mode):
+            try:
+                loss = loss_fn(output, fake_batch)
+            except Exception as error:  # as above, for the user's loss
+                raise _forward_error(error, "The loss function") from error
+        _check_loss(loss, "The loss function returns")
+        tensors = [(i, t) for i, t in enumerate(leaves) if isinstance(t, torch.Tensor) and t.requires_grad]
+        grads = torch.autograd.grad(loss, [t for _, t in tensors], allow_unused=True)
+        return leaves, spec, tuple(i for (i, _), g in zip(tensors, grads, strict=True) if g is not None), None
+
+
+@contextlib.contextmanager
+def _lift_real_tensors(mode: Any) -> Iterator[None]:
+    """Lets a loss function that closes over real tensors (targets, class weights) run on fake outputs."""
+    before = mode.allow_non_fake_inputs
+    mode.allow_non_fake_inputs = True
+    try:
+        yield
+    finally:
+        mode.allow_non_fake_inputs = before
+
+
+class _Holder(torch.nn.Module):
+    """So that a functional call runs the forward itself, without the root's hooks."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return forward_of(self.model)(*args, **kwargs)
+
+
+def named_state(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return [*model.named_parameters(), *model.named_buffers()]
+
+
+def _own_loss(output: Any, leaves: list[Any]) -> int:
+    """The flat position of `.loss`, `["loss"]`, the first element, or the output itself."""
+    loss = output
+    if not isinstance(output, torch.Tensor):
+        if getattr(output, "loss", None) is not None:
+            loss = output.loss
+        elif isinstance(output, dict) and output.get("loss") is not None:
+            loss = output["loss"]
+        elif isinstance(output, (tuple, list)) and output:
+            loss = output[0]
+        else:
+            raise LossError(
+                f"The forward returns a {type(output).__name__} without a loss: give loss_fn=, or labels in the batch."
+            )
+    _check_loss(loss, "The model's loss is")
+    return next(i for i, leaf in enumerate(leaves) if leaf is loss)
+
+
+def _check_loss(loss: Any, what: str) -> None:
+    if not isinstance(loss, torch.Tensor):
+        raise LossError(f"{what} a {type(loss).__name__}, not a tensor: give loss_fn=.")
+    if loss.numel() != 1:
+        raise LossError(f"{what} of shape {tuple(loss.shape)}, not a scalar: give loss_fn=, or reduce it.")
+    if not loss.requires_grad:
+        raise LossError(f"{what} without a gradient: it does not depend on a trainable parameter (or is detached).")
+
+
+def _forward_error(error: Exception, what: str) -> CaptureError:
+    """Our error for whatever the user's code raised under fake tensors."""
+    if isinstance(error, CaptureError):
+        return error
+    text = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else '(no message)'}"
+    where = _where(error)
+    if isinstance(error, _compat.data_dependent_errors()) or "data-dependent" in str(error).lower():
+        return DataDependentError(
+            f"{what} needs a tensor's data in Python{where}, so it cannot be captured as one graph ({text}). "
+            "Branch on shapes or constants, or use torch.where."
+        )
+    return BatchError(f"{what} fails on this batch{where}: {text}")
+
+
+def _where(error: BaseException) -> str:
+    """The innermost line of the user's code in a traceback."""
+    place = ""
+    step = error.__traceback__
+    while step is not None:
+        name = step.tb_frame.f_code.co_filename
+        if not name.startswith((_compat._TORCH_DIR, _compat._OWN_DIR)):
+            place = f" at {'/'.join(name.split('/')[-2:])}:{step.tb_lineno}"
+        step = step.tb_next
+    return place
+
+
+def _export(model: torch.nn.Module, flat: FlatInputs, grad_outputs: tuple[int, ...]) -> torch.fx.GraphModule:
+    step = _Step(model, flat, grad_outputs)
+    held = [t for _, t in named_state(model)]
+    tensors = tuple(t.detach().requires_grad_(t.requires_grad) for t in (*held, *flat.tensors))
+    stack: list[str] = []
+    names = {id(module): name for name, module in model.named_modules()}
+
+    def enter(module: torch.nn.Module, args: Any) -> None:
+        stack.append(names.get(id(module), stack[-1] if stack else ""))
+
+    def leave(module: torch.nn.Module, args: Any, output: Any) -> None:
+        if stack:
+            stack.pop()
+
+    def note(node: torch.fx.Node) -> None:
+        node.meta["keepless_module"] = stack[-1] if stack else ""
+        node.meta["keepless_source"] = _compat.user_source()
+
+    pre = torch.nn.modules.module.register_module_forward_pre_hook(enter)
+    post = torch.nn.modules.module.register_module_forward_hook(leave, always_call=True)
+    try:
+        with _compat.watch_nodes(note):
+            return _compat.export_joint(step, tensors)
+    except Exception as error:  # AOTAutograd raises many types; each means that the whole graph is not to be had
+        if isinstance(error, CaptureError):
+            raise
+        text = str(error).strip().splitlines()
+        kind = DataDependentError if isinstance(error, _compat.data_dependent_errors()) else CaptureError
+        raise kind(
+            f"The training step cannot be captured as one graph{_where(error)}: "
+            f"{type(error).__name__}: {text[0] if text else '(no message)'}"
+        ) from error
+    finally:
+        pre.remove()
+        post.remove()
+
+
+@contextlib.contextmanager
+def _guard_side_effects(model: torch.nn.Module) -> Iterator[None]:
+    """Undoes what the traced forward did to Python's state, and refuses the model if it did anything."""
+    before = _python_state(model)
+    modes = [(module, module.training) for module in model.modules()]
+    python_rng, numpy_rng = random.getstate(), np.random.get_state()
+    torch_rng = torch.get_rng_state()
+    try:
+        yield
+    finally:
+        python_drawn = random.getstate() != python_rng
+        numpy_drawn = _numpy_key(np.random.get_state()) != _numpy_key(numpy_rng)
+        random.setstate(python_rng)
+        np.random.set_state(numpy_rng)
+        torch.set_rng_state(torch_rng)
+        changed = _restore_python_state(model, before)
+        for module, training in modes:
+            module.training = training
+    if python_drawn or numpy_drawn:
+        raise CaptureError(
+            f"The forward draws from {'Python' if python_drawn else 'NumPy'}'s random numbers; a captured step would "
+            "repeat one draw for ever. Draw with torch."
+        )
+    if changed:
+        raise CaptureError(
+            f"The forward changes {changed[0]} in Python; a captured step would not. Keep it in a buffer instead."
+        )
+
+
+def _numpy_key(state: Any) -> tuple[Any, ...]:
+    return (state[0], state[1].tobytes(), *state[2:])
+
+
+def _python_state(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module, dict[str, Any]]]:
+    """Each module's plain attributes; lists and dicts by a shallow copy."""
+    return [(name, m, {k: _snapshot(v) for k, v in m.__dict__.items()}) for name, m in model.named_modules()]
+
+
+def _snapshot(value: Any) -> Any:
+    return (value, value.copy()) if type(value) in (list, dict, set) else (value, None)
+
+
+def _restore_python_state(
+    model: torch.nn.Module, before: list[tuple[str, torch.nn.Module, dict[str, Any]]]
+) -> list[str]:
+    """Puts attributes back; returns the names of those that had changed."""
+    changed: list[str] = []
+    for name, module, attributes in before:
+        now = module.__dict__
+        for key in [key for key in now if key not in attributes]:
+            changed.append(f"{name}.{key}".lstrip("."))
+            del now[key]
+        for key, (value, copy) in attributes.items():
+            if now.get(key, _MISSING) is not value:
+                changed.append(f"{name}.{key}".lstrip("."))
+                now[key] = value
+            if copy is not None and not _same_items(value, copy):
+                changed.append(f"{name}.{key}".lstrip("."))
+                _refill(value, copy)
+    return [name for name in changed if not name.rpartition(".")[2].startswith("_is_full_backward_hook")]
+
+
+_MISSING = object()
+
+
+def _same_items(now: Any, copy: Any) -> bool:
+    if len(now) != len(copy):
+        return False
+    if isinstance(now, dict):
+        return all(key in now and now[key] is item for key, item in copy.items())
+    if isinstance(now, set):
+        return bool(now == copy)
+    return all(a is b for a, b in zip(now, copy, strict=True))
+
+
+def _refill(container: Any, items: Any) -> None:
+    container.clear()
+    container.extend(items) if isinstance(container, list) else container.update(items)
