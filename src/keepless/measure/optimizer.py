@@ -1,0 +1,286 @@
+"""What an optimizer adds to a step: its state, and the temporaries inside `step()`.
+
+Nothing of the user's is stepped. A shadow optimizer of the same class and options runs two steps over fake parameters
+of the same shapes, and the storages that it makes are followed: so the groups, the order of parameters and the locals
+that outlive an iteration all count (AdamW's loop holds the previous parameter's denominator, and a square root, while
+it divides: up to three times the largest parameter).
+
+Fakes are ordinary tensors to no optimizer's choice of "foreach", so a pilot on one-element parameters tells first which
+form the real parameters would get.
+"""
+
+from __future__ import annotations
+
+import inspect
+import statistics
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from keepless.errors import MeasureError
+
+_CUDA_BLOCK = 512
+"""Bytes to which CUDA's caching allocator rounds."""
+_TIMED_SHAPE = (1024, 1024)
+"""Of the one parameter whose update is timed: 4 MiB in float32, beyond the inner caches."""
+
+_NUMBERS = 64
+"""Bytes of the one-element tensors into which torch wraps Python numbers: seen by no dispatch mode, 20 at most."""
+
+Factory = Callable[[torch.Tensor], torch.Tensor]
+_Groups = Sequence[Sequence[torch.Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerFootprint:
+    """What an optimizer needs beside parameters and gradients, in bytes on the parameters' devices.
+
+    Arguments:
+        state_nbytes: of its state after the first step.
+        scratch_nbytes: highest bytes of temporaries inside a step, the first one included, beyond the whole state.
+        seconds_estimate: of one step; None where a trial was not possible.
+        form: "for-loop", "foreach" or "fused".
+    """
+
+    state_nbytes: int
+    scratch_nbytes: int
+    seconds_estimate: float | None
+    form: str = "for-loop"
+
+
+def optimizer_footprint(
+    optimizer: torch.optim.Optimizer, params: Iterable[torch.Tensor] | None = None
+) -> OptimizerFootprint:
+    """Predict an optimizer's bytes without stepping it or changing anything of its owner's.
+
+    Arguments:
+        optimizer: any `torch.optim.Optimizer` whose step needs no closure; a wrapper is looked through.
+        params: those that will have (dense) gradients; None for all that require them.
+
+    Raises:
+        MeasureError: the optimizer cannot be tried: it needs a closure, sparse gradients, or arguments that its
+            options do not tell.
+    """
+    optimizer = _innermost(optimizer)
+    wanted = None if params is None else {id(param) for param in params}
+    groups: list[list[torch.Tensor]] = [
+        [p for p in group["params"] if (p.requires_grad if wanted is None else id(p) in wanted)]
+        for group in optimizer.param_groups
+    ]
+    if not any(groups):
+        return OptimizerFootprint(_state_nbytes(optimizer.state.values()), 0, None)
+    from keepless._compat import FakeTensorMode, data_dependent_errors  # imports functorch: the meter must not
+
+    with torch.random.fork_rng(_cuda_devices(groups)):
+        try:
+            recipe = _Recipe(optimizer)
+            form = _pilot(recipe, groups)
+            with FakeTensorMode():
+                state_nbytes, scratch = _shadow_run(recipe, groups, form, _Storages(data_dependent_errors()))
+            seconds = _timed(recipe, groups, form)
+        except Exception as error:
+            name = type(optimizer).__name__
+            raise MeasureError(
+                f"The memory of the optimizer {name} cannot be predicted: {type(error).__name__}: {error}"
+            ) from error
+    flat = [param for group in groups for param in group]
+    trying = {id(param) for param in flat}
+    total = 0
+    for param, predicted in zip(flat, state_nbytes, strict=True):
+        present = optimizer.state.get(param)
+        total += _state_nbytes([present]) if present else predicted
+    total += _state_nbytes(state for param, state in optimizer.state.items() if id(param) not in trying)
+    return OptimizerFootprint(total, scratch + _NUMBERS, seconds, form)
+
+
+def _innermost(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer that a wrapper (Accelerate's, for one) holds."""
+    for _ in range(8):
+        inner = [v for v in vars(optimizer).values() if isinstance(v, torch.optim.Optimizer) and v is not optimizer]
+        if not inner:
+            break
+        optimizer = inner[0]
+    return optimizer
+
+
+def _cuda_devices(groups: _Groups) -> list[torch.device]:
+    return list({p.device for group in groups for p in group if p.device.type == "cuda"})
+
+
+class _Recipe:
+    """A class of optimizer and its options, read once: tensors of one element (learning rates) become numbers."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.kind = type(optimizer)
+        accepted = inspect.signature(self.kind).parameters
+        self.defaults = {key: _plain(value) for key, value in optimizer.defaults.items() if key in accepted}
+        self.groups: list[dict[str, Any]] = []
+        for group in optimizer.param_groups:
+            options = {key: _plain(value) for key, value in group.items() if key not in ("params", "param_names")}
+            if isinstance(group.get("lr"), torch.Tensor) and options.get("foreach", True) is None:
+                options["foreach"] = False  # torch's rule for a learning rate that is a tensor
+            self.groups.append(options)
+
+    def shadow(
+        self, groups: _Groups, make: Factory, *, foreach: bool = False
+    ) -> tuple[torch.optim.Optimizer, list[list[torch.Tensor]]]:
+        """A fresh optimizer over made parameters that have gradients; `foreach` says what the default would be."""
+        shadows: list[list[torch.Tensor]] = []
+        specs: list[dict[str, Any]] = []
+        for options, params in zip(self.groups, groups, strict=True):
+            made = [make(param).requires_grad_() for param in params]
+            for param in made:
+                param.grad = make(param.detach())
+            shadows.append(made)
+            own = dict(options)
+            if foreach and own.get("foreach", False) is None and not own.get("fused"):
+                own["foreach"] = True
+            if made:
+                specs.append({"params": made, **own})
+        return self.kind(specs, **self.defaults), shadows
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
+
+
+def _step(shadow: torch.optim.Optimizer) -> None:
+    """One step without the hooks that its owner registered for all optimizers."""
+    function: Any = type(shadow).step
+    while hasattr(function, "hooked") and hasattr(function, "__wrapped__"):
+        function = function.__wrapped__
+    with torch.no_grad():
+        function(shadow)
+
+
+def _pilot(recipe: _Recipe, groups: _Groups) -> str:
+    """Which form the real parameters get, seen on one-element parameters of the same kinds."""
+
+    def tiny(param: torch.Tensor) -> torch.Tensor:
+        return torch.zeros((1,) * param.dim(), dtype=param.dtype, device=param.device)
+
+    shadow, _ = recipe.shadow([_one_of_each(group) for group in groups], tiny)
+    with _Names() as names:
+        _step(shadow)
+    if any("_fused_" in name for name in names.seen):
+        return "fused"
+    return "foreach" if any("_foreach_" in name for name in names.seen) else "for-loop"
+
+
+def _one_of_each(params: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return list({(p.dtype, p.device, p.dim(), type(p)): p for p in params}.values())
+
+
+class _Names(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Names of the ops that run."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.add(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class _Storages(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Bytes of the storages that ops make, while they live.
+
+    Where an optimizer reads a number that a fake cannot know (Adafactor's norms), it gets 1: no allocation hangs on it.
+    """
+
+    def __init__(self, unknowable: tuple[type[BaseException], ...]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.unknowable = unknowable
+        self.resident = 0
+        self.peak = 0
+        self._known: dict[int, weakref.ref[Any]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        try:
+            result = func(*args, **(kwargs or {}))
+        except self.unknowable:
+            if func is not torch.ops.aten._local_scalar_dense.default:
+                raise
+            return 1.0 if args[0].is_floating_point() else 1
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor) and id(leaf.untyped_storage()) not in before:
+                self._add(leaf)
+        return result
+
+    def _add(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, nbytes = id(storage), _nbytes(tensor)
+        known = self._known.get(key)
+        if known is not None and known() is storage:
+            return
+
+        def gone(_: object) -> None:
+            self.resident -= nbytes
+            self._known.pop(key, None)
+
+        self._known[key] = weakref.ref(storage, gone)
+        self.resident += nbytes
+        self.peak = max(self.peak, self.resident)
+
+
+def _nbytes(tensor: torch.Tensor) -> int:
+    nbytes = int(tensor.untyped_storage().nbytes())
+    return -(-nbytes // _CUDA_BLOCK) * _CUDA_BLOCK if tensor.device.type == "cuda" else nbytes
+
+
+def _state_nbytes(states: Iterable[object]) -> int:
+    """Bytes of the distinct storages in states; beside CUDA tensors, scalars that are kept on the host do not count."""
+    tensors = [leaf for state in states for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor)]
+    on_cuda = any(tensor.device.type == "cuda" for tensor in tensors)
+    counted = [t for t in tensors if t.device.type == "cuda"] if on_cuda else tensors
+    return sum({id(t.untyped_storage()): _nbytes(t) for t in counted}.values())
+
+
+def _shadow_run(recipe: _Recipe, groups: _Groups, form: str, storages: _Storages) -> tuple[list[int], int]:
+    """State bytes per parameter, and the highest temporaries of two steps."""
+
+    def fake(param: torch.Tensor) -> torch.Tensor:
+        return torch.empty_strided(param.size(), param.stride(), dtype=param.dtype, device=param.device)
+
+    shadow, shadows = recipe.shadow(groups, fake, foreach=form == "foreach")
+    scratch = 0
+    with storages:
+        for _ in range(2):
+            storages.peak = storages.resident
+            _step(shadow)
+            scratch = max(scratch, storages.peak - storages.resident)
+    flat = [param for group in shadows for param in group]
+    return [_state_nbytes([shadow.state.get(param, {})]) for param in flat], scratch
+
+
+def _timed(recipe: _Recipe, groups: _Groups, form: str) -> float | None:
+    """Seconds of a whole step: one parameter's update, real, scaled by elements (single launches are ignored)."""
+    flat = [(index, p) for index, group in enumerate(groups) for p in group]
+    index, sample = max(flat, key=lambda item: item[1].numel())
+    num_elements = sum(p.numel() for _, p in flat)
+    shape = _TIMED_SHAPE if sample.dim() != 1 else (_TIMED_SHAPE[0] * _TIMED_SHAPE[1],)
+
+    def real(param: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(shape, dtype=param.dtype, device=param.device)
+
+    chosen = [[sample] if i == index else [] for i in range(len(groups))]
+    shadow, _ = recipe.shadow(chosen, real, foreach=form == "foreach")
+    on_cuda = sample.device.type == "cuda"
+    seconds: list[float] = []
+    with torch.cuda.device(sample.device) if on_cuda else nullcontext():
+        for _ in range(4):
+            start = perf_counter()
+            _step(shadow)
+            if on_cuda:
+                torch.cuda.synchronize()
+            seconds.append(perf_counter() - start)
+    return statistics.median(seconds[1:]) * num_elements / (_TIMED_SHAPE[0] * _TIMED_SHAPE[1])
