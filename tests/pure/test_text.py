@@ -198,20 +198,20 @@ def test_cut_graph_is_refused() -> None:
 )
 def test_hostile_graph_is_refused_soon(text: str) -> None:
     """Megabytes of nonsense are refused within seconds."""
-    begin = time.perf_counter()
+    begin = time.process_time()
     with pytest.raises(PlanError):
         parse_graph(text)
-    assert time.perf_counter() - begin < 5
+    assert time.process_time() - begin < 5
 
 
 def test_hostile_program_is_refused_soon() -> None:
     """Too many lines are refused; ten megabytes of lines are read within seconds."""
     with pytest.raises(PlanError, match="lines"):
         parse_program("\n" * 5_000_001)
-    begin = time.perf_counter()
+    begin = time.process_time()
     with pytest.raises(PlanError):
         parse_program("drop 1\n" * 1_400_000 + "end")
-    assert time.perf_counter() - begin < 10
+    assert time.process_time() - begin < 10
 
 
 @given(st.text(alphabet='value op runkpdc"\\ 0123456789\n\t#', max_size=200))

@@ -1,5 +1,10 @@
-"""The machine: its rules, and what they make of a program."""
+"""The machine: its rules, what they make of a program, and the plan that keeps it."""
 
+from keepless.machine.plan import Baseline as Baseline
+from keepless.machine.plan import Plan as Plan
+from keepless.machine.plan import make_plan as make_plan
+from keepless.machine.planfile import dump_plan as dump_plan
+from keepless.machine.planfile import load_plan as load_plan
 from keepless.machine.rules import RULES as RULES
 from keepless.machine.rules import Machine as Machine
 from keepless.machine.rules import excerpt as excerpt

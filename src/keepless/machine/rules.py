@@ -18,7 +18,7 @@ from typing import NoReturn
 
 from keepless.cost import CostModel
 from keepless.errors import ProgramError
-from keepless.ir import format_bytes
+from keepless.ir.budget import Budget, format_bytes
 from keepless.ir.graph import RUNS_ONCE, Effect, Graph, Kind, Op, Phase
 from keepless.ir.program import DEVICE, Copy, Drop, Instr, Program, Run, Wait
 from keepless.ir.text import format_instr
@@ -168,10 +168,11 @@ class Machine:
         self._runs[op.id] += 1
         reused = self._reuse(op, run) if run.reuse else 0
         kept = -reused
+        outputs = op.outputs if len(run.keep) < 9 else frozenset(op.outputs)
         for value in run.keep:
             if value in device or (value, DEVICE) in self._flying:
                 self._fail("R2", f"{self._op(op)} keeps {self._value(value)}, which is already there")
-            if value not in op.outputs:
+            if value not in outputs:
                 self._fail("R2", f"{self._op(op)} keeps value {value}, which it does not make")
             device.add(value)
             kept += self._nbytes[value]
@@ -208,7 +209,8 @@ class Machine:
     def _reuse(self, op: Op, run: Run) -> int:
         """End the inputs whose storage is taken over; bytes taken over."""
         reused = 0
-        pairs = [pair for pair in reuse_pairs(self.graph, op) if pair[0] in run.keep]
+        keep = frozenset(run.keep)
+        pairs = [pair for pair in reuse_pairs(self.graph, op) if pair[0] in keep]
         if not pairs:
             self._fail("R2", f"{self._op(op)} keeps no output that may take over an input's storage")
         for _, source in pairs:
@@ -304,12 +306,18 @@ def rng_states(graph: Graph) -> dict[int, int]:
     }
 
 
+def limits_of(budget: Budget | None) -> dict[str, int] | None:
+    """The machine's limits under a budget: bytes per tier, the device's reserve taken off."""
+    return None if budget is None else {**budget.limits, DEVICE: budget.device}
+
+
 def excerpt(program: Program, index: int) -> str:
     """Three lines of the program's text around an instruction, which is marked."""
     lines = []
     for number in range(max(0, index - 1), min(len(program), index + 2)):
         mark = "    <-- here" if number == index else ""
-        lines.append(f"{number:>8}  {format_instr(program[number])}{mark}")
+        text = format_instr(program[number])
+        lines.append(f"{number:>8}  {text if len(text) <= 100 else text[:97] + '...'}{mark}")
     if index >= len(program):
         lines.append(f"{len(program):>8}  (end)    <-- here")
     return "\n".join(lines)

@@ -7,21 +7,25 @@ a `Wait` stalls the ops until its copy has arrived. Issuing a copy and forgettin
 from __future__ import annotations
 
 from keepless.cost import CostModel
+from keepless.ir.budget import Budget
 from keepless.ir.graph import Graph
 from keepless.ir.program import DEVICE, Copy, Program, Run, Wait
 from keepless.ir.timeline import Event, Timeline
-from keepless.machine.rules import Machine
+from keepless.machine.rules import Machine, limits_of
 
 
-def simulate(graph: Graph, program: Program, cost: CostModel) -> Timeline:
+def simulate(graph: Graph, program: Program, cost: CostModel, *, budget: Budget | None = None) -> Timeline:
     """The predicted timeline of a program. O(edges of the program): about 3 us per instruction.
 
     Exact on the machine's terms: bytes are those of the rules; seconds are the cost model's.
 
+    Arguments:
+        budget: bytes per tier; a tier that it does not name may not be used. Without one, R7 is not checked.
+
     Raises:
-        ProgramError: the program breaks one of the rules R1 to R6.
+        ProgramError: the program breaks a rule, as in `verify`.
     """
-    machine = Machine(graph, cost=cost, program=program)
+    machine = Machine(graph, limits=limits_of(budget), cost=cost, program=program)
     step, resident = machine.step, machine.resident
     op_seconds, values = cost.seconds, graph.values
     free_at: dict[tuple[str, str], float] = {}

@@ -5,8 +5,8 @@ from __future__ import annotations
 from keepless.cost import CostModel
 from keepless.ir.budget import Budget
 from keepless.ir.graph import Graph
-from keepless.ir.program import DEVICE, Program
-from keepless.machine.rules import Machine
+from keepless.ir.program import Program
+from keepless.machine.rules import Machine, limits_of
 
 
 def verify(graph: Graph, program: Program, *, cost: CostModel | None = None, budget: Budget | None = None) -> None:
@@ -14,16 +14,12 @@ def verify(graph: Graph, program: Program, *, cost: CostModel | None = None, bud
 
     Arguments:
         cost: adds scratch to the peak, and says which links exist.
-        budget: bytes per tier; a tier that it does not name may not be used. Without one R7 holds.
+        budget: bytes per tier; a tier that it does not name may not be used. Without one, R7 is not checked.
 
     Raises:
         ProgramError: the first instruction that breaks a rule, with three lines of the program around it.
     """
-    limits = None
-    if budget is not None:
-        limits = dict(budget.limits)
-        limits[DEVICE] = budget.device
-    machine = Machine(graph, limits=limits, cost=cost, program=program)
+    machine = Machine(graph, limits=limits_of(budget), cost=cost, program=program)
     for instr in program:
         machine.step(instr)
     machine.finish()

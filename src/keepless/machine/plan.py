@@ -1,0 +1,156 @@
+"""The plan: a verified program with its budget, its predicted timeline, and what is claimed about it.
+
+It is what `keepless.plan` gives, what engines run, and what a user keeps in a file. A tiny worked use::
+
+    plan = make_plan(graph, program, cost, Budget({"device": 1 << 30}), certificate, baseline=Baseline(peak, seconds))
+    plan.overhead            # 0.05: five percent slower than with everything kept
+    plan.save("gpt2.plan")   # load_plan("gpt2.plan") gives it back, verified and simulated again
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from keepless.cost import CostModel
+from keepless.ir.budget import Budget
+from keepless.ir.certificate import Certificate
+from keepless.ir.graph import Graph, Phase
+from keepless.ir.program import DEVICE, Program, Run
+from keepless.ir.timeline import Timeline
+from keepless.machine.rules import Machine
+from keepless.machine.simulate import simulate
+
+
+@dataclass(frozen=True, slots=True)
+class Baseline:
+    """The predicted step with everything kept: highest bytes on the device, and seconds."""
+
+    peak: int
+    seconds: float
+
+
+@dataclass
+class Plan:
+    """A verified program and what is known about it. Make one with `make_plan`.
+
+    Arguments:
+        graph: the step.
+        program: what to run; it keeps rules R1 to R7 under the budget.
+        cost: what the prediction rests on.
+        budget: bytes per tier.
+        predicted: the timeline that the cost model predicts.
+        certificate: what the solver claims.
+        baseline: the predicted step with everything kept.
+        signature: facts about the model, batch, device and versions that the plan was made for; JSON values only.
+        smallest_budget: bytes of the smallest device budget for which a plan was found.
+        smallest_bound: bytes that every plan needs at least (proven).
+        measured_peak: highest bytes of a measured step, None until there is one.
+    """
+
+    graph: Graph
+    program: Program
+    cost: CostModel
+    budget: Budget
+    predicted: Timeline
+    certificate: Certificate
+    baseline: Baseline
+    signature: dict[str, object] = field(default_factory=dict)
+    smallest_budget: int = 0
+    smallest_bound: int = 0
+    measured_peak: int | None = None
+
+    @property
+    def predicted_peak(self) -> int:
+        """Highest bytes on the device."""
+        return self.predicted.peak
+
+    @property
+    def predicted_seconds(self) -> float:
+        """Length of the step."""
+        return self.predicted.seconds
+
+    @property
+    def baseline_peak(self) -> int:
+        """Highest bytes on the device with everything kept."""
+        return self.baseline.peak
+
+    @property
+    def baseline_seconds(self) -> float:
+        """Length of the step with everything kept."""
+        return self.baseline.seconds
+
+    @property
+    def overhead(self) -> float:
+        """How much longer the step is than with everything kept: 0.05 is five percent. 0 if the costs are all 0."""
+        return self.predicted_seconds / self.baseline_seconds - 1 if self.baseline_seconds else 0.0
+
+    @property
+    def num_replays(self) -> int:
+        """Runs of ops beyond the first."""
+        return self.program.num_replays
+
+    @cached_property
+    def kept_nbytes(self) -> int:
+        """Bytes that the forward leaves on the device for the backward: resident before the LOSS op, beyond those
+        that are there before the step. The outputs that the caller reads are among them. 0 without a LOSS op.
+        """
+        machine = Machine(self.graph)
+        for instr in self.program:
+            if isinstance(instr, Run) and self.graph.ops[instr.op].phase is Phase.LOSS:
+                there_before = sum(self.graph.values[v].nbytes for v in self.graph.inputs if machine.is_resident(v))
+                return machine.resident[DEVICE] - there_before
+            machine.step(instr)
+        return 0
+
+    @cached_property
+    def recomputed_nbytes(self) -> int:
+        """Bytes that replays make again and keep."""
+        runs = [instr for instr in self.program if isinstance(instr, Run) and instr.replay]
+        return sum(self.graph.values[value].nbytes for run in runs for value in run.keep)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan to a file, all of it or nothing.
+
+        Raises:
+            PlanError: the signature is not made of JSON values.
+            OSError: the file cannot be written.
+        """
+        from keepless.machine.planfile import dump_plan  # planfile reads plans: it imports this module
+
+        dump_plan(self, path)
+
+
+def make_plan(
+    graph: Graph,
+    program: Program,
+    cost: CostModel,
+    budget: Budget,
+    certificate: Certificate,
+    *,
+    baseline: Baseline,
+    signature: Mapping[str, object] | None = None,
+    smallest_budget: int = 0,
+    smallest_bound: int = 0,
+    measured_peak: int | None = None,
+) -> Plan:
+    """Verify a program under a budget, predict its timeline, and make the plan.
+
+    Raises:
+        ProgramError: the program breaks a rule, or does not fit the budget.
+    """
+    return Plan(
+        graph=graph,
+        program=program,
+        cost=cost,
+        budget=budget,
+        predicted=simulate(graph, program, cost, budget=budget),
+        certificate=certificate,
+        baseline=baseline,
+        signature=dict(signature or {}),
+        smallest_budget=smallest_budget,
+        smallest_bound=smallest_bound,
+        measured_peak=measured_peak,
+    )
