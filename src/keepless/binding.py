@@ -75,6 +75,7 @@ class Binding:
         constants: slot -> tensor that the model's code holds.
         outputs: flat output position -> slot, or None where `output_constants` has the value.
         output_constants: flat output position -> value that is not a tensor.
+        examples_require_grad: flat output position -> whether the output requires a gradient.
         output_spec: pytree spec that puts the outputs together.
         grad_outputs: flat output positions that receive gradients in the backward.
         tangents: slots of those gradients, in the same order.
@@ -93,6 +94,7 @@ class Binding:
     constants: Mapping[int, torch.Tensor]
     outputs: Mapping[int, int]
     output_constants: Mapping[int, Any]
+    examples_require_grad: Mapping[int, bool]
     output_spec: Any
     grad_outputs: tuple[int, ...]
     tangents: tuple[int, ...]

@@ -8,7 +8,7 @@ gets a deliver op, the place where autograd takes it over.
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -450,8 +450,7 @@ class _Assembly:
             op, code = self.op(len(ops), draft, stale, pinned | static)
             ops.append(op)
             codes.append(code)
-        last_reads = _last_readers(ops)
-        ops = [_checked_reuse(op, last_reads, pinned) for op in ops]
+        ops = _chosen_reuse(ops)
         graph = Graph(tuple(ops), tuple(work.values), frozenset(static), frozenset(pinned))
         leaves = work.traced.output_leaves
         return Binding(
@@ -465,6 +464,7 @@ class _Assembly:
             constants=work.constants,
             outputs=self.outputs,
             output_constants={i: leaf for i, leaf in enumerate(leaves) if not isinstance(leaf, torch.Tensor)},
+            examples_require_grad={i: leaves[i].requires_grad for i in self.outputs},
             output_spec=work.traced.output_spec,
             grad_outputs=work.traced.grad_outputs,
             tangents=tuple(work.tangent_of[i] for i in sorted(work.tangent_of)),
@@ -605,19 +605,15 @@ def _early_copies(work: _Lowering, backward: list[_Draft]) -> list[_Draft]:
     return result
 
 
-def _last_readers(ops: list[Op]) -> dict[int, int]:
-    last: dict[int, int] = {}
+def _chosen_reuse(ops: list[Op]) -> list[Op]:
+    """Leaves each op one pair: the input that dies there in the captured order, else the one with fewest readers."""
+    readers: dict[int, list[int]] = {}
     for op in ops:
         for value in op.inputs:
-            last[value] = op.id
-    return last
-
-
-def _checked_reuse(op: Op, last: dict[int, int], pinned: set[int]) -> Op:
-    """Drops pairs whose input can never be dead after the op."""
-    pairs = tuple(pair for pair in op.reuses if pair[1] not in pinned)
-    if pairs == op.reuses:
-        return op
-    return Op(
-        op.id, op.name, op.inputs, op.outputs, op.phase, op.effects, pairs, op.module, op.source, op.key
-    )
+            readers.setdefault(value, []).append(op.id)
+    return [
+        replace(op, reuses=(min(op.reuses, key=lambda p: (readers[p[1]][-1] != op.id, len(readers[p[1]]))),))
+        if len(op.reuses) > 1
+        else op
+        for op in ops
+    ]

@@ -1,0 +1,284 @@
+"""From a program to one Python generator function: locals are the value table, `del` is free, `yield` hands over.
+
+The generated function takes one tuple of argument tensors and two lists, and looks like this::
+
+    def step(A, O, G):
+        (t0, t1, t7) = A
+        t9 = f0(t7, t0)
+        t10 = f1(t9)
+        O.append(t10)
+        del t10
+        (t11,) = yield          # the caller has the outputs; the backward begins with the tangents
+        t12 = f2(t11, t9)
+        G.append(t12)
+        del t12
+        yield                   # autograd takes the gradients in G
+        ...
+
+Views are made where they are first needed and die with their value. The names `f0`, `c0` are objects of a table that
+becomes the function's globals; nothing of a plan file is ever compiled: the text is made from the captured graph, and
+the program adds only the order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import CodeType
+from typing import Any
+
+import torch
+
+from keepless import _compat
+from keepless.binding import Binding, Call, OpCode, Ref, slots_of
+from keepless.ir import DEVICE, Drop, Phase, Program, Run
+from keepless.machine import reuse_pairs
+
+_LITERALS = (bool, int, str, type(None))
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A generated step.
+
+    Arguments:
+        text: its source, for people.
+        function: (A, O, G) -> generator.
+        arguments: slots in the order of A.
+        segments: per backward yield, the indices into `Binding.grads` that G then holds, in order.
+        reads: per backward segment, the argument slots that it reads.
+        num_replays: runs beyond the first of an op.
+    """
+
+    text: str
+    function: Callable[[tuple[torch.Tensor, ...], list[torch.Tensor], list[torch.Tensor]], Any]
+    arguments: tuple[int, ...]
+    segments: tuple[tuple[int, ...], ...]
+    reads: tuple[tuple[int, ...], ...]
+    num_replays: int
+
+
+class _Writer:
+    """Emits lines, instruction by instruction."""
+
+    def __init__(self, binding: Binding, program: Program) -> None:
+        self.binding = binding
+        self.graph = binding.graph
+        self.program = program
+        self.table: dict[str, Any] = {"_get_rng": torch.get_rng_state, "_set_rng": torch.set_rng_state}
+        self.names: dict[int, str] = {}
+        self.lines: list[str] = []
+        self.arguments: list[int] = sorted(
+            {*binding.params.values(), *binding.buffers.values(), *binding.inputs.values(), *binding.constants}
+        )
+        argument_set = set(self.arguments)
+        self.roots: dict[int, set[int]] = {}
+        for slot in argument_set:
+            self.roots.setdefault(binding.slot_value[slot], set()).add(slot)
+        self.static = {binding.slot_value[slot] for slot in self.arguments}
+        self.live: dict[int, list[int]] = {binding.slot_value[slot]: [slot] for slot in self.arguments}
+        self.known: set[int] = set(self.arguments)
+        self.segments: list[tuple[int, ...]] = []
+        self.waiting: list[int] = []
+        self.reads: list[tuple[int, ...]] = []
+        self.reading: set[int] = set()
+        self.in_backward = False
+        self.grad_of_value = {binding.slot_value[slot]: i for i, (_, slot) in enumerate(binding.grads)}
+        if binding.device.type == "cuda":
+            device = binding.device
+            self.table["_get_rng"] = lambda: torch.cuda.get_rng_state(device)
+            self.table["_set_rng"] = lambda state: torch.cuda.set_rng_state(state, device)
+
+    # ---- names and expressions
+
+    def named(self, thing: Any, prefix: str) -> str:
+        """The global name of an object."""
+        name = self.names.get(id(thing))
+        if name is None:
+            name = f"{prefix}{len(self.names)}"
+            self.names[id(thing)] = name
+            self.table[name] = thing
+        return name
+
+    def expression(self, item: Any) -> str:
+        if isinstance(item, Ref):
+            return f"t{item.slot}"
+        if isinstance(item, torch.Size):
+            return self.expression(tuple(item))
+        if isinstance(item, tuple):
+            return "(" + "".join(self.expression(part) + ", " for part in item) + ")"
+        if isinstance(item, list):
+            return "[" + ", ".join(self.expression(part) for part in item) + "]"
+        if isinstance(item, _LITERALS) or (isinstance(item, float) and math.isfinite(item)):
+            return repr(item)
+        return self.named(item, "c")
+
+    def call(self, call: Call) -> str:
+        target = _compat.raw_op(call.target)
+        parts = [self.expression(arg) for arg in call.args]
+        parts += [f"{key}={self.expression(value)}" for key, value in call.kwargs.items()]
+        return f"{self.named(target, 'f')}({', '.join(parts)})"
+
+    def ensure(self, call: Call) -> None:
+        """Emits the views that a call reads and that do not stand yet."""
+        for slot in slots_of(call):
+            self.ensure_slot(slot)
+
+    def ensure_slot(self, slot: int) -> None:
+        chain = []
+        while slot not in self.known:
+            chain.append(slot)
+            slot = self.binding.views[slot].source
+        self.note_read(slot)
+        for view in reversed(chain):
+            code = self.binding.views[view]
+            item = "" if code.item is None else f"[{code.item}]"
+            self.lines.append(f"t{view} = {self.call(code.call)}{item}")
+            self.bind(view)
+
+    def note_read(self, slot: int) -> None:
+        if self.in_backward and self.binding.slot_value[slot] in self.static:
+            self.reading.update(self.roots[self.binding.slot_value[slot]])
+
+    def bind(self, slot: int) -> None:
+        self.known.add(slot)
+        self.live.setdefault(self.binding.slot_value[slot], []).append(slot)
+
+    def forget(self, value: int) -> None:
+        """Emits `del` for every name of a value."""
+        if value in self.static:
+            return
+        slots = self.live.pop(value, [])
+        if slots:
+            self.lines.append("del " + ", ".join(f"t{slot}" for slot in slots))
+            self.known.difference_update(slots)
+
+    # ---- instructions
+
+    def run(self, index: int, run: Run) -> None:
+        op = self.graph.ops[run.op]
+        code = self.binding.ops[run.op]
+        if op.phase is Phase.LOSS:
+            self.loss(index)
+        elif code is not None:
+            self.compute(run, code)
+        elif op.phase is Phase.BACKWARD:
+            self.deliver(index, run)
+
+    def compute(self, run: Run, code: OpCode) -> None:
+        call = code.replay if run.replay and code.replay is not None else code.call
+        if run.reuse:
+            pairs = [p for p in reuse_pairs(self.graph, self.graph.ops[run.op]) if p[0] in run.keep]
+            assert len(pairs) == 1, "one in-place form per op"
+            call = code.in_place[pairs[0]]
+        self.ensure(call)
+        state = f"r{code.state}"
+        if code.state is not None and run.replay:
+            self.lines += ["r = _get_rng()", f"_set_rng({state})"]
+        elif code.state in run.keep:
+            self.lines.append(f"{state} = _get_rng()")
+        text = self.call(call)
+        kept = [(item, slot) for item, slot, value in code.outputs if value in run.keep]
+        if not kept:
+            self.lines.append(text)
+        elif kept[0][0] is None:
+            self.lines.append(f"t{kept[0][1]} = {text}")
+        elif len(kept) == 1:
+            self.lines.append(f"t{kept[0][1]} = {text}[{kept[0][0]}]")
+        else:
+            width = max(item for item, _ in kept if item is not None) + 1
+            targets = ["_"] * width
+            for item, slot in kept:
+                targets[item or 0] = f"t{slot}"
+            returns = len(call.target._schema.returns) if isinstance(call.target, torch._ops.OpOverload) else -1
+            rest = "" if width == returns else ", *_"
+            self.lines.append(f"{', '.join(targets)}{rest} = {text}")
+            if rest or "_" in targets:
+                self.lines.append("del _")
+        if run.reuse:
+            self.forget(pairs[0][1])
+        for _, slot in kept:
+            self.bind(slot)
+        if code.state is not None and run.replay:
+            self.lines += ["_set_rng(r)", "del r"]
+
+    def loss(self, index: int) -> None:
+        given: set[int] = set()
+        for position in sorted(self.binding.outputs):
+            slot = self.binding.outputs[position]
+            self.ensure_slot(slot)
+            # The caller gets tensors of its own: autograd marks them, and they may be changed in place.
+            own = slot not in self.binding.views and slot not in self.arguments and slot not in given
+            self.lines.append(f"O.append(t{slot})" if own else f"O.append(t{slot}.detach())")
+            given.add(slot)
+        self.forget_unread(index, self.graph.ops[self.graph.loss_op or 0].inputs)
+        tangents = "".join(f"t{slot}, " for slot in self.binding.tangents)
+        self.lines.append(f"({tangents}) = yield")
+        for slot in self.binding.tangents:
+            self.bind(slot)
+        self.in_backward = True
+
+    def deliver(self, index: int, run: Run) -> None:
+        (value,) = self.graph.ops[run.op].inputs
+        grad = self.grad_of_value[value]
+        slot = self.binding.grads[grad][1]
+        self.ensure_slot(slot)
+        self.lines.append(f"G.append(t{slot})")
+        self.waiting.append(grad)
+        self.forget(value)
+        following = next((i for i in self.program.instrs[index + 1 :] if isinstance(i, Run)), None)
+        if following is None or not self.is_delivery(following):
+            self.cut()
+
+    def is_delivery(self, run: Run) -> bool:
+        return self.binding.ops[run.op] is None and self.graph.ops[run.op].phase is Phase.BACKWARD
+
+    def cut(self) -> None:
+        """Ends a segment."""
+        self.lines.append("yield")
+        self.segments.append(tuple(self.waiting))
+        self.reads.append(tuple(sorted(self.reading)))
+        self.waiting, self.reading = [], set()
+
+    def forget_unread(self, index: int, values: tuple[int, ...]) -> None:
+        """Outputs that the caller holds need no name here once nothing reads them again."""
+        later = {
+            value
+            for instr in self.program.instrs[index + 1 :]
+            if isinstance(instr, Run)
+            for value in self.graph.ops[instr.op].inputs
+        }
+        for value in values:
+            if value not in later:
+                self.forget(value)
+
+    def write(self) -> Compiled:
+        for index, instr in enumerate(self.program.instrs):
+            if isinstance(instr, Run):
+                self.run(index, instr)
+            elif isinstance(instr, Drop) and instr.tier == DEVICE:
+                self.forget(instr.value)
+                if self.graph.values[instr.value].kind.value == "rng":
+                    self.lines.append(f"del r{instr.value}")
+        if self.waiting:
+            self.cut()
+        unpack = f"({''.join(f't{slot}, ' for slot in self.arguments)}) = A"
+        body = "\n    ".join([unpack, "del A", *self.lines])
+        text = f"def step(A, O, G):\n    {body}\n"
+        code: CodeType = compile(text, "<keepless step>", "exec")
+        space = dict(self.table)
+        exec(code, space)
+        return Compiled(
+            text,
+            space["step"],
+            tuple(self.arguments),
+            tuple(self.segments),
+            tuple(self.reads),
+            self.program.num_replays,
+        )
+
+
+def compile_step(binding: Binding, program: Program) -> Compiled:
+    """The generated step of a verified program."""
+    return _Writer(binding, program).write()

@@ -1,0 +1,274 @@
+"""A planned step as a chain of autograd nodes, one per backward segment.
+
+::
+
+    loss <- Head <- Tail 1 <- Tail 2 <- ... <- Tail n
+                      |         |                 |
+                   params     params           params     (the gradients that this segment makes)
+
+The nodes pass an empty token. Autograd runs Head when the gradient of the loss arrives, then the tails in order; each
+sends the generator on to its next `yield` and returns the gradients found there, so `.grad` accumulation, gradient
+hooks and optimizers in the backward happen segment by segment.
+
+What a node does when the same step is asked for again (`retain_graph`, double backward, another pattern of output
+gradients): it replays the user's own forward under autograd, with the generator state and the buffers of the first
+time, and differentiates that. See `Step.replay`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from keepless import _compat
+from keepless.errors import ReplayError, StaleTensorError, StepError
+from keepless.execute.codegen import Compiled
+
+_USED_TWICE = (
+    "Trying to backward through a planned step a second time, but it was freed after the first. Specify "
+    "retain_graph=True where you call .backward() or autograd.grad() the first time."
+)
+
+
+@dataclass
+class Counters:
+    """What a planned model did beside its plan, for the report."""
+
+    steps: int = 0
+    replays: int = 0
+    unplanned_calls: int = 0
+
+
+@dataclass
+class Recipe:
+    """Everything that the nodes of one planned call share, the same for every call.
+
+    Arguments:
+        compiled: the generated step.
+        differentiable: positions in O of the outputs that receive gradients.
+        plain: positions in O of the outputs that never require a gradient.
+        targets: per gradient (as in `Binding.grads`), its position among `Step.leaves`.
+        names: readable names of the argument slots, for error messages.
+        has_rng: whether the forward draws random numbers.
+        get_state, set_state: of the generator.
+    """
+
+    compiled: Compiled
+    differentiable: tuple[int, ...]
+    plain: tuple[int, ...]
+    targets: tuple[int, ...]
+    names: tuple[str, ...]
+    has_rng: bool
+    get_state: Callable[[], torch.Tensor]
+    set_state: Callable[[torch.Tensor], None]
+    counters: Counters = field(default_factory=Counters)
+
+
+class Step:
+    """One call of a planned model, from its forward to the end of its backward."""
+
+    __slots__ = (
+        "arguments",
+        "done",
+        "gen",
+        "grads",
+        "kept",
+        "leaves",
+        "next_segment",
+        "outputs",
+        "recipe",
+        "replay_forward",
+        "replayed",
+        "rng",
+        "tangents",
+        "versions",
+    )
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        arguments: tuple[torch.Tensor, ...],
+        leaves: Sequence[torch.Tensor],
+        replay_forward: Callable[[], Sequence[torch.Tensor]],
+    ) -> None:
+        self.recipe = recipe
+        self.arguments = arguments
+        self.leaves = leaves
+        self.replay_forward = replay_forward
+        self.outputs: list[torch.Tensor] = []
+        self.grads: list[torch.Tensor] = []
+        self.tangents: tuple[Any, ...] | None = None
+        self.versions: tuple[int, ...] = ()
+        self.next_segment = 0
+        self.done = False
+        self.kept = False
+        self.replayed: tuple[Any, ...] | None = None
+        self.rng = recipe.get_state() if recipe.has_rng else None
+        self.gen: Any = recipe.compiled.function(arguments, self.outputs, self.grads)
+
+    def forward(self) -> tuple[torch.Tensor, ...]:
+        """Runs up to the outputs."""
+        next(self.gen)
+        outputs = tuple(self.outputs)
+        self.outputs.clear()
+        self.versions = tuple([argument._version for argument in self.arguments])
+        return outputs
+
+    def segment(self, index: int) -> list[torch.Tensor]:
+        """Runs one backward segment; the gradients that it made, in the order of `Compiled.segments`."""
+        self.check_versions(index)
+        try:
+            if index == 0:
+                tangents, self.tangents = self.tangents, None
+                self.gen.send(tangents)
+            else:
+                next(self.gen)
+        except BaseException:
+            self.release()
+            raise
+        self.next_segment = index + 1
+        grads = self.grads.copy()
+        self.grads.clear()
+        if self.next_segment == len(self.recipe.compiled.segments):
+            self.gen.close()
+            self.done = True
+            if not self.kept:
+                self.release()
+        return grads
+
+    def check_versions(self, index: int) -> None:
+        """As autograd does: what the forward read must not have changed since, where this segment reads it again."""
+        for position in self.recipe.compiled.reads[index]:
+            if self.arguments[position]._version != self.versions[position]:
+                self.release()
+                raise StaleTensorError(
+                    f"{self.recipe.names[position]} has been modified by an inplace operation between the forward and "
+                    f"the backward of a planned step: it is at version {self.arguments[position]._version}, expected "
+                    f"version {self.versions[position]}."
+                )
+
+    def release(self) -> None:
+        """Frees everything; a later use is an error."""
+        if self.gen is not None:
+            self.gen.close()
+        self.gen = None
+        self.done = True
+        self.kept = False
+        self.arguments = ()
+        self.leaves = ()
+        self.replay_forward = _gone
+        self.tangents = None
+        self.replayed = None
+        self.grads.clear()
+
+    def begin(self, tangents: tuple[Any, ...]) -> bool:
+        """Called by the head. True: the planned backward goes on. False: a replay has made all gradients."""
+        planned = [tangents[position] is not None for position in self.recipe.differentiable]
+        others = any(t is not None for i, t in enumerate(tangents) if i not in self.recipe.differentiable)
+        first = not self.done and self.next_segment == 0 and self.tangents is None
+        if not first and not self.kept:
+            raise StepError(_USED_TWICE)
+        keep = _compat.graph_is_kept()
+        if torch.is_grad_enabled() or others or not all(planned) or not first:
+            self.replay(tangents, create_graph=torch.is_grad_enabled())
+            self.kept = keep
+            return False
+        self.kept = keep
+        self.tangents = tuple(tangents[position] for position in self.recipe.differentiable)
+        return True
+
+    def replay(self, tangents: tuple[Any, ...], *, create_graph: bool) -> None:
+        """Runs the user's forward again under autograd, as it ran the first time, and differentiates it."""
+        for position, argument in enumerate(self.arguments):
+            if argument._version != self.versions[position]:
+                name = self.recipe.names[position]
+                self.release()
+                raise ReplayError(
+                    f"{name} has changed since the forward, so that the step cannot be replayed for a second or "
+                    "double backward."
+                )
+        recipe = self.recipe
+        recipe.counters.replays += 1
+        now = recipe.get_state() if recipe.has_rng else None
+        try:
+            if self.rng is not None:
+                recipe.set_state(self.rng)
+            with torch.enable_grad():
+                outputs = self.replay_forward()
+        finally:
+            if now is not None:
+                recipe.set_state(now)
+        pairs = [(out, t) for out, t in zip(outputs, tangents, strict=True) if t is not None and out.requires_grad]
+        self.replayed = torch.autograd.grad(
+            [out for out, _ in pairs],
+            list(self.leaves),
+            [t for _, t in pairs],
+            create_graph=create_graph,
+            retain_graph=create_graph,
+            allow_unused=True,
+        )
+
+    def take(self, index: int, last: bool) -> list[Any]:
+        """The gradients of one segment, planned or replayed."""
+        if self.replayed is None:
+            return list(self.segment(index))
+        made = [self.replayed[self.recipe.targets[grad]] for grad in self.recipe.compiled.segments[index]]
+        if last:
+            self.replayed = None
+            if not self.kept:
+                self.release()
+        return made
+
+
+def _gone() -> Sequence[torch.Tensor]:
+    raise StepError(_USED_TWICE)
+
+
+class Tail(torch.autograd.Function):
+    """One backward segment behind the head."""
+
+    @staticmethod
+    def forward(ctx: Any, step: Step, index: int, token: torch.Tensor | None, *leaves: torch.Tensor) -> torch.Tensor:
+        ctx.step = step
+        ctx.index = index
+        ctx.set_materialize_grads(False)
+        return torch.empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> tuple[Any, ...]:
+        step, index = ctx.step, ctx.index
+        last = index == len(step.recipe.compiled.segments) - 1
+        return (None, None, None if last else torch.empty(0), *step.take(index, last))
+
+
+class Head(torch.autograd.Function):
+    """The forward, and the backward's beginning."""
+
+    @staticmethod
+    def forward(ctx: Any, step: Step, token: torch.Tensor, *unused: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.step = step
+        ctx.set_materialize_grads(False)
+        outputs = step.forward()
+        ctx.mark_non_differentiable(*[outputs[position] for position in step.recipe.plain])
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *tangents: Any) -> tuple[Any, ...]:
+        ctx.step.begin(tangents)
+        return (None, torch.empty(0))
+
+
+def run_step(step: Step) -> tuple[torch.Tensor, ...]:
+    """Runs the forward and returns its flat tensor outputs, with the chain of nodes behind them."""
+    recipe = step.recipe
+    recipe.counters.steps += 1
+    token: torch.Tensor | None = None
+    segments = recipe.compiled.segments
+    for index in range(len(segments) - 1, -1, -1):
+        leaves = [step.leaves[recipe.targets[grad]] for grad in segments[index]]
+        token = Tail.apply(step, index, token, *leaves)
+    outputs: tuple[torch.Tensor, ...] = Head.apply(step, token)
+    return outputs
