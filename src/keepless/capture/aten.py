@@ -20,13 +20,12 @@ def draw_mask(size: tuple[int, ...], stride: tuple[int, ...], keep: float) -> to
 
 
 def apply_mask(x: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
-    """`x` where the mask is True, scaled. The same products, in the same order, as eager's dropout."""
-    return torch.mul(x, mask).mul_(scale)
+    """`x` where the mask is True, scaled. The same products, in the same order, as eager's dropout.
 
-
-def apply_mask_(x: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
-    """`apply_mask`, over its input."""
-    return x.mul_(mask).mul_(scale)
+    The mask is widened into the output, so that no temporary of the output's size is needed (`x * mask` makes one).
+    """
+    out = torch.empty_like(x).copy_(mask)
+    return torch.mul(x, out, out=out).mul_(scale)
 
 
 def eager_scale(p: float, dtype: torch.dtype) -> float:
@@ -91,8 +90,6 @@ def in_place_forms(target: Any) -> dict[int, Callable[..., Any]]:
     forms: dict[int, Callable[..., Any]] = {}
     if target in _INPLACE:
         forms[0] = _INPLACE[target]
-    if target is apply_mask:
-        forms[0] = apply_mask_
     if target in _OUT:
         out_op, name, positions = _OUT[target]
         for position in positions:

@@ -198,9 +198,9 @@ def _dry_run(
                 loss = loss_fn(output, fake_batch)
             except Exception as error:  # as above, for the user's loss
                 raise _forward_error(error, "The loss function") from error
-        _check_loss(loss, "The loss function returns")
-        tensors = [(i, t) for i, t in enumerate(leaves) if isinstance(t, torch.Tensor) and t.requires_grad]
-        grads = torch.autograd.grad(loss, [t for _, t in tensors], allow_unused=True)
+            _check_loss(loss, "The loss function returns")
+            tensors = [(i, t) for i, t in enumerate(leaves) if isinstance(t, torch.Tensor) and t.requires_grad]
+            grads = torch.autograd.grad(loss, [t for _, t in tensors], allow_unused=True)
         return leaves, spec, tuple(i for (i, _), g in zip(tensors, grads, strict=True) if g is not None), None
 
 

@@ -1,0 +1,1 @@
+"""Control: the whole line, from a model and a budget to a planned step."""

@@ -1,0 +1,111 @@
+"""From a binding to the costs of its ops: each distinct op is run alone, on tensors of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from keepless.binding import Binding, Call, OpCode, map_refs, slots_of
+from keepless.capture import DELIVER, LOSS, OPTIMIZER
+from keepless.cost import CostModel, Origin
+from keepless.ir import Kind, Op
+from keepless.measure import CostCache, OpCost, OptimizerFootprint, Trial, measure_ops
+
+ACCUMULATE_BYTES_PER_S = 4e9
+"""Rate of `grad += new` before it is measured: three passes over memory at a modest 12 GB/s."""
+
+
+def op_trials(binding: Binding) -> list[Trial]:
+    """A trial per distinct op that the engine runs."""
+    trials: dict[str, Trial] = {}
+    for op, code in zip(binding.graph.ops, binding.ops, strict=True):
+        if code is not None and op.key not in trials:
+            nbytes = sum(
+                binding.graph.values[value].nbytes
+                for value in op.outputs
+                if binding.graph.values[value].kind is not Kind.RNG
+            )
+            trials[op.key] = Trial(op.key, _maker(binding, op, code), nbytes)
+    return list(trials.values())
+
+
+def cost_model(
+    binding: Binding,
+    costs: Mapping[str, OpCost],
+    *,
+    optimizer: OptimizerFootprint | None,
+    loss: OpCost | None,
+    accumulate: bool,
+) -> CostModel:
+    """The costs of every op of the graph, the opaque ones included.
+
+    Arguments:
+        costs: by op key, for the ops that the engine runs.
+        optimizer: of the user's optimizer, for the OPTIMIZER op.
+        loss: of the caller's own loss, forward and backward; None where the model's output holds it.
+        accumulate: gradients are added to existing ones.
+    """
+    graph = binding.graph
+    seconds: list[float] = []
+    scratch: list[int] = []
+    for op in graph.ops:
+        cost = costs.get(op.key)
+        if op.name == LOSS:
+            seconds.append(loss.seconds if loss else 0.0)
+            scratch.append(loss.scratch if loss else 0)
+        elif op.name == DELIVER:
+            nbytes = sum(graph.values[value].nbytes for value in op.inputs)
+            seconds.append(nbytes / ACCUMULATE_BYTES_PER_S if accumulate else 0.0)
+            scratch.append(0)
+        elif op.name == OPTIMIZER:
+            seconds.append((optimizer.seconds_estimate or 0.0) if optimizer else 0.0)
+            scratch.append(optimizer.scratch_nbytes if optimizer else 0)
+        else:
+            assert cost is not None, f"op {graph.where(op)} was not measured"
+            seconds.append(cost.seconds)
+            scratch.append(cost.scratch)
+    spreads = sorted(cost.spread for cost in costs.values())
+    spread = spreads[len(spreads) // 2] if spreads else 0.0
+    return CostModel(tuple(seconds), tuple(scratch), {}, Origin.MEASURED, spread)
+
+
+def measure_costs(
+    binding: Binding, cache: CostCache | None, progress: Callable[[int, int], None] | None = None
+) -> dict[str, OpCost]:
+    """Costs by op key, from the cache where it has them."""
+    return measure_ops(op_trials(binding), cache=cache, device=binding.device, progress=progress)
+
+
+def _maker(binding: Binding, op: Op, code: OpCode) -> Callable[[], Callable[[], object]]:
+    def make() -> Callable[[], object]:
+        storages: dict[int, torch.Tensor] = {}
+        tensors: dict[int, torch.Tensor] = {}
+        call: Call = code.call
+        for slot in slots_of(call):
+            tensors[slot] = _real(binding, slot, storages)
+        args = map_refs(call.args, tensors.__getitem__)
+        kwargs = map_refs(dict(call.kwargs), tensors.__getitem__)
+        target: Any = call.target
+        return lambda: target(*args, **kwargs)
+
+    return make
+
+
+def _real(binding: Binding, slot: int, storages: dict[int, torch.Tensor]) -> torch.Tensor:
+    """A tensor like the slot's, filled with plain numbers; slots of one value share storage."""
+    example = binding.examples[slot]
+    if slot in binding.constants:
+        return binding.constants[slot]
+    value = binding.slot_value[slot]
+    base = storages.get(value)
+    if base is None or base.dtype != example.dtype:
+        count = -(-example.untyped_storage().nbytes() // max(1, example.element_size()))
+        fill: Any = 0.5 if example.is_floating_point() or example.is_complex() else example.dtype is torch.bool
+        base = torch.full((max(1, count),), fill, dtype=example.dtype, device=binding.device)
+        storages[value] = base
+    return base.as_strided(example.size(), example.stride(), example.storage_offset())
+
+
+
