@@ -133,21 +133,23 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     build = _load(request["target"])
     counter = _counter(request["method"], request["device"])
     seconds: list[float] = []
+    answer: Any = None
     gc.collect()
     counter.begin()
-    step = build(**request["arguments"])
-    answer: Any = None
-    for _ in range(request["steps"]):
-        answer = None
-        gc.collect()
-        gc.disable()
-        counter.mark()
-        start = time.perf_counter()
-        answer = step()
-        seconds.append(time.perf_counter() - start)
-        counter.mark()
-        gc.enable()
-    levels, peaks, reserved = counter.finish()
+    try:
+        step = build(**request["arguments"])
+        for _ in range(request["steps"]):
+            answer = None
+            gc.collect()
+            gc.disable()
+            counter.mark()
+            start = time.perf_counter()
+            answer = step()
+            seconds.append(time.perf_counter() - start)
+            counter.mark()
+            gc.enable()
+    finally:
+        levels, peaks, reserved = counter.finish()  # a profiler left running crashes the process at its end
     return {
         "starts": levels[1::2],
         "peaks": peaks[1::2],

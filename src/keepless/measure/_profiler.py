@@ -19,15 +19,19 @@ def run_traced(call: Callable[[], object]) -> tuple[object, list[int]]:
     Uses torch's older profiler: it is local to the thread, starts and stops in 0.1 ms, and writes nothing to stderr.
     Inside a user's profiler the call runs in a thread of its own, where that profiler is not.
     A block that was allocated before the call may be missed, or reported with a wrong size, when the call frees it:
-    only the call's own blocks are certain.
+    only the call's own blocks are certain. A release without that profiler gets the newer one, which cannot run
+    inside a user's.
 
     Raises:
-        NotImplementedError: this release of torch has no such profiler.
+        RuntimeError: a user's profiler is running, and the older one is gone.
     """
     private = torch._C._autograd
+    is_profiling = bool(private._profiler_enabled())
     if not hasattr(private, "_enable_profiler_legacy"):
-        raise NotImplementedError("torch has no thread-local memory profiler")
-    if not private._profiler_enabled():
+        if is_profiling:
+            raise RuntimeError("memory cannot be measured inside a running profiler on this release of torch")
+        return _traced_by_kineto(call)
+    if not is_profiling:
         return _traced(call)
     done: list[tuple[object, list[int]]] = []
     failed: list[BaseException] = []
@@ -65,6 +69,12 @@ def _traced(call: Callable[[], object]) -> tuple[object, list[int]]:
         records = private._disable_profiler_legacy()
     events = (event for thread in records for event in thread if event.kind() == "memory_alloc")
     return result, [int(event.cpu_memory_usage()) for event in events]
+
+
+def _traced_by_kineto(call: Callable[[], object]) -> tuple[object, list[int]]:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        result = call()
+    return result, [nbytes for name, nbytes in profiled_memory_events(profile) if name == "[memory]"]
 
 
 def profiled_memory_events(profile: torch.profiler.profile) -> list[tuple[str, int]]:

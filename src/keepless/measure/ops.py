@@ -21,7 +21,7 @@ from keepless.measure._profiler import run_traced
 from keepless.measure.cache import CostCache, OpCost
 
 _MAX_RUNS = 200
-_MIN_RUNS = ((0.01, 5), (0.25, 3), (float("inf"), 2))
+_MIN_RUNS = ((0.01, 5), (0.1, 3), (float("inf"), 2))
 """Runs by the seconds of one: slow ops vary less, and planning should take seconds."""
 
 
@@ -47,6 +47,7 @@ def measure_ops(
     device: torch.device | str = "cpu",
     progress: Callable[[int, int], None] | None = None,
     min_seconds: float = 0.003,
+    hurry_seconds: float = 4.0,
 ) -> dict[str, OpCost]:
     """Cost of each distinct key.
 
@@ -59,11 +60,15 @@ def measure_ops(
         device: where the trials' inputs live.
         progress: called with (number done, number to measure) after each.
         min_seconds: time to spend on the timed runs of a small op.
+        hurry_seconds: once the call has taken this long, each remaining op is timed once.
 
     Raises:
-        MeasureError: an op failed; the costs measured before it are in the cache.
+        MeasureError: an op failed; the costs measured before it are in the cache. Or the device is neither CPU nor
+            CUDA.
     """
     device = torch.device(device)
+    if device.type not in ("cpu", "cuda"):
+        raise MeasureError(f"Ops can be measured on CPU and CUDA, not on {device}.")
     distinct: dict[str, Trial] = {}
     for trial in trials:
         distinct.setdefault(trial.key, trial)
@@ -73,8 +78,10 @@ def measure_ops(
     try:
         if missing:
             with _undisturbed(device):
+                start = perf_counter_ns()
                 for num_done, trial in enumerate(missing, start=1):
-                    fresh[trial.key] = _measure(trial, device, min_seconds)
+                    hurry = (perf_counter_ns() - start) / 1e9 > hurry_seconds
+                    fresh[trial.key] = _measure(trial, device, 0.0 if hurry else min_seconds)
                     if progress is not None:
                         progress(num_done, len(missing))
     finally:
@@ -137,8 +144,8 @@ def _cpu_seconds(thunk: Callable[[], object], min_seconds: float) -> list[float]
 
 
 def _enough(num_runs: int, total_seconds: float, min_seconds: float) -> bool:
-    if num_runs == 0:
-        return False
+    if num_runs == 0 or min_seconds == 0:
+        return num_runs > 0
     wanted = next(num for limit, num in _MIN_RUNS if total_seconds / num_runs <= limit)
     return num_runs >= wanted and (total_seconds >= min_seconds or num_runs >= _MAX_RUNS)
 
