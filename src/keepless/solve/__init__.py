@@ -1,1 +1,81 @@
-"""TODO"""
+"""Solvers: which ops run again, and when.
+
+A solver's output is an order of op ids; drops, storage reuse, peak and seconds follow exactly from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from keepless.cost import CostModel
+from keepless.errors import InfeasibleBudget, SolverError
+from keepless.ir import Budget, Certificate, Graph, Status, format_bytes
+from keepless.machine import verify
+from keepless.solve.baselines import EveryK, KeepAll, RecomputeAll
+from keepless.solve.floor import floor_bound as floor_bound
+from keepless.solve.planner import SPACE, Keepless, Planner
+from keepless.solve.planner import plan as _plan
+from keepless.solve.solution import Solution as Solution
+from keepless.solve.solution import Solver as Solver
+from keepless.solve.solution import solution as _solution
+
+SOLVERS: Mapping[str, Solver] = {
+    "keep_all": KeepAll(),
+    "recompute_all": RecomputeAll(),
+    "every_k": EveryK(),
+    "keepless": Keepless(),
+}
+"""Solvers by name. A new solver is one file and one line here."""
+
+
+def solve(graph: Graph, cost: CostModel, budget: Budget, solver: str = "keepless", seed: int = 0) -> Solution:
+    """A verified program within the budget.
+
+    Arguments:
+        budget: its device limit less the reserve bounds the peak.
+        solver: a name in `SOLVERS`.
+
+    Raises:
+        InfeasibleBudget: no order within the budget was found; says the smallest that was, and what is proven.
+        SolverError: there is no such solver.
+    """
+    if solver not in SOLVERS:
+        raise SolverError(f"There is no solver {solver!r}. Solvers: {', '.join(sorted(SOLVERS))}.")
+    limit = budget.device
+    planner = Planner(graph, cost)
+    found = _plan(planner, limit, seed) if solver == "keepless" else SOLVERS[solver].solve(graph, cost, limit, seed)
+    low = planner.smallest.peak if solver == "keepless" else found.peak
+    bound, where = floor_bound(graph, cost)
+    found = found.stating(min(low, found.peak), bound)
+    if found.peak > limit:
+        raise _infeasible(graph, found, limit, where, solver)
+    verify(graph, found.program, cost=cost, budget=budget)
+    return found
+
+
+def smallest(graph: Graph, cost: CostModel) -> Solution:
+    """The lowest peak that the planner finds."""
+    low = Planner(graph, cost).smallest
+    bound, where = floor_bound(graph, cost)
+    status = Status.OPTIMAL if low.peak == bound else Status.FEASIBLE
+    witness = f"bytes at {graph.where(graph.ops[where])}" if graph.ops else ""
+    claim = Certificate("keepless", status, space=SPACE, bound_bytes=bound, witness=witness)
+    found = _solution(graph, cost, low.order, claim)
+    return found.stating(found.peak, bound)
+
+
+def _infeasible(graph: Graph, found: Solution, limit: int, where: int, solver: str) -> InfeasibleBudget:
+    blocking = graph.where(graph.ops[where])
+    bound, low = found.smallest_bound, found.smallest_nbytes
+    reason = (
+        f"op {blocking} needs {format_bytes(bound)} at once, whatever is recomputed"
+        if limit < bound
+        else f"every plan needs at least {format_bytes(bound)} at op {blocking}"
+    )
+    return InfeasibleBudget(
+        f"Budget {format_bytes(limit)} ({limit} bytes) is below the smallest peak that {solver!r} found, "
+        f"{format_bytes(low)} ({low} bytes): {reason}. Raise the budget to {low} bytes, or use a smaller batch.",
+        smallest_budget=low,
+        bound=bound,
+        blocking=blocking,
+    )

@@ -1,0 +1,226 @@
+"""Graph and costs as arrays, and what an order of ops does to memory.
+
+An order is a sequence of op ids; repeats are recomputation. An instance of a value begins where a producer runs and
+dies at its last read before the next run of a producer (`keepless.passes.from_order`). For the order `0 1 0 2` of
+`0 -> a, 1: a -> b, 2: a, b -> c` the instances are `a` over [0, 1], `b` over [1, 3], `a` over [2, 3], `c` at 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from keepless.cost import CostModel
+from keepless.ir import Effect, Graph, Kind
+from keepless.machine import reuse_pairs
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Lives:
+    """Instances of values under an order, sorted by value, then start.
+
+    Arguments:
+        value: value id of each instance.
+        start: position of the run that makes it.
+        end: position of its last read (its start if nothing reads it; one past the order if it is pinned).
+        profile: highest bytes on the device at each position.
+        seconds: of the step.
+        reads: `value * span + position` of every read, ascending, where `span` exceeds the order's length.
+        span: see `reads`.
+    """
+
+    value: Ints
+    start: Ints
+    end: Ints
+    profile: Ints
+    seconds: float
+    reads: Ints
+    span: int
+
+    @property
+    def peak(self) -> int:
+        """Highest bytes on the device."""
+        return int(self.profile.max()) if len(self.profile) else 0
+
+    def next_read(self, value: int, position: int) -> int:
+        """The first position after `position` that reads the value; -1 if none does."""
+        at = int(np.searchsorted(self.reads, value * self.span + position, "right"))
+        if at < len(self.reads) and self.reads[at] // self.span == value:
+            return int(self.reads[at] % self.span)
+        return -1
+
+    def last_read(self, value: int, position: int) -> int:
+        """The last position before `position` that reads the value; -1 if none does."""
+        at = int(np.searchsorted(self.reads, value * self.span + position, "left")) - 1
+        if at >= 0 and self.reads[at] // self.span == value:
+            return int(self.reads[at] % self.span)
+        return -1
+
+    def instance(self, value: int, position: int) -> int:
+        """Index of the value's latest instance made before `position`; -1 if there is none."""
+        at = int(np.searchsorted(self.keys, value * self.span + position, "left")) - 1
+        return at if at >= 0 and self.value[at] == value else -1
+
+    @cached_property
+    def keys(self) -> Ints:
+        """`value * span + start` of every instance, ascending."""
+        keys: Ints = self.value * self.span + self.start
+        return keys
+
+
+def _csr(rows: Sequence[Sequence[int]]) -> tuple[Ints, Ints]:
+    counts = np.fromiter((len(row) for row in rows), np.int64, len(rows))
+    starts = np.zeros(len(rows) + 1, np.int64)
+    np.cumsum(counts, out=starts[1:])
+    return starts, np.fromiter((v for row in rows for v in row), np.int64, int(starts[-1]))
+
+
+def _gather(starts: Ints, flat: Ints, order: Ints) -> tuple[Ints, Ints]:
+    """Positions and entries of the rows of `order`, in order."""
+    counts = starts[order + 1] - starts[order]
+    positions = np.repeat(np.arange(len(order), dtype=np.int64), counts)
+    first = np.cumsum(counts) - counts
+    index = np.arange(len(positions), dtype=np.int64) - np.repeat(first - starts[order], counts)
+    return positions, flat[index]
+
+
+class Tables:
+    """What solvers read again and again.
+
+    Static values (resident before and after the step) are left out of `reads`: they never move.
+    """
+
+    def __init__(self, graph: Graph, cost: CostModel) -> None:
+        self.graph = graph
+        self.cost = cost
+        self.num_ops = len(graph.ops)
+        self.static = graph.inputs & graph.pinned
+        self.static_nbytes = graph.static_nbytes
+        self.nbytes = np.array([v.nbytes for v in graph.values], np.int64)
+        self.sizes = [v.nbytes for v in graph.values]
+        self.seconds = np.array(cost.seconds, np.float64)
+        # A static value is there already; an op that lists it as an output holds another copy while it runs.
+        copies = [sum(self.sizes[v] for v in op.outputs if v in self.static) for op in graph.ops]
+        self.scratch = np.array(cost.scratch, np.int64) + np.array(copies, np.int64)
+        self.reads = [tuple(v for v in op.inputs if v not in self.static) for op in graph.ops]
+        self.writes = [op.outputs for op in graph.ops]
+        self.loss = self.num_ops if graph.loss_op is None else graph.loss_op
+        self.producer = [row[0] if row else -1 for row in graph.producers]
+        rng = {v.id for v in graph.values if v.kind is Kind.RNG}
+        self.state = {op.id: v for op in graph.ops if Effect.RNG in op.effects for v in op.outputs if v in rng}
+        self.consumers = graph.consumers
+        self.replayable = [self._may_replay(op.id) for op in graph.ops]
+        self._pinned = np.array(sorted(graph.pinned - self.static), np.int64)
+        self._given = np.array(sorted(graph.inputs - self.static), np.int64)
+        self._start_nbytes = sum(self.sizes[v] for v in graph.inputs)
+        states = set(self.state.values())
+        for op_id, v in self.state.items():  # every run of an RNG op writes the state, kept or not
+            self.scratch[op_id] += self.sizes[v]
+        self._read_csr = _csr(self.reads)
+        self._write_csr = _csr(
+            [tuple(v for v in row if v not in states and v not in self.static) for row in self.writes]
+        )
+        pairs = [reuse_pairs(graph, op) for op in graph.ops]
+        self._reuse_out = _csr([[p[0] for p in row] for row in pairs])
+        self._reuse_in = _csr([[p[1] for p in row] for row in pairs])
+
+    def _may_replay(self, op_id: int) -> bool:
+        op = self.graph.ops[op_id]
+        if not op.can_replay or op_id >= self.loss or not op.outputs:
+            return False
+        if any(v in self.graph.pinned or len(self.graph.producers[v]) > 1 for v in op.outputs):
+            return False
+        return not (set(op.inputs) & self.mutated)
+
+    @cached_property
+    def mutated(self) -> frozenset[int]:
+        """Values that an op with effect BUFFER writes into: what read them before must not run again."""
+        found: set[int] = set()
+        for op in self.graph.ops:
+            if Effect.BUFFER in op.effects:
+                found.update(v for v in (*op.inputs, *op.outputs) if self.graph.values[v].kind is Kind.BUFFER)
+        return frozenset(found)
+
+    @cached_property
+    def base(self) -> Ints:
+        """The order in which every op runs once."""
+        return np.arange(self.num_ops, dtype=np.int64)
+
+    def lives(self, order: Sequence[int] | Ints) -> Lives:
+        """Instances, profile and seconds of an order: O(events log events), numpy.
+
+        Storage reuse is counted where an op's input dies at it. Agrees with `keepless.passes.evaluate`.
+        """
+        runs = np.asarray(order, np.int64)
+        num = len(runs)
+        read_pos, read_val = _gather(*self._read_csr, runs)
+        write_pos, write_val = _gather(*self._write_csr, runs)
+        fill = np.full
+        value = np.concatenate([write_val, self._given, read_val, self._pinned])
+        # Keys sort by value, then position; at one position the read comes before the write.
+        where = np.concatenate(
+            [2 * write_pos + 3, fill(len(self._given), 1), 2 * read_pos + 2, fill(len(self._pinned), 2 * num + 2)]
+        )
+        num_writes = len(write_val) + len(self._given)
+        rank = np.argsort(value * (2 * num + 4) + where)
+        is_write = rank < num_writes
+        first = np.flatnonzero(is_write)
+        if not len(first):
+            profile = self.static_nbytes + self.scratch[runs]
+            return Lives(first, first, first, profile, float(self.seconds[runs].sum()), first, num + 2)
+        last = np.append(first[1:], len(rank)) - 1
+        position = where[rank] // 2 - 1
+        inst_value, start, end = value[rank[first]], np.maximum(position[first], 0), position[last]
+        end = np.maximum(end, start)
+        size = self.nbytes[inst_value]
+        moves = np.bincount(start, size, num + 2) - np.bincount(end + 1, size, num + 2)
+        profile = (self.static_nbytes + np.cumsum(moves)[:num]).astype(np.int64) + self.scratch[runs]
+        if len(self._reuse_out[1]):
+            self._reuse(runs, num, profile, inst_value, start, end)
+        if num:
+            profile[0] = max(profile[0], self._start_nbytes)
+        if self.state:
+            profile += self._states(runs, num)
+        span = num + 2
+        events = rank[~is_write]
+        reads = value[events] * span + where[events] // 2 - 1
+        return Lives(inst_value, start, end, profile, float(self.seconds[runs].sum()), reads, span)
+
+    def _reuse(self, runs: Ints, num: int, profile: Ints, value: Ints, start: Ints, end: Ints) -> None:
+        """Take the bytes of inputs whose storage an output takes over from the profile."""
+        pos, out = _gather(*self._reuse_out, runs)
+        taken = _gather(*self._reuse_in, runs)[1]
+        span = np.int64(num + 4)
+        ends = np.sort(value * span + end)  # one instance at most ends at a position
+        key = taken * span + pos
+        hit = np.searchsorted(ends, key)
+        dies = (hit < len(ends)) & (ends[np.minimum(hit, len(ends) - 1)] == key)
+        starts = value * span + start
+        at = np.minimum(np.searchsorted(starts, out * span + pos), len(starts) - 1)
+        kept = (starts[at] == out * span + pos) & (end[at] > start[at])
+        # A run reuses for all the outputs that it keeps, or for none.
+        alive = np.bincount(pos[kept & ~dies], minlength=num) > 0
+        take = kept & ~alive[pos]
+        np.subtract.at(profile, pos[take], self.nbytes[taken[take]])
+
+    def _states(self, runs: Ints, num: int) -> Ints:
+        """Bytes of recorded generator states: from an op's first run to its last replay."""
+        draws = np.array(sorted(self.state), np.int64)
+        at = np.flatnonzero(np.isin(runs, draws))
+        if not len(at):
+            return np.zeros(num, np.int64)
+        ops = runs[at]
+        begin, finish = np.full(self.num_ops, num, np.int64), np.full(self.num_ops, -1, np.int64)
+        np.minimum.at(begin, ops, at)
+        np.maximum.at(finish, ops, at)
+        drawn = draws[finish[draws] >= 0]
+        size = self.nbytes[[self.state[int(op)] for op in drawn]]
+        moves = np.bincount(begin[drawn] + 1, size, num + 2) - np.bincount(finish[drawn] + 1, size, num + 2)
+        return np.cumsum(moves)[:num].astype(np.int64)

@@ -1,0 +1,236 @@
+"""Solvers: conformance over the table, quality against block checkpointing, odd graphs."""
+
+from __future__ import annotations
+
+import heapq
+import random
+from dataclasses import replace
+
+import pytest
+from test_solve_models import Tape, batch_norm_net, chain, dense, gpt, unet
+
+from keepless.cost import CostModel
+from keepless.errors import InfeasibleBudget, SolverError
+from keepless.ir import Budget, Effect, Graph, Kind, Phase, Run, Status
+from keepless.machine import simulate, verify
+from keepless.passes import evaluate
+from keepless.solve import SOLVERS, floor_bound, smallest, solve
+from keepless.solve.baselines import EveryK
+from keepless.solve.planner import Planner, plan
+from keepless.solve.tables import Tables
+
+SMALL = {"gpt": lambda: gpt(2, 64, 32, 2), "unet": lambda: unet(2), "dense": lambda: dense(5), "bn": batch_norm_net}
+
+
+def tiny(seed: int, layers: int = 4) -> tuple[Graph, CostModel]:
+    """A random training graph of about a dozen ops, small enough to search exhaustively."""
+    rng, t = random.Random(seed), Tape()
+    xs = [t.value(rng.choice([2000, 4000]), Kind.INPUT)]
+    for _ in range(layers):
+        x = rng.choice(xs[-2:])
+        size = rng.choice([1000, 4000, 8000])
+        saves = rng.random() < 0.5
+        reads = (x,) if not saves else ()
+        grads = [(v, reads) for v in (x,) if v != xs[0]]
+        out = t.forward("op", (x,), size, grads, flops=rng.choice([1e5, 1e6, 4e6]), saves_output=saves)[0]
+        xs.append(out)
+    return t.finish(t.forward("sum", (xs[-1],), 4, [(xs[-1], (xs[-1],))])[0])
+
+
+def least_seconds(graph: Graph, cost: CostModel, limit: int) -> float | None:
+    """The fastest step within the limit over all programs: shortest path over (base ops done, resident values)."""
+    sizes = [v.nbytes for v in graph.values]
+    start = (0, frozenset(graph.inputs))
+    queue: list[tuple[float, int, tuple[int, frozenset[int]]]] = [(0.0, 0, start)]
+    settled: set[tuple[int, frozenset[int]]] = set()
+    count = 0
+    while queue:
+        seconds, _, (done, resident) = heapq.heappop(queue)
+        if (done, resident) in settled:
+            continue
+        settled.add((done, resident))
+        if done == len(graph.ops) and graph.pinned <= resident:
+            return seconds
+        for v in resident - graph.pinned:
+            count += 1
+            heapq.heappush(queue, (seconds, count, (done, resident - {v})))
+        for op in graph.ops[: done + 1]:
+            fresh = set(op.outputs) - resident
+            if not set(op.inputs) <= resident or (op.id < done and (not op.can_replay or not fresh)):
+                continue
+            nbytes = sum(sizes[v] for v in resident) + sum(sizes[v] for v in op.outputs) + cost.scratch[op.id]
+            if nbytes > limit:
+                continue
+            count += 1
+            state = (max(done, op.id + 1), resident | fresh)
+            heapq.heappush(queue, (seconds + cost.seconds[op.id], count, state))
+    return None
+
+
+@pytest.mark.parametrize("solver", sorted(SOLVERS))
+@pytest.mark.parametrize("model", sorted(SMALL))
+def test_solutions_are_legal_and_say_the_truth(solver: str, model: str) -> None:
+    """Every solver's program passes the verifier, and its seconds and peak are the simulator's."""
+    graph, cost = SMALL[model]()
+    full = SOLVERS["keep_all"].solve(graph, cost, 0)
+    for share in (1.0, 0.7, 0.4):
+        limit = int(share * full.peak)
+        found = SOLVERS[solver].solve(graph, cost, limit)
+        again = SOLVERS[solver].solve(graph, cost, limit)
+        assert found.order == again.order
+        verify(graph, found.program, cost=cost)
+        timeline = simulate(graph, found.program, cost)
+        assert timeline.peak == found.peak
+        assert timeline.seconds == pytest.approx(found.seconds)
+        assert (found.peak <= limit) == (found.certificate.status in (Status.FEASIBLE, Status.OPTIMAL))
+        first_runs = list(dict.fromkeys(found.order))
+        assert first_runs == list(range(len(graph.ops)))
+
+
+@pytest.mark.parametrize("solver", sorted(SOLVERS))
+@pytest.mark.parametrize("seed", range(4))
+def test_no_solver_beats_exhaustive_search(solver: str, seed: int) -> None:
+    """On tiny graphs without storage reuse, nobody is faster than the exhaustive search at the same peak."""
+    graph, cost = tiny(seed)
+    full = SOLVERS["keep_all"].solve(graph, cost, 0)
+    for share in (1.0, 0.85, 0.7):
+        found = SOLVERS[solver].solve(graph, cost, int(share * full.peak))
+        best = least_seconds(graph, cost, found.peak)
+        assert best is not None
+        assert found.seconds >= best * (1 - 1e-9)
+    assert least_seconds(graph, cost, floor_bound(graph, cost)[0] - 1) is None
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_planner_is_near_the_optimum_on_tiny_graphs(seed: int) -> None:
+    """At the smallest peak of the planner and between, its time is within a fifth of the optimum."""
+    graph, cost = tiny(seed, layers=5)
+    full = SOLVERS["keep_all"].solve(graph, cost, 0)
+    low = smallest(graph, cost)
+    for limit in (low.peak, (low.peak + full.peak) // 2):
+        found = SOLVERS["keepless"].solve(graph, cost, limit)
+        best = least_seconds(graph, cost, limit)
+        assert best is not None
+        assert found.peak <= limit
+        assert found.seconds <= 1.2 * best
+
+
+def test_an_unknown_solver_is_refused() -> None:
+    """The message lists the solvers that there are."""
+    graph, cost = batch_norm_net(2)
+    with pytest.raises(SolverError, match="keepless"):
+        solve(graph, cost, Budget({"device": 1 << 30}), solver="magic")
+
+
+def test_infeasible_budgets_are_answered_with_numbers() -> None:
+    """An impossible budget says the smallest peak found, the proven bound and the op that blocks."""
+    graph, cost = gpt(2, 64, 32, 2)
+    bound, _ = floor_bound(graph, cost)
+    with pytest.raises(InfeasibleBudget) as caught:
+        solve(graph, cost, Budget({"device": bound - 1}))
+    error = caught.value
+    assert error.bound == bound
+    assert error.smallest_budget >= bound
+    assert error.blocking
+    assert str(error.smallest_budget) in str(error)
+    found = solve(graph, cost, Budget({"device": error.smallest_budget}))
+    assert found.peak <= error.smallest_budget
+    assert found.smallest_nbytes <= error.smallest_budget
+    assert found.smallest_bound == bound
+
+
+def test_reserve_is_left_free() -> None:
+    """The limit is the device's bytes less the reserve."""
+    graph, cost = unet(2)
+    full = SOLVERS["keep_all"].solve(graph, cost, 0).peak
+    found = solve(graph, cost, Budget({"device": full}, reserve=full // 10))
+    assert found.peak <= full - full // 10
+
+
+@pytest.mark.parametrize(("model", "layers"), [(gpt, 6), (unet, 3), (dense, 16)])
+def test_planner_beats_block_checkpointing_at_its_own_peak(model, layers: int) -> None:
+    """At the peak of every block length that beats keep-all, the planner is within it and faster."""
+    graph, cost = model(layers)
+    planner, tables = Planner(graph, cost), Tables(graph, cost)
+    full = tables.lives(tables.base).peak
+    lowest = full
+    for order in list(EveryK().orders(tables))[:6]:
+        rival = evaluate(graph, cost, order)
+        lowest = min(lowest, rival.peak)
+        if rival.peak >= full:
+            continue
+        mine = plan(planner, rival.peak)
+        assert mine.peak <= rival.peak
+        assert mine.seconds <= rival.seconds
+    assert planner.smallest.peak <= lowest
+
+
+def test_gpt_reaches_the_promised_shares() -> None:
+    """On the demo's graph: the smallest peak, and the time at two peaks."""
+    graph, cost = gpt(6)
+    planner = Planner(graph, cost)
+    full = evaluate(graph, cost, range(len(graph.ops)))
+    assert planner.smallest.peak <= 0.2 * full.peak
+    assert plan(planner, int(0.36 * full.peak)).seconds <= 1.105 * full.seconds
+    assert plan(planner, int(0.54 * full.peak)).seconds <= 1.06 * full.seconds
+
+
+def test_deep_chains_reach_the_square_root_regime() -> None:
+    """A thousand layers fit into a tenth of their memory in seconds."""
+    graph, cost = chain(1000)
+    full = evaluate(graph, cost, range(len(graph.ops)))
+    found = SOLVERS["keepless"].solve(graph, cost, full.peak // 8)
+    assert found.peak <= full.peak // 8
+    assert found.seconds <= 1.34 * full.seconds
+
+
+@pytest.mark.parametrize("model", ["bn", "gpt"])
+def test_ops_that_may_not_run_again_run_once(model: str) -> None:
+    """Running statistics are copied once, and an op that reads them afterwards never runs again."""
+    graph, cost = SMALL[model]()
+    found = smallest(graph, cost)
+    once = {op.id for op in graph.ops if not op.can_replay}
+    assert once
+    runs = [i.op for i in found.program if isinstance(i, Run)]
+    assert all(runs.count(op) == 1 for op in once)
+    assert all(graph.ops[op].phase is Phase.FORWARD for op in runs if runs.count(op) > 1)
+
+
+def test_an_op_that_reads_a_mutated_buffer_is_not_replayed() -> None:
+    """What a buffer held before its mutation cannot be read again."""
+    graph, cost = batch_norm_net(2)
+    mutation = next(op for op in graph.ops if Effect.BUFFER in op.effects)
+    running = next(v for v in mutation.inputs if graph.values[v].kind is Kind.BUFFER)
+    reader = next(op for op in graph.ops if op.name == "norm")
+    changed = tuple(
+        replace(op, inputs=tuple(sorted({*op.inputs, running}))) if op is reader else op for op in graph.ops
+    )
+    tables = Tables(replace(graph, ops=changed), cost)
+    assert not tables.replayable[mutation.id]
+    assert not tables.replayable[reader.id]
+
+
+@pytest.mark.parametrize("model", sorted(SMALL))
+def test_fast_profiles_agree_with_the_passes(model: str) -> None:
+    """The solvers' own evaluation equals `passes.evaluate` position by position, replays included."""
+    graph, cost = SMALL[model]()
+    tables = Tables(graph, cost)
+    for order in (list(range(len(graph.ops))), list(smallest(graph, cost).order), *EveryK().orders(tables)):
+        mine, theirs = tables.lives(order), evaluate(graph, cost, order, profile=True)
+        assert theirs.profile is not None
+        assert mine.profile.tolist() == theirs.profile.tolist()
+        assert mine.seconds == pytest.approx(theirs.seconds)
+
+
+def test_forward_only_and_empty_graphs() -> None:
+    """A graph without backward, and one without ops, are planned too."""
+    graph, cost = unet(2)
+    cut = graph.loss_op
+    assert cut is not None
+    made = {v for op in graph.ops[:cut] for v in op.outputs}
+    forward = Graph(graph.ops[:cut], graph.values, graph.inputs, graph.inputs | {max(made)})
+    kept = CostModel(cost.seconds[:cut], cost.scratch[:cut])
+    full = evaluate(forward, kept, range(cut))
+    assert solve(forward, kept, Budget({"device": full.peak})).peak <= full.peak
+    empty = Graph((), (), frozenset(), frozenset())
+    assert solve(empty, CostModel((), ()), Budget({"device": 1})).peak == 0
