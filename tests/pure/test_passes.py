@@ -78,7 +78,8 @@ def test_reuse_takes_dying_inputs() -> None:
 
 
 @pytest.mark.parametrize(
-    ("order", "rule", "index"), [([1], "R1", 0), ([0, 2], "R1", 1), ([0, 7], "R1", 1), ([0], "R6", 1), ([-1], "R1", 0)]
+    ("order", "rule", "index"),
+    [([1], "R1", 0), ([0, 2], "R1", 1), ([0, 1, 3], "R1", 2), ([0, 7], "R1", 1), ([0], "R6", 1), ([-1], "R1", 0)],
 )
 def test_illegal_order_is_refused(order: list[int], rule: str, index: int) -> None:
     """An order that reads what nothing made, or leaves out what must be there, names the place."""
