@@ -1,1 +1,74 @@
-"""Keepless: train a model inside a memory budget."""
+"""Keepless: train a PyTorch model inside a memory budget, with the same gradients bit for bit.
+
+::
+
+    import keepless
+    model = keepless.fit(model, batch, budget="8GiB", optimizer=optimizer)
+
+Public names load on first use: `import keepless` imports no torch, no solver, no plotting library.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from keepless.api import Inputs as Inputs
+    from keepless.api import Plan as Plan
+    from keepless.api import Verification as Verification
+    from keepless.api import apply as apply
+    from keepless.api import fit as fit
+    from keepless.api import load as load
+    from keepless.api import plan as plan
+    from keepless.api import remove as remove
+    from keepless.api import verify as verify
+    from keepless.api import with_loss as with_loss
+    from keepless.errors import BatchError as BatchError
+    from keepless.errors import BudgetError as BudgetError
+    from keepless.errors import CaptureError as CaptureError
+    from keepless.errors import GuardError as GuardError
+    from keepless.errors import InfeasibleBudget as InfeasibleBudget
+    from keepless.errors import KeeplessError as KeeplessError
+    from keepless.errors import LossError as LossError
+    from keepless.errors import PlanError as PlanError
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "keepless.api": (
+        "Inputs",
+        "Plan",
+        "Verification",
+        "apply",
+        "fit",
+        "load",
+        "plan",
+        "remove",
+        "verify",
+        "with_loss",
+    ),
+    "keepless.errors": (
+        "BatchError",
+        "BudgetError",
+        "CaptureError",
+        "GuardError",
+        "InfeasibleBudget",
+        "KeeplessError",
+        "LossError",
+        "PlanError",
+    ),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = sorted(_HOME_OF)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'keepless' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,1 +1,11 @@
-"""Control: the whole line, from a model and a budget to a planned step."""
+"""Control: the whole line, from a model and a budget to a planned step, and back to what was measured."""
+
+from keepless.control.applying import apply as apply
+from keepless.control.applying import planned_forward as planned_forward
+from keepless.control.applying import remove as remove
+from keepless.control.planning import Capture as Capture
+from keepless.control.planning import Progress as Progress
+from keepless.control.planning import make as make
+from keepless.control.planning import read_budget as read_budget
+from keepless.control.verifying import Verification as Verification
+from keepless.control.verifying import verify as verify

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from keepless import _compat
 from keepless.binding import Binding, Call, OpCode, map_refs, slots_of
 from keepless.capture import DELIVER, LOSS, OPTIMIZER
 from keepless.cost import CostModel, Origin
@@ -108,4 +109,22 @@ def _real(binding: Binding, slot: int, storages: dict[int, torch.Tensor]) -> tor
     return base.as_strided(example.size(), example.stride(), example.storage_offset())
 
 
+def measure_loss(binding: Binding, loss_fn: Any, batch: Any) -> OpCost:
+    """The caller's own loss, forward and backward, on made-up outputs of the captured shapes."""
+    graph = binding.graph
+    outputs: dict[int, torch.Tensor] = {}
+    for position, slot in binding.outputs.items():
+        tensor = _real(binding, slot, {}).clone()
+        outputs[position] = tensor.requires_grad_(position in binding.grad_outputs)
+    count = len(binding.outputs) + len(binding.output_constants)
+    flat = [outputs.get(i, binding.output_constants.get(i)) for i in range(count)]
+    output = _compat.tree_unflatten(flat, binding.output_spec)
+    wanted = [outputs[position] for position in binding.grad_outputs]
 
+    def run() -> object:
+        with torch.enable_grad():
+            return torch.autograd.grad(loss_fn(output, batch), wanted)
+
+    tangents = sum(graph.values[binding.slot_value[slot]].nbytes for slot in binding.tangents)
+    trial = Trial("keepless.loss", lambda: run, tangents)
+    return measure_ops([trial], device=binding.device)[trial.key]

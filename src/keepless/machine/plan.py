@@ -48,6 +48,7 @@ class Plan:
         smallest_budget: bytes of the smallest device budget for which a plan was found.
         smallest_bound: bytes that every plan needs at least (proven).
         measured_peak: highest bytes of a measured step, None until there is one.
+        capture: the engine's side of the plan while the process lives; opaque here, never saved.
     """
 
     graph: Graph
@@ -61,6 +62,7 @@ class Plan:
     smallest_budget: int = 0
     smallest_bound: int = 0
     measured_peak: int | None = None
+    capture: object | None = field(default=None, repr=False, compare=False)
 
     @property
     def predicted_peak(self) -> int:

@@ -1,0 +1,151 @@
+"""The public functions: plan, apply, remove, fit, load, verify, with_loss."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+from keepless import control
+from keepless.capture import Inputs
+from keepless.control import Progress, Verification
+from keepless.machine import Plan, load_plan
+
+M = TypeVar("M", bound=torch.nn.Module)
+LossFn = Callable[[Any, Any], torch.Tensor]
+
+
+def plan(
+    model: torch.nn.Module,
+    batch: Any,
+    budget: str | int | float,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    loss_fn: LossFn | None = None,
+    accumulate: bool = False,
+    release_outputs: bool = False,
+    outside: str | int = 0,
+    solver: str = "keepless",
+    seed: int = 0,
+    cache: bool = True,
+    progress: Progress | None = None,
+) -> Plan:
+    """The fastest plan found for training this model on batches like this one within a budget.
+
+    Nothing of the caller's changes: weights, buffers, gradients, optimizer and random generators stay as they were,
+    and planning itself stays within the budget.
+
+    Arguments:
+        model: on one device, in the modes (train, eval) that the step will have.
+        batch: a tensor, tuple or dict as the forward takes it, or `keepless.Inputs(*args, **kwargs)`.
+        budget: peak bytes on the device over every step: "8GiB" (2**30), "8GB" (10**9), an int of bytes, or a float in
+            (0, 1] as a share of the device.
+        optimizer: the one that the loop steps; its state and temporaries then count. It is never stepped here.
+        loss_fn: loss of (output, batch), for a model whose output holds no loss. In the caller's loop the loss stays
+            eager.
+        accumulate: gradients are added to existing ones (accumulation, or zero_grad(set_to_none=False)).
+        release_outputs: the caller drops the outputs before the backward, all but the loss.
+        outside: bytes on the device beside model, batch and optimizer (a second model, an average of weights).
+        solver: a name in `keepless.solve.SOLVERS`.
+        seed: of the solver.
+        cache: remember measured costs of ops on disk.
+        progress: called with (stage, done, total).
+
+    Raises:
+        BudgetError: the budget cannot be read.
+        InfeasibleBudget: no plan was found; carries the smallest budget that works and the op that sets the floor.
+        CaptureError: the model cannot be captured as one graph; BatchError, LossError and ParameterError say more.
+    """
+    return control.make(
+        model,
+        batch,
+        budget,
+        optimizer=optimizer,
+        loss_fn=loss_fn,
+        accumulate=accumulate,
+        release_outputs=release_outputs,
+        outside=outside,
+        solver=solver,
+        seed=seed,
+        cache=cache,
+        progress=progress,
+    )
+
+
+def apply(model: M, plan: Plan) -> M:
+    """Makes a model train by a plan; the same object, state_dict keys and forward signature.
+
+    Calls under no_grad, in evaluation mode, or inside torch.func transforms run the model's own forward. A training
+    call with other shapes is planned on the spot for the same budget.
+
+    Raises:
+        PlanError: the plan was made for another model.
+    """
+    return control.apply(model, plan)
+
+
+def remove(model: M) -> M:
+    """Takes a plan out of a model; without one it does nothing."""
+    return control.remove(model)
+
+
+def fit(model: M, batch: Any, budget: str | int | float, **options: Any) -> M:
+    """`plan` and `apply` in one: the model, training within the budget. Takes the options of `plan`."""
+    return apply(model, plan(model, batch, budget, **options))
+
+
+def load(path: str | os.PathLike[str]) -> Plan:
+    """A plan from a file that `plan.save` wrote. Nothing in a file is ever executed.
+
+    Raises:
+        PlanError: the file is damaged, edited, of another version, or breaks a rule of the machine.
+        OSError: the file cannot be read.
+    """
+    return load_plan(path)
+
+
+def verify(
+    model: torch.nn.Module, batch: Any, plan: Plan, *, loss_fn: LossFn | None = None, repeats: int = 3
+) -> Verification:
+    """Runs the planned step and a reference on this batch and compares every bit; measures peak and seconds.
+
+    The reference is plain eager where the engine's ops are eager's own, else the same engine with everything kept, or
+    its smallest-peak program where keeping everything does not fit the device. Gradients, buffers and generators are
+    put back; parameters are never stepped.
+
+    Raises:
+        PlanError: the plan was made for another model or batch.
+    """
+    return control.verify(model, batch, plan, loss_fn=loss_fn, repeats=repeats)
+
+
+class WithLoss(torch.nn.Module):
+    """A model whose forward returns its loss, so that the loss is captured, planned and recomputed with the model."""
+
+    def __init__(self, model: torch.nn.Module, loss_fn: LossFn, num_targets: int = 0) -> None:
+        super().__init__()
+        self.model = model
+        self.loss_fn = loss_fn
+        self.num_targets = num_targets
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The loss of (model(*inputs, **kwargs), batch); the last `num_targets` positions are for the loss only."""
+        inputs = args[: len(args) - self.num_targets]
+        batch: Any = args[0] if len(args) == 1 and not kwargs else kwargs if kwargs and not args else args
+        return self.loss_fn(self.model(*inputs, **kwargs), batch)
+
+
+def with_loss(model: torch.nn.Module, loss_fn: LossFn, num_targets: int = 0) -> WithLoss:
+    """A module whose forward returns the loss of (output, batch).
+
+    Arguments:
+        model: any module.
+        loss_fn: loss of (output, batch); the batch is what the wrapper was called with: a tensor, a tuple or a dict.
+        num_targets: how many of the last positional arguments the model itself does not take.
+    """
+    return WithLoss(model, loss_fn, num_targets)
+
+
+__all__ = ["Inputs", "Plan", "Verification", "apply", "fit", "load", "plan", "remove", "verify", "with_loss"]
