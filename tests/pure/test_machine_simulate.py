@@ -81,6 +81,13 @@ def test_budget_is_checked_where_given() -> None:
         simulate(GRAPH, program, COST, budget=Budget({"device": 32}))
 
 
+def test_program_that_ends_wrong_has_no_timeline() -> None:
+    """A program that leaves something in flight is refused at its end."""
+    with pytest.raises(ProgramError, match="at the end") as caught:
+        timeline("run 0 keep 2\ncopy 2 device host\n")
+    assert (caught.value.rule, caught.value.index) == ("R6", 2)
+
+
 def test_messages_without_a_program_and_in_flight() -> None:
     """An engine's machine knows no program, and still says what is wrong."""
     machine = Machine(GRAPH, cost=COST)

@@ -207,6 +207,22 @@ def test_drop_waits_for_the_copy() -> None:
     assert lines.index("wait 1 host") < lines.index("drop 1")
 
 
+def test_wait_for_another_tier_is_no_use_of_the_device() -> None:
+    """A copy from the host to the disk does not hold the value on the device."""
+    text = "run 0 keep 1\ncopy 1 device host\nwait 1 host\nrun 1 keep 2\ncopy 1 host disk\nrun 2 keep 4\nwait 1 disk\n"
+    lines = format_program(insert_drops(GRAPH, parse_program(text))).splitlines()
+    assert lines.index("drop 1") < lines.index("copy 1 host disk")
+
+
+def test_drop_on_another_tier_is_not_reuse() -> None:
+    """Only a drop on the device, right after the run, gives the storage up."""
+    for text in ("run 1 keep 2\ndrop 1 host\n", "run 1 keep 2\nrun 0\ndrop 1\n", "run 1 keep 3\ndrop 1\n"):
+        program = parse_program(text)
+        assert reuse_storage(GRAPH, program) == program
+    mixed = reuse_storage(GRAPH, parse_program("run 1 keep 2\ndrop 0\ndrop 1\ndrop 1 host\n"))
+    assert format_program(mixed) == "run 1 keep 2 reuse\ndrop 0\ndrop 1 host\n"
+
+
 def test_tables_go_with_their_graph() -> None:
     """The cached tables of a graph keep no graph alive, and never answer for another one."""
     rng = random.Random(3)
