@@ -15,19 +15,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
+
 from keepless.cost import CostModel
 from keepless.ir import Certificate, Graph, Status
+from keepless.solve.bound import seconds_bound
 from keepless.solve.floor import floor_bound
 from keepless.solve.gaps import Gaps
-from keepless.solve.lagrange import Relaxation, Woven
+from keepless.solve.lagrange import Relaxation, Woven, base_profile
 from keepless.solve.min_cut import MinCut
 from keepless.solve.segments import families, find_cuts
 from keepless.solve.solution import Solution, solution
 from keepless.solve.tables import Tables
 from keepless.solve.weave import lazy_order
 
-SPACE = "first runs in the captured order; any number of recomputations of forward ops"
+SPACE = "first runs in the captured order, backward ops once, any number of recomputations of forward ops"
 _SMALLEST_STARTS = 3
+_LOOSENINGS = (1.04, 1.12, 1.25, 1.5)
+_BOUND_POSITIONS = 6
 _WORK_OPS = 4_000_000
 """Work of one local search: evaluated orders times their ops."""
 
@@ -86,19 +91,28 @@ class Planner:
 
     def within(self, limit: int) -> Woven:
         """The fastest order that was found within the limit, or the lowest where none was."""
-        relaxation = Relaxation(self.tables, limit)
-        found = relaxation.run(self.families)
-        candidates = [found] if found.peak <= limit else [found, self.smallest]
-        best: Woven | None = None
-        for start in candidates:
-            gaps = Gaps(self.tables, start.order, self.work)
-            if gaps.evict(limit):
-                gaps.fill(limit)
-            woven = Woven(gaps.order, gaps.seconds, gaps.peak)
-            if woven.beats(best, limit):
-                best = woven
-        assert best is not None
+        found = self._relaxed(limit)
+        best = self._refined(found, limit)
+        if best.peak <= limit and len(best.order) == self.tables.num_ops:
+            return best
+        # Prices cannot express recomputation within recomputation: plans for more memory, evicted down, can be better.
+        for loosening in _LOOSENINGS if found.peak > limit else _LOOSENINGS[:2]:
+            start = self._relaxed(int(limit * loosening))
+            woven = self._refined(start, limit)
+            best = woven if woven.beats(best, limit) else best
+        if best.peak > limit or found.peak > limit:
+            woven = self._refined(self.smallest, limit)
+            best = woven if woven.beats(best, limit) else best
         return best
+
+    def _relaxed(self, limit: int) -> Woven:
+        return Relaxation(self.tables, limit).run(self.families)
+
+    def _refined(self, start: Woven, limit: int) -> Woven:
+        gaps = Gaps(self.tables, start.order, self.work)
+        if gaps.evict(limit):
+            gaps.fill(limit)
+        return Woven(gaps.order, gaps.seconds, gaps.peak)
 
 
 @dataclass(frozen=True)
@@ -116,18 +130,30 @@ def plan(planner: Planner, limit_nbytes: int, seed: int = 0) -> Solution:
     woven = planner.within(limit_nbytes)
     graph, cost = planner.graph, planner.cost
     bound, where = floor_bound(graph, cost)
+    fastest, at = float(planner.tables.seconds.sum()), -1
+    if woven.peak <= limit_nbytes and len(woven.order) > len(graph.ops):
+        fastest, at = seconds_bound(planner.tables, limit_nbytes, _tight_positions(planner.tables, woven))
     if woven.peak <= limit_nbytes:
-        status = Status.OPTIMAL if len(woven.order) == len(graph.ops) else Status.FEASIBLE
+        status = Status.OPTIMAL if woven.seconds <= fastest * (1 + 1e-9) else Status.FEASIBLE
     else:
         status = Status.PROVEN_INFEASIBLE if limit_nbytes < bound else Status.NOT_FOUND
+    moment = f"minimum cut at {graph.where(graph.ops[at])}" if at >= 0 else "every op runs once"
     certificate = Certificate(
         "keepless",
         status,
         space=SPACE,
-        bound_seconds=float(planner.tables.seconds.sum()),
+        bound_seconds=fastest,
         bound_bytes=bound,
-        witness=f"every op runs once; bytes at {graph.where(graph.ops[where])}" if graph.ops else "",
+        witness=f"seconds: {moment}; bytes: {graph.where(graph.ops[where])}" if graph.ops else "",
         solve_seconds=time.perf_counter() - begin,
         seed=seed,
     )
     return solution(graph, cost, woven.order, certificate)
+
+
+def _tight_positions(tables: Tables, woven: Woven) -> list[int]:
+    """The LOSS op and the backward ops whose first runs see the most bytes."""
+    order = np.array(woven.order, np.int64)
+    profile = base_profile(tables, order, tables.lives(order).profile)
+    top = [int(t) for t in np.argsort(-profile, kind="stable") if t > tables.loss]
+    return [t for t in [tables.loss, *top[: _BOUND_POSITIONS - 1]] if t < tables.num_ops]
