@@ -30,8 +30,8 @@ from typing import Any
 
 import torch
 
-from keepless import _compat
 from keepless.binding import Binding, Call, OpCode, Ref, slots_of
+from keepless.execute.direct import direct
 from keepless.ir import DEVICE, Drop, Phase, Program, Run
 from keepless.machine import reuse_pairs
 
@@ -115,7 +115,7 @@ class _Writer:
         return self.named(item, "c")
 
     def call(self, call: Call) -> str:
-        target = _compat.raw_op(call.target)
+        target = direct(call.target)
         parts = [self.expression(arg) for arg in call.args]
         parts += [f"{key}={self.expression(value)}" for key, value in call.kwargs.items()]
         return f"{self.named(target, 'f')}({', '.join(parts)})"

@@ -1,0 +1,63 @@
+# Everything starts here: `make demo` and `make test` set up their own environment.
+PYTHON ?= python3
+VENV ?= .venv
+PURE ?= .venv-pure
+BIN := $(VENV)/bin
+CONSTRAINTS := constraints.txt
+
+.PHONY: help demo test test-fast test-pure check lint types imports format bench bench-gpu clean
+
+help:
+	@echo "make demo       train a small GPT-2 four ways inside and outside a budget (out/)"
+	@echo "make test       lint, types, import contracts, all tests"
+	@echo "make test-fast  the tests without the slow ones"
+	@echo "make bench      the committed figures (benchmarks/results/)"
+
+$(VENV)/.ready: pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e ".[dev]"
+	@touch $@
+
+$(PURE)/.ready: pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv $(PURE)
+	$(PURE)/bin/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) \
+		numpy scipy pytest pytest-timeout hypothesis
+	@touch $@
+
+demo: $(VENV)/.ready
+	$(BIN)/python -m keepless.demo
+
+check: lint types imports
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.ready
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+types: $(VENV)/.ready
+	$(BIN)/mypy
+
+imports: $(VENV)/.ready
+	$(BIN)/lint-imports
+
+# The half below the torch line, in an environment that has no torch.
+test-pure: $(PURE)/.ready
+	PYTHONPATH=src $(PURE)/bin/python -m pytest -q tests/pure
+
+test: check test-pure
+	$(BIN)/python -m pytest -q tests/cpu tests/gpu
+
+test-fast: $(VENV)/.ready
+	$(BIN)/python -m pytest -q -m "not slow" tests
+
+bench: $(VENV)/.ready
+	$(BIN)/python -m benchmarks.step
+
+bench-gpu: $(VENV)/.ready
+	$(BIN)/python -m benchmarks.step --device cuda
+
+clean:
+	rm -rf $(VENV) $(PURE) out .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
