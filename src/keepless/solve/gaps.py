@@ -13,10 +13,13 @@ from __future__ import annotations
 import numpy as np
 
 from keepless.solve.tables import Ints, Lives, Tables
-from keepless.solve.weave import strip
+from keepless.solve.weave import useful
 
 _TRIED = 6
 """Evictions evaluated exactly per step."""
+_SCORED = 64
+"""Values whose replays are looked at per step."""
+_PASSES = 3
 
 
 class Gaps:
@@ -59,7 +62,7 @@ class Gaps:
         top = int(profile.argmax())
         now = _excess(profile, target)
         best: tuple[float, list[int], Lives] | None = None
-        for order in self._evictions(top, target)[:_TRIED]:
+        for order in self._evictions(top, target):
             lives = self._try(order)
             then = _excess(lives.profile, target)
             if lives.peak > self.lives.peak or then >= now:
@@ -77,11 +80,16 @@ class Gaps:
         tables, lives = self.tables, self.lives
         spans = np.flatnonzero((lives.start < top) & (lives.end > top))
         seen: set[tuple[int, int]] = set()
-        found: list[tuple[float, int, list[int]]] = []
-        for value in lives.value[spans].tolist():
+        found: list[tuple[float, int, int, list[int]]] = []
+        resident = [
+            v
+            for v in lives.value[spans].tolist()
+            if tables.sizes[v] and tables.producer[v] >= 0 and tables.replayable[tables.producer[v]]
+        ]
+        seconds = tables.cost.seconds
+        resident.sort(key=lambda v: seconds[tables.producer[v]] / tables.sizes[v])
+        for value in resident[:_SCORED]:
             producer = tables.producer[value]
-            if producer < 0 or not tables.replayable[producer] or tables.sizes[value] == 0:
-                continue
             use = lives.next_read(value, top - 1)
             if use <= top or use >= len(self.order) or (producer, use) in seen:
                 continue
@@ -89,10 +97,10 @@ class Gaps:
             again = self._replays(producer, use, top, target)
             if again is None:
                 continue
-            cost = float(tables.seconds[again].sum())
-            found.append(((cost + 1e-12) / tables.sizes[value], value, [*self.order[:use], *again, *self.order[use:]]))
+            cost = sum(map(seconds.__getitem__, again))
+            found.append(((cost + 1e-12) / tables.sizes[value], value, use, again))
         found.sort(key=lambda f: f[:2])
-        return [f[2] for f in found]
+        return [[*self.order[:use], *again, *self.order[use:]] for _, _, use, again in found[:_TRIED]]
 
     def _replays(self, producer: int, use: int, top: int, target: int) -> list[int] | None:
         """The ops to run before position `use` so that `producer`'s outputs are there; None where it cannot be."""
@@ -100,10 +108,9 @@ class Gaps:
         found, stack = {producer}, [producer]
         while stack:
             for u in tables.reads[stack.pop()]:
-                at = lives.instance(u, use)
-                if at < 0:
+                born, death = lives.instance(u, use)
+                if born < 0:
                     return None
-                death = int(lives.end[at])
                 if death >= use:
                     continue
                 maker = tables.producer[u]
@@ -119,66 +126,74 @@ class Gaps:
     def fill(self, limit: int) -> bool:
         """Take replays out while the peak stays within `limit`; True if any was."""
         changed = False
-        refused: set[tuple[int, int]] = set()
-        while self.work > 0:
-            order = self._unreplay(limit, refused)
-            if order is None:
-                return changed
+        for _ in range(_PASSES):
+            if not self._fill_pass(limit):
+                break
             changed = True
         return changed
 
-    def _unreplay(self, limit: int, refused: set[tuple[int, int]]) -> list[int] | None:
-        tables, order = self.tables, self.order
-        runs = np.asarray(order, np.int64)
+    def _fill_pass(self, limit: int) -> bool:
+        """Try each replay once, the most seconds per byte first."""
+        seconds = self.tables.cost.seconds
+        runs = np.asarray(self.order, np.int64)
         replays = np.setdiff1d(np.arange(len(runs)), np.unique(runs, return_index=True)[1])
-        count: dict[int, int] = {}
         scored = []
         for position in replays.tolist():
-            op_id = order[position]
-            count[op_id] = count.get(op_id, 0) + 1
-            if (op_id, count[op_id]) in refused:
-                continue
-            room, nbytes = self._room(op_id, position, limit)
+            room, nbytes = self._room(position, limit)
             if room >= 0:
-                scored.append((float(tables.seconds[op_id]) / (nbytes + 1.0), position, count[op_id]))
+                scored.append((seconds[self.order[position]] / (nbytes + 1.0), position))
         scored.sort(reverse=True)
-        for _, position, turn in scored:
+        changed = False
+        now = np.arange(len(runs))  # where each position of the pass's first order is now; -1 if it is gone
+        for _, original in scored:
+            position = int(now[original])
+            if position < 0 or self._room(position, limit)[0] < 0:
+                continue
             if self.work <= 0:
-                return None
-            candidate = strip(tables, [*order[:position], *order[position + 1 :]])
+                break
+            without = [*self.order[:position], *self.order[position + 1 :]]
+            kept = useful(self.tables, without)
+            candidate = [without[p] for p in kept]
             lives = self._try(candidate)
             if lives.peak <= limit and lives.seconds < self.lives.seconds:
+                old = np.array(kept, np.int64)
+                moved = np.full(len(self.order), -1, np.int64)
+                moved[old + (old >= position)] = np.arange(len(old))
+                now = np.where(now >= 0, moved[now], -1)
                 self._take(candidate, lives)
-                return candidate
-            refused.add((order[position], turn))
-        return None
+                changed = True
+        return changed
 
-    def _room(self, op_id: int, position: int, limit: int) -> tuple[int, int]:
-        """Bytes below the limit if the run at `position` were taken out, and the bytes times share it holds."""
+    def _room(self, position: int, limit: int) -> tuple[int, int]:
+        """Bytes below the limit if the run at `position` were taken out, and the bytes of its outputs."""
         tables, lives = self.tables, self.lives
+        op_id = self.order[position]
         begin, total = position, 0
         parts: list[tuple[int, int]] = []
         for v in tables.writes[op_id]:
-            at = lives.instance(v, position + 1)
-            if at < 0 or lives.end[at] <= position:
+            born, end = lives.instance(v, position + 1)
+            if born < 0 or end <= position:
                 continue
-            before = lives.instance(v, position)
+            before, death = lives.instance(v, position)
             if before < 0:
                 continue
-            parts.append((int(lives.end[before]) + 1, tables.sizes[v]))
-            begin = min(begin, parts[-1][0])
+            parts.append((death + 1, tables.sizes[v]))
+            begin = min(begin, death + 1)
             total += tables.sizes[v]
-        if not parts:
-            return limit, 0
-        delta = lives.profile[begin:position].copy()
+        if not parts or begin >= position:
+            return limit, total
+        delta = lives.profile[begin:position]
+        if len(parts) == 1 and limit - int(delta.max()) >= total:
+            return limit - int(delta.max()) - total, total
+        delta = delta.copy()
         for start, size in parts:
             delta[start - begin :] += size
         for u in tables.reads[op_id]:
-            at = lives.instance(u, position)
-            if at >= 0 and lives.end[at] == position:
-                back = max(lives.last_read(u, position), int(lives.start[at])) + 1
+            born, end = lives.instance(u, position)
+            if born >= 0 and end == position:
+                back = max(lives.last_read(u, position), born) + 1
                 delta[max(back - begin, 0) :] -= tables.sizes[u]
-        return limit - int(delta.max(initial=0)), total
+        return limit - int(delta.max()), total
 
 
 def _excess(profile: Ints, target: int) -> float:

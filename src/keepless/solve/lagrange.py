@@ -5,12 +5,12 @@ level is bisected until the exact peak of the woven order is just within the lim
 the limit in the last failing order gain weight, and again. Every order is evaluated exactly, so nothing rests on
 the relaxation but the choice.
 
-One bisection is `_LEVELS` cuts; a cut of a graph with 4,000 ops takes some milliseconds.
+A cut of a graph with 4,000 ops takes some milliseconds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,9 +19,29 @@ from keepless.solve.min_cut import MinCut
 from keepless.solve.tables import Floats, Ints, Tables
 from keepless.solve.weave import lazy_order
 
-_LEVELS = 14
-_ROUNDS = 4
-_FINALISTS = 4
+
+@dataclass(frozen=True)
+class Effort:
+    """How many cuts one search may make.
+
+    Arguments:
+        families: that are bisected at all, the fastest at full recomputation first.
+        finalists: families whose prices are reshaped.
+        rounds: of reshaping.
+        levels: cuts per bisection.
+    """
+
+    families: int
+    finalists: int
+    rounds: int
+    levels: int
+
+    @staticmethod
+    def of(num_ops: int) -> Effort:
+        """Some hundred cuts for ordinary graphs, some dozens for very large ones: seconds either way."""
+        if num_ops <= 2000:
+            return Effort(24, 4, 4, 14)
+        return Effort(8, 3, 3, 10) if num_ops <= 6000 else Effort(5, 2, 2, 8)
 
 
 @dataclass(frozen=True)
@@ -47,40 +67,41 @@ class Relaxation:
     tables: Tables
     limit: int
     best: Woven | None = None
-    _seen: dict[frozenset[int], tuple[Woven, Ints]] = field(default_factory=dict)
+    seen: dict[frozenset[int], tuple[Woven, Ints]] = field(default_factory=dict)
 
     def evaluate(self, replayed: set[int]) -> tuple[Woven, Ints]:
         """The woven order of a set of replays, and the highest bytes at each base position."""
         key = frozenset(replayed)
-        if key not in self._seen:
+        if key not in self.seen:
             order = np.array(lazy_order(self.tables, replayed), np.int64)
             lives = self.tables.lives(order)
             woven = Woven(order.tolist(), lives.seconds, lives.peak)
-            self._seen[key] = (woven, base_profile(self.tables, order, lives.profile))
-            if woven.beats(self.best, self.limit):
-                self.best = woven
-        return self._seen[key]
+            self.seen[key] = (woven, base_profile(self.tables, order, lives.profile))
+        woven = self.seen[key][0]
+        if woven.beats(self.best, self.limit):
+            self.best = woven
+        return self.seen[key]
 
-    def run(self, families: Iterable[Sequence[int]]) -> Woven:
-        """The best order over all families."""
+    def run(self, cuts: Iterable[MinCut]) -> Woven:
+        """The best order over the cuts of all families."""
+        effort = Effort.of(self.tables.num_ops)
         everything, profile = self.evaluate(set())
         if everything.peak <= self.limit:
             return everything
         shape = np.maximum(profile - self.limit, 0).astype(np.float64)
         starts = []
-        for kept in families:
-            cut = MinCut(self.tables, kept)
+        for cut in cuts:
             woven, _ = self.evaluate(cut.everything())
             starts.append((max(woven.peak - self.limit, 0), woven.seconds, cut))
         starts.sort(key=lambda s: s[:2])
-        feasible = [s for s in starts if s[0] == 0] or starts[:1]
+        feasible = [s for s in starts if s[0] == 0][: effort.families] or starts[:1]
         ranked: list[tuple[float, int, MinCut, Floats]] = []
         for _, _, cut in feasible:
             found, next_shape = self.bisect(cut, shape)
             ranked.append((found.seconds if found else np.inf, len(ranked), cut, next_shape))
         ranked.sort(key=lambda r: r[:2])
-        for _, _, cut, next_shape in ranked[:_FINALISTS]:
-            for _ in range(_ROUNDS):
+        for _, _, cut, next_shape in ranked[: effort.finalists]:
+            for _ in range(effort.rounds):
                 next_shape = self.bisect(cut, next_shape)[1]
         assert self.best is not None
         return self.best
@@ -92,7 +113,7 @@ class Relaxation:
         scale = float(self.tables.seconds.sum()) / max(self.limit, 1)
         low, high = scale * 1e-5, scale * 1e5
         found, failing = None, None
-        for _ in range(_LEVELS):
+        for _ in range(Effort.of(self.tables.num_ops).levels):
             level = float(np.sqrt(low * high))
             woven, profile = self.evaluate(cut.solve(unit * level))
             if woven.peak <= self.limit:

@@ -11,7 +11,6 @@ of their first runs.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -26,7 +25,7 @@ from keepless.solve.lagrange import Relaxation, Woven, base_profile
 from keepless.solve.min_cut import MinCut
 from keepless.solve.segments import families, find_cuts
 from keepless.solve.solution import Solution, solution
-from keepless.solve.tables import Tables
+from keepless.solve.tables import Ints, Tables
 from keepless.solve.weave import lazy_order
 
 SPACE = "first runs in the captured order, backward ops once, any number of recomputations of forward ops"
@@ -50,9 +49,14 @@ class Planner:
         return Tables(self.graph, self.cost)
 
     @cached_property
-    def families(self) -> Sequence[Sequence[int]]:
-        """Sets of values that are kept in any case."""
-        return families(self.tables, find_cuts(self.tables))
+    def cuts(self) -> list[MinCut]:
+        """One cut per family of values that are kept in any case."""
+        return [MinCut(self.tables, kept) for kept in families(self.tables, find_cuts(self.tables))]
+
+    @cached_property
+    def seen(self) -> dict[frozenset[int], tuple[Woven, Ints]]:
+        """Woven orders by their set of replays, shared by the searches for all limits."""
+        return {}
 
     @cached_property
     def work(self) -> int:
@@ -64,8 +68,8 @@ class Planner:
         """The lowest order that was found."""
         tables = self.tables
         starts = []
-        for kept in self.families:
-            order = lazy_order(tables, MinCut(tables, kept).everything())
+        for cut in self.cuts:
+            order = lazy_order(tables, cut.everything())
             lives = tables.lives(order)
             starts.append(Woven(order, lives.seconds, lives.peak))
         starts.sort(key=lambda w: (w.peak, w.seconds))
@@ -96,7 +100,8 @@ class Planner:
         if best.peak <= limit and len(best.order) == self.tables.num_ops:
             return best
         # Prices cannot express recomputation within recomputation: plans for more memory, evicted down, can be better.
-        for loosening in _LOOSENINGS if found.peak > limit else _LOOSENINGS[:2]:
+        fits = 2 if self.tables.num_ops <= 6000 else 1
+        for loosening in _LOOSENINGS[: fits if found.peak <= limit else fits + 2]:
             start = self._relaxed(int(limit * loosening))
             woven = self._refined(start, limit)
             best = woven if woven.beats(best, limit) else best
@@ -106,7 +111,7 @@ class Planner:
         return best
 
     def _relaxed(self, limit: int) -> Woven:
-        return Relaxation(self.tables, limit).run(self.families)
+        return Relaxation(self.tables, limit, seen=self.seen).run(self.cuts)
 
     def _refined(self, start: Woven, limit: int) -> Woven:
         gaps = Gaps(self.tables, start.order, self.work)

@@ -21,28 +21,26 @@ def lazy_order(tables: Tables, replayed: Collection[int]) -> list[int]:
     pending = bytearray(tables.num_ops)
     for op_id in replayed:
         pending[op_id] = 1
-    reads, producer = tables.reads, tables.producer
+    makers = tables.makers
     for base in range(tables.loss + 1, tables.num_ops):
-        wanted = [producer[v] for v in reads[base] if producer[v] >= 0 and pending[producer[v]]]
+        wanted = [p for p in makers[base] if pending[p]]
         if wanted:
-            order.extend(closure(tables, wanted, lambda p: bool(pending[p])))
-            for op_id in order[-1 : -len(order) : -1]:
-                if not pending[op_id]:
-                    break
+            replays = closure(tables, wanted, pending.__getitem__)
+            for op_id in replays:
                 pending[op_id] = 0
+            order.extend(replays)
         order.append(base)
     return order
 
 
-def closure(tables: Tables, wanted: Sequence[int], missing: Callable[[int], bool]) -> list[int]:
+def closure(tables: Tables, wanted: Sequence[int], missing: Callable[[int], int | bool]) -> list[int]:
     """The ops of `wanted` and all their producers for which `missing` holds, in graph order."""
-    reads, producer = tables.reads, tables.producer
+    makers = tables.makers
     found = set(wanted)
     stack = list(found)
     while stack:
-        for v in reads[stack.pop()]:
-            p = producer[v]
-            if p >= 0 and p not in found and missing(p):
+        for p in makers[stack.pop()]:
+            if p not in found and missing(p):
                 found.add(p)
                 stack.append(p)
     return sorted(found)
@@ -50,6 +48,11 @@ def closure(tables: Tables, wanted: Sequence[int], missing: Callable[[int], bool
 
 def strip(tables: Tables, order: Sequence[int]) -> list[int]:
     """The order without replays whose outputs nothing reads before they are made again. O(edges)."""
+    return [order[position] for position in useful(tables, order)]
+
+
+def useful(tables: Tables, order: Sequence[int]) -> list[int]:
+    """Positions of first runs, and of replays whose outputs are read before they are made again. O(edges)."""
     reads, writes = tables.reads, tables.writes
     seen = bytearray(tables.num_ops)
     replay = bytearray(len(order))
@@ -60,12 +63,12 @@ def strip(tables: Tables, order: Sequence[int]) -> list[int]:
     kept: list[int] = []
     for position in range(len(order) - 1, -1, -1):
         op_id = order[position]
-        if replay[position] and not any(needed[v] for v in writes[op_id]):
+        if replay[position] and not any(map(needed.__getitem__, writes[op_id])):
             continue
         for v in writes[op_id]:
             needed[v] = 0
         for v in reads[op_id]:
             needed[v] = 1
-        kept.append(op_id)
+        kept.append(position)
     kept.reverse()
     return kept
