@@ -64,7 +64,9 @@ class _CutAt:
         for v, i in node.items():
             rows.append(i)
             cols.append(op0 + tables.producer[v] if tables.replayable[tables.producer[v]] else sink)
-            keep.append(0 if v in here else tables.sizes[v])
+            # A value that another op can make too costs nothing: the bound stays true.
+            free_value = v in here or len(graph.producers[v]) > 1
+            keep.append(0 if free_value else tables.sizes[v])
         for p in range(loss):
             if tables.replayable[p]:
                 rows.append(op0 + p)
