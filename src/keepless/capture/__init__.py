@@ -10,4 +10,5 @@ from keepless.capture.lower import StepShape as StepShape
 from keepless.capture.lower import lower as lower
 from keepless.capture.trace import forward_of as forward_of
 from keepless.capture.trace import is_tracing as is_tracing
+from keepless.capture.trace import planned_device as planned_device
 from keepless.capture.trace import trace_step as trace_step

@@ -17,7 +17,7 @@ from keepless import _compat
 from keepless.binding import Binding, Call, OpCode, Ref, ViewCode, map_refs, slots_of
 from keepless.capture import aten as known
 from keepless.capture.inputs import FlatInputs
-from keepless.capture.trace import Traced, named_state
+from keepless.capture.trace import Traced, named_state, planned_device
 from keepless.errors import CaptureError
 from keepless.ir import Effect, Graph, Kind, Op, Phase, Value
 
@@ -307,7 +307,7 @@ class _Assembly:
         self.work = work
         self.shape = work.shape
         self.parameters = dict(model.named_parameters())
-        self.device = next(iter(self.parameters.values())).device
+        self.device = planned_device(model)
         self.outputs: dict[int, int] = {}
         self.grads: list[tuple[str | int, int]] = []
         self.read_outputs()

@@ -145,8 +145,8 @@ def check_model(model: torch.nn.Module) -> None:
     if len(devices) > 1:
         names = ", ".join(sorted(str(device) for device in devices))
         raise ParameterError(f"The model's tensors are on several devices ({names}); plan a model on one device.")
-    if next(iter(devices)).type not in ("cpu", "cuda"):
-        raise ParameterError(f"The model is on {next(iter(devices))}; only cpu and cuda are supported.")
+    if next(iter(devices)).type not in ("cpu", "cuda", "meta"):
+        raise ParameterError(f"The model is on {next(iter(devices))}; only cpu, cuda and meta are supported.")
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if type(tensor) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
             raise ParameterError(f"{name} is a {type(tensor).__name__}; tensor subclasses are not supported yet.")
@@ -164,13 +164,29 @@ def check_model(model: torch.nn.Module) -> None:
             raise CaptureError(f"The model checkpoints already ({flag}); turn that off before planning.")
 
 
+def planned_device(model: torch.nn.Module) -> torch.device:
+    """The device that a plan is made for; a model on the meta device, which has no weights yet, is planned for cpu."""
+    device = next(model.parameters()).device
+    return torch.device("cpu") if device.type == "meta" else device
+
+
+def _fake(mode: Any, tensor: torch.Tensor) -> torch.Tensor:
+    """A fake like this tensor; of a tensor on the meta device, one on the cpu."""
+    if tensor.is_meta:
+        with mode:
+            fake = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="cpu")
+    else:
+        fake = mode.from_tensor(tensor.detach())
+    return fake.requires_grad_(tensor.requires_grad)
+
+
 def _dry_run(
     model: torch.nn.Module, flat: FlatInputs, batch: Any, loss_fn: LossFn | None
 ) -> tuple[list[Any], Any, tuple[int, ...], int | None]:
     """The forward's flat output under fake tensors, and which of it receives gradients."""
     mode = _compat.FakeTensorMode()
-    state = {name: mode.from_tensor(t.detach()).requires_grad_(t.requires_grad) for name, t in named_state(model)}
-    fakes = {id(t): mode.from_tensor(t.detach()).requires_grad_(t.requires_grad) for t in flat.tensors}
+    state = {name: _fake(mode, t) for name, t in named_state(model)}
+    fakes = {id(t): _fake(mode, t) for t in flat.tensors}
     args, kwargs = flat.rebuild([fakes[id(t)] for t in flat.tensors])
     holder = _Holder(model)
     with mode:
@@ -287,6 +303,9 @@ def _export(model: torch.nn.Module, flat: FlatInputs, grad_outputs: tuple[int, .
     step = _Step(model, flat, grad_outputs)
     held = [t for _, t in named_state(model)]
     tensors = tuple(t.detach().requires_grad_(t.requires_grad) for t in (*held, *flat.tensors))
+    if any(t.is_meta for t in tensors):
+        mode = _compat.FakeTensorMode()
+        tensors = tuple(_fake(mode, t) for t in tensors)
     stack: list[str] = []
     names = {id(module): name for name, module in model.named_modules()}
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from keepless.binding import Binding
-from keepless.capture import FlatInputs, Inputs, StepShape, flatten_inputs, lower, trace_step
+from keepless.capture import FlatInputs, Inputs, StepShape, flatten_inputs, lower, planned_device, trace_step
 from keepless.control.signature import batch_signature, model_signature
 from keepless.control.trials import cost_model, measure_costs, measure_loss
 from keepless.cost import CostModel
@@ -88,7 +88,7 @@ def make(
     progress: Progress | None,
 ) -> Plan:
     """See `keepless.plan`."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = planned_device(model) if any(True for _ in model.parameters()) else torch.device("cpu")
     nbytes = read_budget(budget, device)
     footprint = None
     if optimizer is not None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from keepless.capture import FlatInputs
+from keepless.capture import FlatInputs, planned_device
 from keepless.errors import PlanError
 
 
@@ -19,7 +19,7 @@ def model_signature(model: torch.nn.Module) -> dict[str, object]:
         return {name: [str(t.dtype), list(t.shape), bool(t.requires_grad)] for name, t in pairs}
 
     modes = "".join("1" if module.training else "0" for module in model.modules())
-    device = next(iter(model.parameters())).device
+    device = planned_device(model)
     return {
         "model": type(model).__qualname__,
         "parameters": table(model.named_parameters()),
