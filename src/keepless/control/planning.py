@@ -18,12 +18,13 @@ from keepless.control.signature import batch_signature, model_signature
 from keepless.control.trials import cost_model, measure_costs, measure_loss
 from keepless.cost import CostModel
 from keepless.errors import BudgetError, InfeasibleBudget
-from keepless.ir import Budget, Kind, format_bytes, parse_bytes
+from keepless.ir import Budget, Graph, format_bytes, parse_bytes
 from keepless.ir.text import fingerprint
 from keepless.machine import Baseline, Plan, make_plan
 from keepless.measure import CostCache, OptimizerFootprint, describe_device, device_nbytes, optimizer_footprint
 from keepless.passes import evaluate
-from keepless.solve import solve
+from keepless.report.floor import describe_floor, find_floor
+from keepless.solve import smallest, solve
 
 Progress = Callable[[str, int, int], None]
 """Called with (stage, done, total); stages are "capture", "measure" and "solve"."""
@@ -189,7 +190,7 @@ def _solve(binding: Binding, cost: CostModel, settings: Settings, signature: dic
     try:
         found = solve(graph, cost, budget, solver=settings.solver, seed=settings.seed)
     except InfeasibleBudget as error:
-        raise explain_infeasible(binding, cost, settings, error) from None
+        raise explain_infeasible(graph, cost, settings, error) from None
     everything = evaluate(graph, cost, range(len(graph.ops)))
     return make_plan(
         graph,
@@ -213,36 +214,20 @@ def with_reserve(peak: int) -> int:
 
 
 def explain_infeasible(
-    binding: Binding, cost: CostModel, settings: Settings, error: InfeasibleBudget
+    graph: Graph, cost: CostModel, settings: Settings, error: InfeasibleBudget
 ) -> InfeasibleBudget:
     """The error with what the floor is made of, and what would lower it."""
-    graph = binding.graph
-    smallest = with_reserve(error.smallest_budget)
-    static = graph.static_nbytes
-    kinds = {kind: sum(graph.values[v].nbytes for v in graph.inputs if graph.values[v].kind is kind) for kind in Kind}
-    state = settings.optimizer.state_nbytes if settings.optimizer else 0
-    grads = sum(graph.values[binding.slot_value[slot]].nbytes for _, slot in binding.grads)
-    advice = []
-    if "optimizer" in error.blocking:
-        advice.append("the floor is the optimizer's step: one with less state or fewer temporaries would lower it")
-    elif "log_softmax" in error.blocking or "nll_loss" in error.blocking or "cross_entropy" in error.blocking:
-        advice.append("the floor is the logits and their loss: a loss over chunks of the logits would lower it")
-    elif "embedding" in error.blocking:
-        advice.append("the floor is the (tied) embedding's gradient: untying it or a smaller vocabulary would lower it")
-    else:
-        advice.append("a smaller batch or a shorter sequence would lower it")
-    if settings.optimizer is not None and state > smallest // 4:
-        advice.append(f"the optimizer's state alone is {format_bytes(state)}")
+    low = smallest(graph, cost)
+    needed = with_reserve(min(low.peak, error.smallest_budget))
+    floor = find_floor(graph, cost, low.program)
     return InfeasibleBudget(
-        f"The budget {format_bytes(settings.budget)} ({settings.budget} bytes) is too small: the smallest budget for "
-        f"which a plan was found is {format_bytes(smallest)} ({smallest} bytes), and every plan needs at least "
-        f"{format_bytes(error.bound)} at {error.blocking}. Resident whatever is planned: {format_bytes(static)} "
-        f"(parameters {format_bytes(kinds[Kind.PARAM])}, buffers and optimizer state "
-        f"{format_bytes(kinds[Kind.BUFFER])}, inputs {format_bytes(kinds[Kind.INPUT])}); gradients "
-        f"{format_bytes(grads)}. What would help: {'; '.join(advice)}.",
-        smallest_budget=smallest,
+        f"The budget {format_bytes(settings.budget)} ({settings.budget} bytes) is too small. The smallest budget for "
+        f"which a plan was found is {format_bytes(needed)} ({needed} bytes); no plan can need less than "
+        f"{format_bytes(error.bound)}. {describe_floor(graph, floor)} What would help: {'; '.join(floor.advice)}; or a "
+        f"budget of {needed} bytes.",
+        smallest_budget=needed,
         bound=error.bound,
-        blocking=error.blocking,
+        blocking=graph.where(floor.op),
     )
 
 

@@ -133,6 +133,10 @@ class Machine:
         """Whether the value is on the tier, arrived."""
         return value in self._on.get(tier, ())
 
+    def on_device(self) -> frozenset[int]:
+        """The values on the device, arrived."""
+        return frozenset(self._device)
+
     def source_of(self, value: int, tier: str) -> str | None:
         """The tier from which a copy of the value to this tier is in flight, or None."""
         return self._flying.get((value, tier))
