@@ -159,9 +159,11 @@ def check_model(model: torch.nn.Module) -> None:
             raise CaptureError(
                 f"The submodule {name} has hooks; a captured step would not run them. Remove them before planning."
             )
-    for flag in ("is_gradient_checkpointing", "is_activation_checkpointing"):
-        if getattr(model, flag, False) is True:
-            raise CaptureError(f"The model checkpoints already ({flag}); turn that off before planning.")
+    # transformers 5 renamed the flag, and reading it by its old name warns there.
+    new_name = "is_activation_checkpointing"
+    flag = new_name if hasattr(type(model), new_name) else "is_gradient_checkpointing"
+    if getattr(model, flag, False) is True:
+        raise CaptureError(f"The model checkpoints already ({flag}); turn that off before planning.")
 
 
 def planned_device(model: torch.nn.Module) -> torch.device:
