@@ -42,7 +42,8 @@ class Inputs:
         if isinstance(batch, tuple | list):
             return cls(*batch)
         raise BatchError(
-            f"The batch is a {type(batch).__name__}; give a tensor, a tuple, a dict, or keepless.Inputs(*args, **kwargs)."
+            f"The batch is a {type(batch).__name__}; give a tensor, a tuple, a dict, or "
+            "keepless.Inputs(*args, **kwargs)."
         )
 
 

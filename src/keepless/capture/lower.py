@@ -123,9 +123,11 @@ class _Lowering:
         if isinstance(item, torch.fx.Node):
             return Ref(self.slot_of[(item, None)])
         if isinstance(item, tuple | list):
-            return type(item)(self.refs(part) for part in item) if type(item) in (tuple, list) else [
-                self.refs(part) for part in item
-            ]
+            return (
+                type(item)(self.refs(part) for part in item)
+                if type(item) in (tuple, list)
+                else [self.refs(part) for part in item]
+            )
         if isinstance(item, dict):
             return {key: self.refs(part) for key, part in item.items()}
         return item
@@ -213,7 +215,7 @@ class _Lowering:
 
     def results(self, node: torch.fx.Node, call: Call) -> list[tuple[int | None, int]] | None:
         """The slots of a node's new storages; None where the node is a view (its slots are then recorded)."""
-        result = node.meta.get("val")
+        result: Any = node.meta.get("val")
         many = isinstance(result, tuple | list)
         parts = list(enumerate(result)) if many else [(None, result)]
         tensors = [(item, part) for item, part in parts if isinstance(part, torch.Tensor)]
@@ -255,7 +257,8 @@ class _Lowering:
         target_slot = args[0].slot
         if self.slot_value[target_slot] not in self.resident or target_slot in self.views:
             raise CaptureError(f"The step writes into a tensor that is not an argument ({node.name}, {source}).")
-        draft = _Draft(str(node.target), Call(node.target, args), [], Phase.FORWARD, {Effect.BUFFER}, node)
+        target: Any = node.target
+        draft = _Draft(str(target), Call(target, args), [], Phase.FORWARD, {Effect.BUFFER}, node)
         draft.module, draft.source = module, source
         self.slot_of[(node, None)] = target_slot
         self.mutations.append(draft)
@@ -539,9 +542,7 @@ class _Assembly:
                 continue
             value, example = work.slot_value[slot], work.examples[slot]
             others = [s for i, s in refs if i != position]
-            aliased = any(
-                work.slot_value[s] == value and not _same_view(work.examples[s], example) for s in others
-            )
+            aliased = any(work.slot_value[s] == value and not _same_view(work.examples[s], example) for s in others)
             whole = example.untyped_storage().nbytes() == out.untyped_storage().nbytes()
             dense = example.numel() * example.element_size() == example.untyped_storage().nbytes()
             same = out.dtype == example.dtype and out.shape == example.shape and out.stride() == example.stride()
@@ -582,7 +583,8 @@ def _same_layout(grad: torch.Tensor, like: Any) -> bool:
 
 
 def _same_view(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.shape == b.shape and a.stride() == b.stride() and a.storage_offset() == b.storage_offset()
+    same = a.shape == b.shape and a.stride() == b.stride() and a.storage_offset() == b.storage_offset()
+    return bool(same)
 
 
 def _early_copies(work: _Lowering, backward: list[_Draft]) -> list[_Draft]:

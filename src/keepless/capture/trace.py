@@ -87,7 +87,12 @@ def forward_of(model: torch.nn.Module) -> Callable[..., Any]:
 
 
 def trace_step(
-    model: torch.nn.Module, flat: FlatInputs, *, batch: Any, loss_fn: LossFn | None, grad_outputs: tuple[int, ...] | None
+    model: torch.nn.Module,
+    flat: FlatInputs,
+    *,
+    batch: Any,
+    loss_fn: LossFn | None,
+    grad_outputs: tuple[int, ...] | None,
 ) -> Traced:
     """Captures one training step.
 

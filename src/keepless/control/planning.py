@@ -213,9 +213,7 @@ def with_reserve(peak: int) -> int:
     return budget
 
 
-def explain_infeasible(
-    graph: Graph, cost: CostModel, settings: Settings, error: InfeasibleBudget
-) -> InfeasibleBudget:
+def explain_infeasible(graph: Graph, cost: CostModel, settings: Settings, error: InfeasibleBudget) -> InfeasibleBudget:
     """The error with what the floor is made of, and what would lower it."""
     low = smallest(graph, cost)
     needed = with_reserve(min(low.peak, error.smallest_budget))

@@ -17,7 +17,7 @@ from keepless.capture import Inputs, flatten_inputs
 from keepless.control.applying import apply, bind_loaded, planned_forward, remove
 from keepless.control.planning import Capture
 from keepless.execute import PlannedForward, make_entry
-from keepless.ir import Phase, format_bytes
+from keepless.ir import Phase, Run, format_bytes
 from keepless.machine import Plan
 from keepless.measure import device_nbytes
 from keepless.measure.steps import increments
@@ -132,9 +132,7 @@ def verify(model: torch.nn.Module, batch: Any, plan: Plan, *, loss_fn: Any, repe
 class _Runner:
     """Runs one forward and backward of whatever forward stands in the model."""
 
-    def __init__(
-        self, model: torch.nn.Module, inputs: Inputs, batch: Any, loss_fn: Any, capture: Capture
-    ) -> None:
+    def __init__(self, model: torch.nn.Module, inputs: Inputs, batch: Any, loss_fn: Any, capture: Capture) -> None:
         self.model = model
         self.inputs = inputs
         self.batch = batch
@@ -254,9 +252,12 @@ def _resident(plan: Plan) -> int:
 def _optimizer_peak(plan: Plan) -> int:
     """The predicted peak of the optimizer's step: verifying never steps the user's optimizer."""
     ops = plan.graph.ops
-    phases = {i for i, instr in enumerate(plan.program) if getattr(instr, "op", None) is not None
-              and ops[instr.op].phase is Phase.OPTIMIZER}  # type: ignore[union-attr]
-    return max((event.peak for event in plan.predicted.events if event.index in phases), default=0)
+    indices = {
+        index
+        for index, instr in enumerate(plan.program)
+        if isinstance(instr, Run) and ops[instr.op].phase is Phase.OPTIMIZER
+    }
+    return max((event.peak for event in plan.predicted.events if event.index in indices), default=0)
 
 
 def _get_rng(device: torch.device) -> torch.Tensor:
@@ -288,5 +289,3 @@ def _restored(model: torch.nn.Module) -> Iterator[None]:
             for buffer, value in buffers:
                 buffer.copy_(value)
         _set_rng(device, state)
-
-

@@ -108,9 +108,7 @@ class PlannedForward:
         self.counters.unplanned_calls += 1
         return self.original(*args, **kwargs)
 
-    def _planned(
-        self, entry: Entry, arguments: tuple[torch.Tensor, ...], inputs: tuple[torch.Tensor, ...]
-    ) -> Any:
+    def _planned(self, entry: Entry, arguments: tuple[torch.Tensor, ...], inputs: tuple[torch.Tensor, ...]) -> Any:
         recipe, binding = entry.recipe, entry.binding
         leaves = [arguments[i] for i in entry.leaf_arguments]
         step = Step(recipe, arguments, leaves, _Replay(self, entry, inputs))
@@ -152,9 +150,7 @@ class _Replay:
     def __call__(self) -> Sequence[torch.Tensor]:
         binding = self.entry.binding
         graph = binding.graph
-        if any(
-            Effect.BUFFER in op.effects and op.phase is Phase.FORWARD and op.outputs for op in graph.ops
-        ):
+        if any(Effect.BUFFER in op.effects and op.phase is Phase.FORWARD and op.outputs for op in graph.ops):
             raise ReplayError(
                 "The forward reads a buffer that it also changes, so that it cannot be replayed for a second or "
                 "double backward."
@@ -195,7 +191,11 @@ def make_entry(model: torch.nn.Module, flat: FlatInputs, binding: Binding, progr
         def set_state(state: torch.Tensor) -> None:
             torch.cuda.set_rng_state(state, device)
     else:
-        get_state, set_state = torch.get_rng_state, torch.set_rng_state
+        get_state = torch.get_rng_state
+
+        def set_state(state: torch.Tensor) -> None:
+            torch.set_rng_state(state)
+
     recipe = Recipe(
         compiled, differentiable, plain, tuple(range(len(binding.grads))), guard.names, has_rng, get_state, set_state
     )

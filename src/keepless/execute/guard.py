@@ -51,9 +51,7 @@ class Guard:
         self._training = [module.training for module in self._modules]
         self._root_training = model.training
         self._children = [
-            (module._modules, name, child)
-            for module in model.modules()
-            for name, child in module._modules.items()
+            (module._modules, name, child) for module in model.modules() for name, child in module._modules.items()
         ]
         self._spec = flat.spec
         self._constants = [(i, leaf) for i, leaf in enumerate(flat.leaves) if not isinstance(leaf, torch.Tensor)]
@@ -67,7 +65,7 @@ class Guard:
         self._state = [(*state[name], name) for name in wanted.values()]
         self._state_facts = [_tensor_facts(home[key]) for home, key, _ in self._state]
         order = {slot: i for i, slot in enumerate(wanted)}
-        self._fixed: list[torch.Tensor | None] = []
+        self._fixed: list[torch.Tensor] = []
         self._plan: list[tuple[int, int]] = []
         for slot in arguments:
             if slot in order:
@@ -123,7 +121,7 @@ class Guard:
                 or tensor.stride() != facts[2]
             ):
                 return _difference(name, _TENSOR_NAMES, _tensor_facts(tensor), facts)
-        arguments = tuple(
+        arguments: tuple[torch.Tensor, ...] = tuple(
             [state[i] if kind == 0 else leaves[i] if kind == 1 else self._fixed[i] for kind, i in self._plan]
         )
         return Bound(arguments, tuple([leaves[i] for i, _ in self._tensors]))

@@ -29,5 +29,3 @@ def increments(call: Callable[[], object], device: torch.device) -> int:
         level += nbytes
         highest = max(highest, level)
     return highest
-
-

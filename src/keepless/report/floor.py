@@ -57,13 +57,16 @@ def describe_floor(graph: Graph, floor: Floor) -> str:
     largest = ", ".join(f"{value.name} {format_bytes(value.nbytes)}" for value in floor.held[:3])
     kinds = {
         "parameters": sum(graph.values[v].nbytes for v in graph.inputs if graph.values[v].kind is Kind.PARAM),
-        "optimizer state": sum(graph.values[v].nbytes for v in graph.inputs if graph.values[v].name == "optimizer.state"),
+        "optimizer state": sum(
+            graph.values[v].nbytes for v in graph.inputs if graph.values[v].name == "optimizer.state"
+        ),
         "gradients": sum(value.nbytes for value in floor.held if value.kind is Kind.GRAD),
     }
     parts = ", ".join(f"{name} {format_bytes(nbytes)}" for name, nbytes in kinds.items() if nbytes)
+    scratch = f", kernel scratch {format_bytes(floor.scratch)}" if floor.scratch else ""
     return (
-        f"The floor is {graph.where(floor.op)}: {format_bytes(floor.static)} stand there whatever is planned ({parts}), "
-        f"and beside them {largest or 'nothing'}{', kernel scratch ' + format_bytes(floor.scratch) if floor.scratch else ''}."
+        f"The floor is {graph.where(floor.op)}: {format_bytes(floor.static)} stand there whatever is planned "
+        f"({parts}), and beside them {largest or 'nothing'}{scratch}."
     )
 
 
