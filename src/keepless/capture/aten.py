@@ -85,9 +85,33 @@ TensorIterator allows an output that is exactly one of its inputs (`assert_no_pa
 """
 
 
-def in_place_forms(target: Any) -> dict[int, Callable[..., Any]]:
-    """Argument position -> callable with the op's own arguments that writes its result over that argument."""
+_ROWWISE: dict[Any, tuple[Any, str, int]] = {
+    aten._softmax.default: (aten._softmax.out, "out", 1),
+    aten._log_softmax.default: (aten._log_softmax.out, "out", 1),
+    aten._softmax_backward_data.default: (aten._softmax_backward_data.out, "grad_input", 2),
+    aten._log_softmax_backward_data.default: (aten._log_softmax_backward_data.out, "out", 2),
+}
+"""Ops that go row by row, with an out= form and the position of their `dim` argument.
+
+Over the last dimension on the CPU each row is read before it is written, so that the out tensor may be the first
+argument. It saves a copy of the logits, or of the attention scores, where they are the peak.
+"""
+
+
+def in_place_forms(target: Any, args: tuple[Any, ...], num_dims: int, device: str) -> dict[int, Callable[..., Any]]:
+    """Argument position -> callable with the op's own arguments that writes its result over that argument.
+
+    Arguments:
+        target: the op.
+        args: of the call; tensors may be anything.
+        num_dims: of the op's result.
+        device: type of the device that it runs on.
+    """
     forms: dict[int, Callable[..., Any]] = {}
+    if target in _ROWWISE and device == "cpu":
+        out_op, name, place = _ROWWISE[target]
+        if args[place] in (-1, num_dims - 1) and num_dims > 0:
+            forms[0] = functools.partial(_call_out, out_op, name, 0)
     if target in _INPLACE:
         forms[0] = _INPLACE[target]
     if target in _OUT:

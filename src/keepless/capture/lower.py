@@ -536,7 +536,7 @@ class _Assembly:
         out = work.examples[out_slot]
         pairs: dict[tuple[int, int], Call] = {}
         refs = [(i, arg.slot) for i, arg in enumerate(draft.call.args) if isinstance(arg, Ref)]
-        for position, form in known.in_place_forms(draft.call.target).items():
+        for position, form in self.in_place_of(draft.call, out).items():
             slot = next((s for i, s in refs if i == position), None)
             if slot is None:
                 continue
@@ -549,6 +549,9 @@ class _Assembly:
             if value not in fixed and not aliased and whole and dense and same:
                 pairs[(work.slot_value[out_slot], value)] = Call(form, draft.call.args, draft.call.kwargs)
         return tuple(pairs), pairs
+
+    def in_place_of(self, call: Call, out: torch.Tensor) -> dict[int, Any]:
+        return known.in_place_forms(call.target, call.args, out.dim(), self.device.type)
 
     def key(self, draft: _Draft) -> str:
         """Equal for ops that cost the same."""
