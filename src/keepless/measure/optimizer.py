@@ -17,6 +17,7 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from math import isqrt
 from time import perf_counter
 from typing import Any
 
@@ -28,8 +29,8 @@ from keepless.errors import MeasureError
 
 _CUDA_BLOCK = 512
 """Bytes to which CUDA's caching allocator rounds."""
-_TIMED_SHAPE = (1024, 1024)
-"""Of the one parameter whose update is timed: 4 MiB in float32, beyond the inner caches."""
+_TIMED_SIDE = 1024
+"""Rows and columns of the one parameter whose update is timed: 4 MiB in float32, beyond the inner caches."""
 
 _NUMBERS = 64
 """Bytes of the one-element tensors into which torch wraps Python numbers: seen by no dispatch mode, 20 at most."""
@@ -267,7 +268,8 @@ def _timed(recipe: _Recipe, groups: _Groups, form: str) -> float | None:
     flat = [(index, p) for index, group in enumerate(groups) for p in group]
     index, sample = max(flat, key=lambda item: item[1].numel())
     num_elements = sum(p.numel() for _, p in flat)
-    shape = _TIMED_SHAPE if sample.dim() != 1 else (_TIMED_SHAPE[0] * _TIMED_SHAPE[1],)
+    side = min(_TIMED_SIDE, max(1, isqrt(num_elements // 4)))  # a quarter of the model: less than its own step holds
+    shape = (side, side) if sample.dim() != 1 else (side * side,)
 
     def real(param: torch.Tensor) -> torch.Tensor:
         return torch.zeros(shape, dtype=param.dtype, device=param.device)
@@ -283,4 +285,4 @@ def _timed(recipe: _Recipe, groups: _Groups, form: str) -> float | None:
             if on_cuda:
                 torch.cuda.synchronize()
             seconds.append(perf_counter() - start)
-    return statistics.median(seconds[1:]) * num_elements / (_TIMED_SHAPE[0] * _TIMED_SHAPE[1])
+    return statistics.median(seconds[1:]) * num_elements / (side * side)
