@@ -206,9 +206,14 @@ def _dry_run(
         leaves, spec = _compat.tree_flatten(output)
         for leaf in leaves:
             if not isinstance(leaf, (torch.Tensor, bool, int, float, complex, str, bytes, type(None))):
+                remedy = (
+                    "training never reads it, so turn it off: model.config.use_cache = False, or use_cache=False in the "
+                    "batch"
+                    if type(leaf).__name__.endswith("Cache")
+                    else "register it with torch.utils._pytree.register_pytree_node, or return tensors, tuples and dicts"
+                )
                 raise CaptureError(
-                    f"The forward returns a {type(leaf).__name__} that torch's pytrees do not know; register it with "
-                    "torch.utils._pytree.register_pytree_node, or return tensors, tuples and dicts."
+                    f"The forward returns a {type(leaf).__name__} that torch's pytrees do not know; {remedy}."
                 )
         if loss_fn is None:
             position = _own_loss(output, leaves)
