@@ -206,12 +206,9 @@ def _dry_run(
         leaves, spec = _compat.tree_flatten(output)
         for leaf in leaves:
             if not isinstance(leaf, (torch.Tensor, bool, int, float, complex, str, bytes, type(None))):
-                remedy = (
-                    "training never reads it, so turn it off: model.config.use_cache = False, or use_cache=False in the "
-                    "batch"
-                    if type(leaf).__name__.endswith("Cache")
-                    else "register it with torch.utils._pytree.register_pytree_node, or return tensors, tuples and dicts"
-                )
+                remedy = "register it with torch.utils._pytree.register_pytree_node, or return tensors and containers"
+                if type(leaf).__name__.endswith("Cache"):
+                    remedy = "training never reads it, so turn it off with model.config.use_cache = False"
                 raise CaptureError(
                     f"The forward returns a {type(leaf).__name__} that torch's pytrees do not know; {remedy}."
                 )
