@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from keepless.cost import CostModel
-from keepless.ir.budget import Budget
+from keepless.ir.budget import Budget, format_bytes
 from keepless.ir.certificate import Certificate
 from keepless.ir.graph import Graph, Phase
 from keepless.ir.program import DEVICE, Program, Run
@@ -112,6 +112,30 @@ class Plan:
         """Bytes that replays make again and keep."""
         runs = [instr for instr in self.program if isinstance(instr, Run) and instr.replay]
         return sum(self.graph.values[value].nbytes for run in runs for value in run.keep)
+
+    def __str__(self) -> str:
+        limit = self.budget.limits[DEVICE]
+        fits = max(self.predicted_peak, self.measured_peak or 0) <= limit
+        measured = f", measured {format_bytes(self.measured_peak)}" if self.measured_peak else ""
+        claim = self.certificate
+        gap = ""
+        if claim.bound_seconds > 0 and self.predicted_seconds:
+            slower = max(0.0, self.predicted_seconds / claim.bound_seconds - 1)
+            gap = f"; at most {slower:.1%} slower than any plan of its kind"
+        return "\n".join(
+            [
+                f"{'Fits' if fits else 'DOES NOT FIT'} the budget of {format_bytes(limit)}: predicted peak "
+                f"{format_bytes(self.predicted_peak)}{measured}; everything kept needs "
+                f"{format_bytes(self.baseline_peak)}",
+                f"step {self.predicted_seconds:.4g} s predicted, {self.overhead:+.1%} over "
+                f"{self.baseline_seconds:.4g} s with everything kept",
+                f"{len(self.graph.ops)} ops, {self.num_replays} replays: {format_bytes(self.kept_nbytes)} kept for the "
+                f"backward, {format_bytes(self.recomputed_nbytes)} made again",
+                f"smallest budget found {format_bytes(self.smallest_budget)}; no plan needs less than "
+                f"{format_bytes(self.smallest_bound)}",
+                f"solver {claim.solver}, {claim.status.value}, {claim.solve_seconds:.2f} s{gap}",
+            ]
+        )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan to a file, all of it or nothing.
