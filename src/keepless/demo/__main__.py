@@ -1,0 +1,27 @@
+"""`python -m keepless.demo`: the demo without the command line's extras of its own."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Reads arguments and runs the demo; its exit code is 1 where a promise is broken."""
+    parser = argparse.ArgumentParser(prog="python -m keepless.demo", description="Train a small GPT-2 four ways.")
+    parser.add_argument("--out", default="out", help="folder for the plan file and the picture")
+    parser.add_argument("--rounds", type=int, default=6, help="timed steps of each contender")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    given = parser.parse_args(argv)
+    absent = [name for name in ("transformers", "matplotlib", "rich") if importlib.util.find_spec(name) is None]
+    if absent:
+        print(f"The demo needs {', '.join(absent)}: pip install 'keepless[demo]'", file=sys.stderr)
+        return 2
+    from keepless.demo.run import run
+
+    return run(given.out, rounds=given.rounds, as_json=given.json)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

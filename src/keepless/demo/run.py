@@ -1,0 +1,79 @@
+"""The demo from beginning to end: contest, table, verdict, plan file, picture."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from keepless.demo.contest import Outcome, contest
+from keepless.demo.display import picture_title, progress, table, verdict
+from keepless.demo.task import Task
+from keepless.measure.device import device_name
+from keepless.report.picture import draw
+
+
+def run(
+    out: str | os.PathLike[str] = "out",
+    *,
+    task: Task | None = None,
+    share: float = 0.45,
+    rounds: int = 6,
+    as_json: bool = False,
+) -> int:
+    """Runs the demo and prints what it found.
+
+    Arguments:
+        out: folder for plan file and picture.
+        task: what to train; None for the demo's own.
+        share: the budget, as a share of plain eager's measured peak.
+        rounds: timed steps of each contender.
+        as_json: print one JSON object instead of a table.
+
+    Returns:
+        0 if every promise held, 1 if one is broken.
+    """
+    folder = Path(out)
+    shown = task or Task()
+    with progress() as tell:
+        outcome = contest(shown, folder, share=share, rounds=rounds, tell=tell)
+        tell("picture", 0.0, 2.0)
+        picture = folder / "step.png"
+        draw(outcome.plan, picture, title=picture_title(outcome), note=f"{shown}; {machine()}")
+        tell("picture", 1.0, 2.0)
+    if as_json:
+        facts: dict[str, Any] = {"verdict": verdict(outcome), "picture": str(picture), "machine": machine()}
+        print(json.dumps(outcome.as_dict() | facts, indent=1, allow_nan=False))
+    else:
+        _print(outcome, picture)
+    return 1 if outcome.broken else 0
+
+
+def machine() -> str:
+    """The machine in words: processor, threads, torch."""
+    return f"{device_name('cpu')}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def _print(outcome: Outcome, picture: Path) -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=150)
+    console.print()
+    console.print(table(outcome))
+    console.print(
+        f"Peaks: whole AdamW steps, the first included, each in a process of its own. Times: medians of steps taken in "
+        f"turn. {machine()}, Python {platform.python_version()}.",
+        style="dim",
+    )
+    console.print()
+    console.print(verdict(outcome), style="bold red" if outcome.broken else "bold green", soft_wrap=True)
+    console.print(f"plan     {outcome.plan_path}   (keepless show {outcome.plan_path})", soft_wrap=True)
+    console.print(f"picture  {picture}", soft_wrap=True)
+    sys.stdout.flush()
