@@ -1,0 +1,293 @@
+"""The commands: plan, train, verify, show, demo, env."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from keepless.cli.session import FAILED, Session, UsageError, planning, read_budget, session
+from keepless.ir import format_bytes
+from keepless.machine import Plan, load_plan
+from keepless.report.tables import blocks_table, format_percent, peak_table, plan_dict, verdict
+
+if TYPE_CHECKING:
+    from keepless.cli.models import Built, Recipe
+
+app = typer.Typer(
+    help="Train a PyTorch model inside a memory budget, with the same gradients bit for bit.",
+    epilog="Exit codes: 0 it fits, 3 the budget is infeasible, 2 bad usage, 1 any other error.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+ModelArgument = Annotated[
+    str, typer.Argument(help="package.module:factory, which returns (model, batch), or hf:PATH_TO_CONFIG.json")
+]
+BatchSize = Annotated[int, typer.Option(help="Batch size of an hf: model.")]
+SeqLen = Annotated[int, typer.Option(help="Tokens per row of an hf: model.")]
+Dtype = Annotated[str, typer.Option(help="Parameters' dtype of an hf: model: float32, bfloat16, ...")]
+Optimizer = Annotated[str, typer.Option(help="adamw, adam, sgd, rmsprop, adagrad, or none.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1; meta plans for the cpu without making weights.")]
+LearningRate = Annotated[float, typer.Option("--lr", help="Learning rate.")]
+Seed = Annotated[int, typer.Option(help="Of weights, data and dropout.")]
+BudgetOption = Annotated[
+    str | None, typer.Option("--budget", "-b", help='"8GiB" (2**30), "8GB" (10**9), bytes, or 0.5 of the device.')
+]
+SolverOption = Annotated[str, typer.Option(help="A solver's name.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, and nothing else.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")]
+Values = Annotated[bool, typer.Option("--values", help="A row per value, not only per block.")]
+PictureOption = Annotated[Path | None, typer.Option(help="Draw bytes over the step into this file (.png, .svg, .pdf).")]
+PlanFileOption = Annotated[Path | None, typer.Option("--plan", help="A saved plan to use instead of a budget.")]
+SaveOption = Annotated[Path | None, typer.Option("--save", "-o", help="Write the plan to this file.")]
+Releases = Annotated[bool, typer.Option(help="The loop drops the model's outputs, all but the loss, before backward.")]
+
+
+@app.command("plan")
+def plan_command(
+    model: ModelArgument,
+    budget: BudgetOption = None,
+    save: SaveOption = None,
+    picture: PictureOption = None,
+    batch_size: BatchSize = 8,
+    seq_len: SeqLen = 128,
+    dtype: Dtype = "float32",
+    optimizer: Optimizer = "adamw",
+    device: Device = "cpu",
+    seed: Seed = 0,
+    solver: SolverOption = "keepless",
+    accumulate: Annotated[bool, typer.Option(help="Gradients are added to existing ones.")] = False,
+    release_outputs: Releases = False,
+    outside: Annotated[str, typer.Option(help="Bytes on the device beside the model: a second model, say.")] = "0",
+    cache: Annotated[bool, typer.Option(help="Remember measured costs of ops on disk.")] = True,
+    values: Values = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Plan a model's training step within a budget."""
+    with session(as_json, debug) as current:
+        recipe = _recipe(model, batch_size, seq_len, dtype, optimizer, device, 1e-3, seed)
+        options = {
+            "solver": solver,
+            "accumulate": accumulate,
+            "release_outputs": release_outputs,
+            "outside": read_budget(outside),
+            "cache": cache,
+        }
+        found = _planned(_build(recipe), budget, options)
+        _describe(current, found, values=values, save=save, picture=picture)
+
+
+@app.command()
+def train(
+    model: ModelArgument,
+    budget: BudgetOption = None,
+    plan: PlanFileOption = None,
+    steps: Annotated[int, typer.Option("--steps", "-n", min=1, help="Training steps.")] = 10,
+    save: SaveOption = None,
+    batch_size: BatchSize = 8,
+    seq_len: SeqLen = 128,
+    dtype: Dtype = "float32",
+    optimizer: Optimizer = "adamw",
+    device: Device = "cpu",
+    learning_rate: LearningRate = 1e-3,
+    seed: Seed = 0,
+    solver: SolverOption = "keepless",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Train a model for some steps under a plan, on the batch that its factory gives."""
+    with session(as_json, debug) as current:
+        recipe = _recipe(model, batch_size, seq_len, dtype, optimizer, device, learning_rate, seed)
+        _refuse_meta(recipe)
+        built = _build(recipe)
+        found = _plan_of(built, plan, budget, {"solver": solver, "release_outputs": True})
+        from keepless import api
+        from keepless.cli.training import train_step
+
+        api.apply(built.model, found)
+        losses, seconds = [], []
+        for number in range(1, steps + 1):
+            loss, took = train_step(built)
+            losses.append(loss)
+            seconds.append(took)
+            current.show(f"step {number:>4}   loss {loss:.6f}   {took:.3f} s")
+        if save is not None:
+            found.save(save)
+            current.show(f"plan     {save}")
+        current.show(verdict(found))
+        current.answer = {
+            "losses": losses,
+            "seconds": seconds,
+            "median_seconds": statistics.median(seconds),
+            "plan": plan_dict(found),
+            "plan_file": None if save is None else str(save),
+        }
+
+
+@app.command()
+def verify(
+    model: ModelArgument,
+    budget: BudgetOption = None,
+    plan: PlanFileOption = None,
+    meter: Annotated[bool, typer.Option(help="Measure whole steps in a process of their own, too.")] = True,
+    steps: Annotated[int, typer.Option(min=1, help="Steps that the meter runs.")] = 3,
+    batch_size: BatchSize = 8,
+    seq_len: SeqLen = 128,
+    dtype: Dtype = "float32",
+    optimizer: Optimizer = "adamw",
+    device: Device = "cpu",
+    seed: Seed = 0,
+    solver: SolverOption = "keepless",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Check that a planned step gives the same bits as a plain one, and how high memory really rises."""
+    with session(as_json, debug) as current:
+        recipe = _recipe(model, batch_size, seq_len, dtype, optimizer, device, 1e-3, seed)
+        _refuse_meta(recipe)
+        built = _build(recipe)
+        found = _plan_of(built, plan, budget, {"solver": solver, "release_outputs": True})
+        from keepless import api
+
+        result = api.verify(built.model, built.batch, found, loss_fn=built.loss_fn)
+        current.show(str(result))
+        limit = found.budget.limits["device"]
+        current.answer = asdict(result) | {"plan": plan_dict(found)}
+        highest = result.measured_peak
+        if meter:
+            metered = _meter(recipe, found, steps, device)
+            highest = max(highest, metered)
+            error = found.predicted_peak / metered - 1 if metered else 0.0
+            current.show(
+                f"{steps} whole steps in a process of their own: peak {format_bytes(metered)}, "
+                f"{'within' if metered <= limit else 'ABOVE'} the budget; predicted {format_percent(error)}"
+            )
+            current.answer["metered_peak"] = metered
+        if not result.equal or highest > limit:
+            current.code = FAILED
+
+
+@app.command()
+def show(
+    file: Annotated[Path, typer.Argument(help="A plan file.")],
+    picture: PictureOption = None,
+    values: Values = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show a saved plan: what is kept, what is made again, bytes, time and reasons. Needs no torch."""
+    with session(as_json, debug) as current:
+        _describe(current, load_plan(file), values=values, save=None, picture=picture)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the plan file and the picture.")] = Path("out"),
+    rounds: Annotated[int, typer.Option(min=1, help="Timed steps of each contender.")] = 6,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Train a small GPT-2 four ways, inside and outside a budget; about two minutes."""
+    with session(False, debug) as current:
+        from keepless.demo.run import run
+
+        current.code = run(out, rounds=rounds, as_json=as_json)
+
+
+@app.command()
+def env(as_json: Json = False, debug: Debug = False) -> None:
+    """Print what a bug report needs."""
+    with session(as_json, debug) as current:
+        from keepless.cli.environment import environment
+
+        current.answer = environment()
+        for name, fact in current.answer.items():
+            rows = fact.items() if isinstance(fact, dict) else enumerate(fact) if isinstance(fact, list) else ()
+            current.show(f"{name}: {'' if isinstance(fact, (dict, list)) else fact}")
+            for key, item in rows:
+                current.show(f"  {key}: {item if item is not None else 'not installed'}")
+
+
+def _recipe(
+    spec: str, batch_size: int, seq_len: int, dtype: str, optimizer: str, device: str, lr: float, seed: int
+) -> Recipe:
+    from keepless.cli.models import Recipe
+
+    return Recipe(spec, batch_size, seq_len, dtype, optimizer, device, lr, seed)
+
+
+def _build(recipe: Recipe) -> Built:
+    from keepless.cli.models import build
+
+    return build(recipe)
+
+
+def _refuse_meta(recipe: Recipe) -> None:
+    if recipe.device == "meta":
+        raise UsageError("--device meta has no weights: it can plan, and nothing else.")
+
+
+def _planned(built: Built, budget: str | None, options: dict[str, Any]) -> Plan:
+    if budget is None:
+        raise UsageError("A budget is needed: --budget 8GiB.")
+    from keepless import api
+
+    with planning("planning") as progress:
+        return api.plan(
+            built.model,
+            built.batch,
+            read_budget(budget),
+            optimizer=built.optimizer,
+            loss_fn=built.loss_fn,
+            progress=progress,
+            **options,
+        )
+
+
+def _plan_of(built: Built, file: Path | None, budget: str | None, options: dict[str, Any]) -> Plan:
+    """The plan from a file, or a new one for a budget."""
+    if file is None:
+        return _planned(built, budget, options)
+    if budget is not None:
+        raise UsageError("Give --plan or --budget, not both: a saved plan has its budget.")
+    return load_plan(file)
+
+
+def _meter(recipe: Recipe, plan: Plan, steps: int, device: str) -> int:
+    from keepless.measure import measure_peak
+
+    with tempfile.TemporaryDirectory(prefix="keepless-verify-") as folder:
+        path = str(Path(folder) / "step.plan")
+        plan.save(path)
+        arguments = {"recipe": asdict(recipe), "plan_path": path}
+        return measure_peak("keepless.cli.training:metered", arguments, steps=steps, device=device).peak
+
+
+def _describe(current: Session, plan: Plan, *, values: bool, save: Path | None, picture: Path | None) -> None:
+    """The plan's report; files are written before anything is printed."""
+    if save is not None:
+        plan.save(save)
+    if picture is not None:
+        from keepless.report.picture import draw
+
+        draw(plan, picture)
+    if current.as_json:
+        current.answer = plan_dict(plan, values=values)
+        current.answer |= {
+            "plan_file": None if save is None else str(save),
+            "picture": None if picture is None else str(picture),
+        }
+        return
+    current.show(blocks_table(plan, values=values), peak_table(plan), str(plan), verdict(plan))
+    if save is not None:
+        current.show(f"plan     {save}")
+    if picture is not None:
+        current.show(f"picture  {picture}")

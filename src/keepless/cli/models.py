@@ -1,0 +1,184 @@
+"""From a model's name on the command line to a model, a batch, a loss and an optimizer.
+
+`package.module:factory` calls a function of the user's, which returns (model, batch) or (model, batch, loss_fn).
+`hf:PATH_TO_CONFIG.json` builds a Hugging Face model from its config with random weights, and a batch of random data.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from keepless.cli.session import UsageError
+
+OPTIMIZERS = {
+    "adamw": torch.optim.AdamW,
+    "adam": torch.optim.Adam,
+    "sgd": torch.optim.SGD,
+    "rmsprop": torch.optim.RMSprop,
+    "adagrad": torch.optim.Adagrad,
+}
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to build what is trained; JSON values only, so that another process can build the same.
+
+    Arguments:
+        spec: the model's name on the command line.
+        batch_size, seq_len: of an hf: model's batch.
+        dtype: of an hf: model's floating-point parameters.
+        optimizer: a name in `OPTIMIZERS`, or "none".
+        device: "cpu", "cuda", "cuda:1", or "meta" (planning only: no weights are made).
+        learning_rate: of the optimizer.
+        seed: of random weights, data and dropout.
+    """
+
+    spec: str
+    batch_size: int = 8
+    seq_len: int = 128
+    dtype: str = "float32"
+    optimizer: str = "adamw"
+    device: str = "cpu"
+    learning_rate: float = 1e-3
+    seed: int = 0
+
+
+@dataclass
+class Built:
+    """What a recipe gives."""
+
+    model: torch.nn.Module
+    batch: Any
+    loss_fn: Callable[[Any, Any], torch.Tensor] | None
+    optimizer: torch.optim.Optimizer | None
+
+
+def build(recipe: Recipe) -> Built:
+    """Builds what a recipe says.
+
+    Raises:
+        UsageError: the name, the factory or an option cannot be used.
+    """
+    if recipe.optimizer not in (*OPTIMIZERS, "none"):
+        raise UsageError(f"There is no optimizer {recipe.optimizer!r}; use {', '.join(OPTIMIZERS)} or none.")
+    if recipe.batch_size < 1 or recipe.seq_len < 1:
+        raise UsageError("--batch-size and --seq-len must be at least 1.")
+    try:
+        device = torch.device(recipe.device)
+    except RuntimeError:
+        raise UsageError(f"There is no device {recipe.device!r}; use cpu, cuda, cuda:1 or meta.") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError("There is no CUDA device here; use --device cpu, or --device meta to plan without weights.")
+    torch.manual_seed(recipe.seed)
+    if recipe.spec.startswith("hf:"):
+        model, batch, loss_fn = _hugging_face(recipe, device)
+    else:
+        model, batch, loss_fn = _factory(recipe.spec, device)
+    optimizer = None
+    if recipe.optimizer != "none":
+        kind: Any = OPTIMIZERS[recipe.optimizer]
+        optimizer = kind([p for p in model.parameters() if p.requires_grad], lr=recipe.learning_rate)
+    return Built(model, batch, loss_fn, optimizer)
+
+
+def _factory(spec: str, device: torch.device) -> tuple[torch.nn.Module, Any, Any]:
+    name, colon, attribute = spec.partition(":")
+    if not colon or not name or not attribute:
+        raise UsageError(f"The model {spec!r} is neither package.module:factory nor hf:PATH_TO_CONFIG.json.")
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        found: Any = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and (name == error.name or name.startswith(error.name + ".")):
+            raise UsageError(f"There is no module {error.name!r} (looked for the model {spec!r}).") from None
+        raise
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            raise UsageError(f"The module {name!r} has no {attribute!r}.")
+        found = getattr(found, part)
+    if not callable(found):
+        raise UsageError(f"{spec!r} is a {type(found).__name__}, not a function that returns (model, batch).")
+    made = found()
+    if not isinstance(made, tuple) or len(made) not in (2, 3) or not isinstance(made[0], torch.nn.Module):
+        raise UsageError(f"{spec!r} must return (model, batch) or (model, batch, loss_fn), the model a Module.")
+    loss_fn = made[2] if len(made) == 3 else None
+    return made[0].to(device), _move(made[1], device), loss_fn
+
+
+def _move(batch: Any, device: torch.device) -> Any:
+    if device.type == "cpu":
+        return batch
+    if isinstance(batch, torch.Tensor):
+        return batch.to(device)
+    if isinstance(batch, dict):
+        return {key: _move(item, device) for key, item in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(_move(item, device) for item in batch)
+    return batch
+
+
+def _hugging_face(recipe: Recipe, device: torch.device) -> tuple[torch.nn.Module, Any, None]:
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    path = recipe.spec.removeprefix("hf:")
+    try:
+        with open(path, encoding="utf-8") as file:
+            fields = json.load(file)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"The config {path!r} cannot be read: {error}") from None
+    if not isinstance(fields, dict) or not isinstance(fields.get("model_type"), str):
+        raise UsageError(f"The config {path!r} has no model_type.")
+    try:
+        import transformers
+    except ModuleNotFoundError:
+        raise UsageError("hf: models need transformers: pip install transformers") from None
+    try:
+        config = transformers.AutoConfig.for_model(fields.pop("model_type"), **fields)
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"transformers cannot use the config {path!r}: {str(error)[:500]}") from None
+    if hasattr(config, "use_cache"):
+        config.use_cache = False
+    if recipe.dtype not in DTYPES:
+        raise UsageError(f"There is no dtype {recipe.dtype!r}; use {', '.join(DTYPES)}.")
+    names = getattr(config, "architectures", None) or []
+    kind = getattr(transformers, names[0], None) if names else None
+    causal: Any = transformers.AutoModelForCausalLM
+    with device:
+        model = kind(config) if kind is not None else causal.from_config(config)
+    model = model.to(DTYPES[recipe.dtype]).train()
+    return model, _random_batch(model, config, recipe, device), None
+
+
+def _random_batch(model: Any, config: Any, recipe: Recipe, device: torch.device) -> dict[str, torch.Tensor]:
+    name = type(model).__name__
+    size, count = recipe.batch_size, recipe.seq_len
+
+    def integers(high: int, *shape: int) -> torch.Tensor:
+        return torch.randint(0, max(1, high), shape, device=device)
+
+    if getattr(model, "main_input_name", "input_ids") == "pixel_values":
+        side = getattr(config, "image_size", 224)
+        height, width = side if isinstance(side, (tuple, list)) else (side, side)
+        channels = getattr(config, "num_channels", 3)
+        pixels = torch.randn(size, channels, height, width, device=device, dtype=DTYPES[recipe.dtype])
+        batch = {"pixel_values": pixels}
+        return batch | {"labels": integers(config.num_labels, size)} if "Classification" in name else batch
+    vocabulary = getattr(config, "vocab_size", None) or config.get_text_config().vocab_size
+    batch = {"input_ids": integers(vocabulary, size, count)}
+    if "SequenceClassification" in name:
+        return batch | {"labels": integers(config.num_labels, size)}
+    if "TokenClassification" in name:
+        return batch | {"labels": integers(config.num_labels, size, count)}
+    if "QuestionAnswering" in name:
+        return batch | {"start_positions": integers(count, size), "end_positions": integers(count, size)}
+    return batch | {"labels": batch["input_ids"]}

@@ -1,0 +1,148 @@
+"""What all commands share: where output goes, what errors become, how progress is shown.
+
+Exit codes: 0 it fits; 3 the budget is infeasible; 2 bad usage, which includes a budget, a model's name or a plan file
+that cannot be read; 1 anything else. With `--json` stdout is one JSON object, errors included.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import typer
+from rich.console import Console
+
+from keepless.errors import BudgetError, InfeasibleBudget, KeeplessError, PlanError, SolverError
+
+FAILED, BAD_USAGE, INFEASIBLE = 1, 2, 3
+
+
+class UsageError(KeeplessError):
+    """A command was given something that it cannot use."""
+
+
+class Session:
+    """One command's output.
+
+    Arguments:
+        as_json: stdout is one JSON object; whatever else is printed goes to stderr.
+    """
+
+    def __init__(self, as_json: bool) -> None:
+        self.as_json = as_json
+        self.code = 0
+        self.answer: dict[str, Any] = {}
+        self.parts: list[Any] = []
+
+    def show(self, *parts: Any) -> None:
+        """Something for people: text, or a rich table. Printed at the command's end, unless JSON is asked for."""
+        self.parts.extend(parts)
+
+    def finish(self) -> None:
+        """Prints the answer."""
+        if self.as_json:
+            print(json.dumps(self.answer, indent=1, allow_nan=False))
+            return
+        console = Console(highlight=False)
+        if not console.is_terminal:
+            console = Console(highlight=False, width=140)
+        for part in self.parts:
+            console.print(part, soft_wrap=isinstance(part, str), markup=False)
+
+
+@contextlib.contextmanager
+def session(as_json: bool, debug: bool) -> Iterator[Session]:
+    """Runs a command's body; errors become text on stderr and an exit code."""
+    current = Session(as_json)
+    try:
+        # What a user's own module prints must not end up in the JSON.
+        with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+            yield current
+    except (typer.Exit, typer.Abort):
+        raise
+    except Exception as error:  # the one place where any error becomes text; --debug shows the traceback
+        current.code = _code(error)
+        if debug:
+            traceback.print_exc()
+        name = type(error).__name__
+        shown = str(error) if isinstance(error, (KeeplessError, OSError)) else f"{name}: {error}"
+        print(f"Error: {shown}", file=sys.stderr)
+        if as_json:
+            facts: dict[str, Any] = {"type": name, "message": str(error)}
+            if isinstance(error, InfeasibleBudget):
+                facts |= {
+                    "smallest_budget": error.smallest_budget,
+                    "bound": error.bound,
+                    "blocking": error.blocking,
+                }
+            print(json.dumps({"error": facts, "exit_code": current.code}, indent=1))
+        raise typer.Exit(current.code) from None
+    current.finish()
+    if current.code:
+        raise typer.Exit(current.code)
+
+
+def _code(error: Exception) -> int:
+    if isinstance(error, InfeasibleBudget):
+        return INFEASIBLE
+    if isinstance(error, (UsageError, BudgetError, PlanError, SolverError, FileNotFoundError, IsADirectoryError)):
+        return BAD_USAGE
+    return FAILED
+
+
+def read_budget(text: str) -> str | int | float:
+    """A budget as it stands on a command line: "8GiB", "123456" bytes, or "0.5" of the device."""
+    with contextlib.suppress(ValueError):
+        return int(text)
+    with contextlib.suppress(ValueError):
+        return float(text)
+    return text
+
+
+@contextlib.contextmanager
+def planning(title: str) -> Iterator[Callable[[str, int, int], None]]:
+    """Progress of planning on stderr: capture, measure (with the time that is left), solve."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _plain(title)
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import TimeRemainingColumn as Remaining
+
+    columns = (
+        TextColumn("{task.description:>8}"),
+        BarColumn(bar_width=28),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        Remaining(),
+        TextColumn("[dim]{task.fields[hint]}"),
+    )
+    hints = {
+        "capture": "the step as a graph: seconds, no memory",
+        "measure": "each distinct op once; remembered for the next time",
+        "solve": "what to keep: seconds",
+    }
+    with Progress(*columns, console=console, transient=True) as bars:
+        tasks: dict[str, Any] = {}
+
+        def tell(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=None, hint=hints.get(stage, ""))
+            bars.update(tasks[stage], total=total if done else None, completed=done)
+
+        yield tell
+
+
+def _plain(title: str) -> Callable[[str, int, int], None]:
+    begun: set[str] = set()
+
+    def tell(stage: str, done: int, total: int) -> None:
+        if stage not in begun:
+            begun.add(stage)
+            print(f"{title}: {stage} ...", file=sys.stderr)
+
+    return tell
