@@ -1,0 +1,246 @@
+"""Reports of plans: sums are the machine's own, decisions name what the program does, all of it without torch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from strategies import Case, cases
+
+from keepless.cost import CostModel
+from keepless.ir import Budget, Certificate, Effect, Graph, Kind, Op, Phase, Program, Run, Status, Value
+from keepless.machine import Baseline, Plan, make_plan, simulate
+from keepless.passes import from_order, reuse_storage
+from keepless.report.account import block_of, holdings, peak_account, phase_spans
+from keepless.report.decisions import Choice, decisions, format_seconds
+from keepless.report.picture import curve_of, everything_kept, picture_dict
+from keepless.report.tables import fits, fold, format_percent, plan_dict, verdict
+
+KEEP = tuple(range(12))
+AGAIN = (0, 1, 2, 3, 4, 5, 6, 7, 4, 8, 2, 9, 10, 11)
+
+
+def model() -> Graph:
+    """Two blocks of mm and relu with a dropout mask, a loss, and their backward: relu's outputs are read again."""
+    values = [
+        Value(0, "input.0", 10, Kind.INPUT),
+        Value(1, "h.0.w", 20, Kind.PARAM),
+        Value(2, "optimizer.state", 40, Kind.BUFFER),
+    ]
+    names = ["mm0", "mask", "relu0", "mm1", "relu1", "loss", "tangent", "g1", "g0", "grad.h.0.w"]
+    sizes = [100, 25, 100, 100, 100, 4, 4, 100, 100, 20]
+    kinds = [Kind.ACTIVATION] * 5 + [Kind.OUTPUT] + [Kind.GRAD] * 4
+    values += [Value(3 + i, n, s, k) for i, (n, s, k) in enumerate(zip(names, sizes, kinds, strict=True))]
+    rng = Value(13, "rng.1", 5, Kind.RNG)
+    f, b = Phase.FORWARD, Phase.BACKWARD
+    ops = [
+        Op(0, "aten.mm.default", (0, 1), (3,), f, module="model.h.0.lin", source="model.py:1"),
+        Op(1, "keepless.draw_mask", (), (4, 13), f, frozenset({Effect.RNG}), module="model.h.0.drop"),
+        Op(2, "aten.relu.default", (3, 4), (5,), f, module="model.h.0"),
+        Op(3, "aten.mm.default", (1, 5), (6,), f, module="model.h.1.lin"),
+        Op(4, "aten.relu.default", (6,), (7,), f, module="model.h.1"),
+        Op(5, "aten.sum.default", (7,), (8,), f, module=""),
+        Op(6, "keepless.loss", (8,), (9,), Phase.LOSS, frozenset({Effect.OPAQUE})),
+        Op(7, "aten.mul.Tensor", (6, 9), (10,), b, module="model.h.1"),
+        Op(8, "aten.mul.Tensor", (7, 10), (11,), b, module="model.h.1"),
+        Op(9, "aten.mm.default", (5, 11), (12,), b, module="model.h.0"),
+        Op(10, "keepless.deliver", (12,), (), b, frozenset({Effect.OPAQUE})),
+        Op(11, "keepless.optimizer", (1, 2, 12), (), Phase.OPTIMIZER, frozenset({Effect.OPAQUE})),
+    ]
+    return Graph(tuple(ops), (*values, rng), frozenset({0, 1, 2}), frozenset({0, 1, 2, 12}))
+
+
+COST = CostModel((0.4, 0.1, 0.01, 0.4, 0.01, 0.02, 0.0, 0.1, 0.1, 0.4, 0.0, 0.2), (0, 0, 0, 7, 0, 0, 0, 0, 0, 0, 0, 3))
+
+
+def plan_of(graph: Graph, program: Program, cost: CostModel, budget: int | None = None) -> Plan:
+    timeline = simulate(graph, program, cost)
+    limits = dict(timeline.peaks) | {"device": budget or timeline.peak}
+    return make_plan(
+        graph, program, cost, Budget(limits), Certificate("test", Status.FEASIBLE), baseline=Baseline(500, 1.74)
+    )
+
+
+@pytest.fixture
+def plan() -> Plan:
+    graph = model()
+    return plan_of(graph, reuse_storage(graph, from_order(graph, AGAIN)), COST)
+
+
+@given(cases())
+@settings(max_examples=80, deadline=None)
+def test_categories_sum_to_the_machines_bytes(case: Case) -> None:
+    """At every instruction the categories sum to the peak that the machine gives."""
+    timeline = simulate(case.graph, case.program, case.cost)
+    for held in holdings(case.graph, case.program, timeline):
+        assert sum(held.nbytes.values()) == timeline.events[held.index].peak
+        assert all(nbytes >= 0 for nbytes in held.nbytes.values())
+
+
+@given(cases())
+@settings(max_examples=60, deadline=None)
+def test_reports_are_json_for_any_plan(case: Case) -> None:
+    """Whatever the program does, its report is made of JSON values, and the peak's account sums to the peak."""
+    plan = plan_of(case.graph, case.program, case.cost)
+    found = json.loads(json.dumps(plan_dict(plan, values=True), allow_nan=False))
+    assert found["predicted_peak"] == plan.predicted_peak
+    account = peak_account(plan)
+    if account.index >= 0:
+        assert sum(account.categories.values()) == plan.predicted_peak
+    assert "\n" not in verdict(plan)
+    assert len(str(plan).splitlines()) >= 4
+
+
+def test_decisions_say_what_the_program_does(plan: Plan) -> None:
+    """Values that are made again, kept masks and outputs are told apart, with reasons and the replays' seconds."""
+    by_name = {d.name: d for block in decisions(plan) for d in block.decisions}
+    assert by_name["relu1"].choice is Choice.RECOMPUTED
+    assert by_name["relu1"].times == 1
+    assert by_name["relu1"].seconds == pytest.approx(0.01)
+    assert by_name["relu0"].choice is Choice.RECOMPUTED
+    assert by_name["mm1"].choice is Choice.KEPT
+    assert "400.0 ms" in by_name["mm1"].reason
+    assert by_name["mask"].choice is Choice.KEPT
+    assert "recomputing starts here" in by_name["mask"].reason
+    assert by_name["loss"].reason == "an output, which the caller holds"
+    assert sum(block.kept_nbytes for block in decisions(plan)) == plan.kept_nbytes
+    assert sum(block.recomputed_nbytes for block in decisions(plan)) == plan.recomputed_nbytes
+    assert sum(block.replays for block in decisions(plan)) == plan.num_replays == 2
+
+
+def test_everything_kept_has_nothing_recomputed() -> None:
+    """With everything kept no value is made again and no block replays."""
+    graph = model()
+    kept = decisions(plan_of(graph, from_order(graph, KEEP), COST))
+    assert {d.choice for block in kept for d in block.decisions} == {Choice.KEPT}
+    assert all(block.replays == 0 and block.reason for block in kept)
+
+
+def test_ops_that_run_once_are_named() -> None:
+    """A value whose op writes a buffer is kept because the op runs once."""
+    graph = model()
+    ops = list(graph.ops)
+    ops[3] = replace(ops[3], effects=frozenset({Effect.BUFFER}))
+    graph = replace(graph, ops=tuple(ops))
+    found = decisions(plan_of(graph, from_order(graph, KEEP), COST))
+    reasons = {d.name: d.reason for block in found for d in block.decisions}
+    assert reasons["mm1"] == "its op runs once: it writes a buffer"
+
+
+def test_account_names_categories_and_blocks(plan: Plan) -> None:
+    """Optimizer state and parameters are apart, and blocks are named by the model's modules."""
+    account = peak_account(plan)
+    assert account.categories["parameters"] == 20
+    assert account.categories["optimizer state"] == 40
+    assert set(account.blocks) <= {"model.h.0", "model.h.1", ""}
+    assert account.static == 70
+    assert account.where
+
+
+def test_blocks_are_named_up_to_their_number() -> None:
+    """A block is named up to the first number in its module's path."""
+    assert block_of("transformer.h.3.mlp.act") == "transformer.h.3"
+    assert block_of("transformer.drop") == "transformer.drop"
+    assert block_of("layer1.0.conv.weight") == "layer1.0"
+    assert block_of("") == ""
+
+
+def test_neighbours_that_decide_alike_are_one_row() -> None:
+    """Blocks with the same decisions fold into one row; others do not."""
+    graph = model()
+    blocks = decisions(plan_of(graph, from_order(graph, KEEP), COST))
+    twins = [replace(blocks[0], name="h.0"), replace(blocks[0], name="h.1"), replace(blocks[0], name="h.2"), blocks[1]]
+    folded = fold(twins)
+    assert [(name, count) for name, _, count in folded] == [("h.0 ... h.2", 3), (blocks[1].name, 1)]
+
+
+def test_verdict_counts_the_measured_peak(plan: Plan) -> None:
+    """A plan whose measured peak is above its budget does not fit, whatever was predicted."""
+    assert verdict(plan).startswith("fits: yes | budget ")
+    plan.measured_peak = plan.budget.limits["device"] + 1
+    assert not fits(plan)
+    assert verdict(plan).startswith("fits: NO | ")
+    assert "step +50.0 %" in verdict(plan, slowdown=0.5)
+    assert str(plan).startswith("DOES NOT FIT")
+
+
+def test_phases_cover_the_step(plan: Plan) -> None:
+    """Forward, loss, backward and optimizer come in this order and fill the step."""
+    spans = phase_spans(plan)
+    assert list(spans) == ["forward", "loss", "backward", "optimizer"]
+    assert spans["forward"][0] == 0
+    assert spans["optimizer"][1] == pytest.approx(plan.predicted_seconds)
+
+
+def test_curves_reach_the_peak(plan: Plan) -> None:
+    """The picture's curves reach the peaks that are written beside them."""
+    assert max(curve_of(plan.predicted).levels) == plan.predicted_peak
+    kept = everything_kept(plan)
+    assert max(curve_of(kept).levels) == kept.peak
+    json.dumps(picture_dict(plan), allow_nan=False)
+    assert curve_of(plan.predicted).at(0.0) > 0
+
+
+def test_a_plan_without_time_has_reports(plan: Plan) -> None:
+    """Costs of zero seconds, and an empty program, break nothing."""
+    graph = model()
+    still = plan_of(graph, from_order(graph, KEEP), CostModel((0.0,) * 12, (0,) * 12))
+    plan_dict(still)
+    picture_dict(still)
+    empty = Graph((), (Value(0, "x", 8, Kind.INPUT),), frozenset({0}), frozenset({0}))
+    nothing = plan_of(empty, Program(()), CostModel((), ()))
+    assert plan_dict(nothing, values=True)["blocks"] == []
+    assert peak_account(nothing).index == -1
+    picture_dict(nothing)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.svg"])
+def test_the_picture_is_drawn(plan: Plan, tmp_path: Path, name: str) -> None:
+    """The picture is written, in the format that the file's name says, for plans with and without time."""
+    pytest.importorskip("matplotlib")
+    from keepless.report.picture import draw
+
+    graph = model()
+    draw(plan, tmp_path / name, note="a note")
+    assert (tmp_path / name).stat().st_size > 5000
+    draw(plan_of(graph, from_order(graph, KEEP), CostModel((0.0,) * 12, (0,) * 12)), tmp_path / name)
+
+
+def test_tables_are_drawn(plan: Plan) -> None:
+    """Tables hold every block, and a row per value where asked."""
+    rich_console = pytest.importorskip("rich.console")
+    from keepless.report.tables import blocks_table, peak_table
+
+    console = rich_console.Console(width=140, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    with console.file:
+        for table in (blocks_table(plan), blocks_table(plan, values=True), peak_table(plan)):
+            console.print(table)
+    text = console.export_text()
+    assert "model.h.0" in text
+    assert "relu1" in text
+    assert "optimizer state" in text
+
+
+def test_units_are_readable() -> None:
+    """Times and ratios as people read them."""
+    assert [format_seconds(s) for s in (2.5, 0.0032, 0.000045)] == ["2.50 s", "3.2 ms", "45 us"]
+    assert [format_percent(r) for r in (0.042, -0.00001, -0.1)] == ["+4.2 %", "+0.0 %", "-10.0 %"]
+
+
+def test_reports_import_no_drawing_library_and_no_torch() -> None:
+    """Importing the reports imports neither torch nor rich nor matplotlib."""
+    code = "import sys, keepless.report; print(sorted({'torch', 'rich', 'matplotlib'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_replays_are_counted_for_where_they_run() -> None:
+    """An op of the forward that runs again is a replay of its block."""
+    graph = model()
+    program = from_order(graph, AGAIN)
+    assert sum(1 for instr in program if isinstance(instr, Run) and instr.replay) == 2
