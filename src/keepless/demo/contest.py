@@ -15,12 +15,14 @@ import torch
 
 from keepless import api
 from keepless.control import planned_forward
-from keepless.demo.contenders import BUDGET, CONTENDERS, KEPT, PLAIN, Contender
+from keepless.demo.contenders import BUDGET, CHECKPOINT, CONTENDERS, KEPT, PLAIN, TIGHT, Contender
 from keepless.demo.task import Task, batches, build_model, hash_parameters, quiet_transformers
+from keepless.errors import InfeasibleBudget
 from keepless.machine import Plan
 from keepless.measure import PeakMeasurement, measure_peak
 
 METERED_STEPS = 3
+FILES = {KEPT: "everything-kept.plan", BUDGET: "step.plan", TIGHT: "checkpoint-peak.plan"}
 MAX_PREDICTION_ERROR = 0.02
 """A prediction that is further off is a broken promise."""
 
@@ -110,19 +112,17 @@ def contest(task: Task, out: Path, *, share: float = 0.45, rounds: int = 6, tell
     """
     tell = tell or (lambda stage, done, seconds: None)
     out.mkdir(parents=True, exist_ok=True)
-    peaks: dict[str, PeakMeasurement] = {PLAIN: _peak(PLAIN, task, "", tell)}
-    budget = int(share * peaks[PLAIN].peak)
-    plans = _plans(task, budget, tell)
-    paths = {KEPT: str(out / "everything-kept.plan"), BUDGET: str(out / "step.plan")}
+    peaks = {name: _peak(name, task, "", tell) for name in (PLAIN, CHECKPOINT)}
+    plans = _plans(task, int(share * peaks[PLAIN].peak), peaks[CHECKPOINT].peak, tell)
+    paths = {name: str(out / FILES[name]) for name in plans}
     for name, plan in plans.items():
         plan.save(paths[name])
-    for name in CONTENDERS[1:]:
-        peaks[name] = _peak(name, task, paths.get(name, ""), tell)
+        peaks[name] = _peak(name, task, paths[name], tell)
     contenders = _race(task, plans, rounds, tell)
     for name, plan in plans.items():
         plan.measured_peak = peaks[name].peak
         plan.save(paths[name])
-    rows = tuple(_row(contenders, name, peaks, plans.get(name)) for name in CONTENDERS)
+    rows = tuple(_row(contenders, name, peaks, plans.get(name)) for name in contenders)
     broken = tuple(_broken(rows, contenders, plans))
     return Outcome(task, rows, broken, plans[BUDGET], paths[BUDGET])
 
@@ -136,7 +136,7 @@ def _peak(name: str, task: Task, plan_path: str, tell: Tell) -> PeakMeasurement:
     return found
 
 
-def _plans(task: Task, budget: int, tell: Tell) -> dict[str, Plan]:
+def _plans(task: Task, budget: int, tight: int, tell: Tell) -> dict[str, Plan]:
     """The plans, from costs that are measured now: earlier ones may come from a busier machine."""
     spans = {"capture": (0.0, 0.1), "measure": (0.1, 0.7), "solve": (0.7, 0.8)}
 
@@ -150,8 +150,11 @@ def _plans(task: Task, budget: int, tell: Tell) -> dict[str, Plan]:
     with quiet_transformers(), _fresh_costs():
         planned = api.plan(model, batch, budget, optimizer=optimizer, release_outputs=True, progress=told)
         kept = api.plan(model, batch, "1TiB", optimizer=optimizer, release_outputs=True, solver="keep_all")
+        plans = {KEPT: kept, BUDGET: planned}
+        with contextlib.suppress(InfeasibleBudget):
+            plans[TIGHT] = api.plan(model, batch, tight, optimizer=optimizer, release_outputs=True)
     tell("plan", 1.0, SECONDS["plan"])
-    return {KEPT: kept, BUDGET: planned}
+    return plans
 
 
 @contextlib.contextmanager
@@ -170,7 +173,8 @@ def _fresh_costs() -> Iterator[None]:
 def _race(task: Task, plans: dict[str, Plan], rounds: int, tell: Tell) -> dict[str, Contender]:
     """Every contender takes one step in turn; the first round warms up. The one that begins changes every round."""
     tell("race", 0.0, SECONDS["race"])
-    contenders = [Contender(name, task, plans.get(name)) for name in CONTENDERS]
+    names = [name for name in CONTENDERS if name in (PLAIN, CHECKPOINT) or name in plans]
+    contenders = [Contender(name, task, plans.get(name)) for name in names]
     total = (rounds + 1) * len(contenders)
     done = 0
     with quiet_transformers():
@@ -191,7 +195,7 @@ def _row(contenders: dict[str, Contender], name: str, peaks: dict[str, PeakMeasu
     return Row(
         name=name,
         peak=peaks[name].peak,
-        budget=plan.budget.limits["device"] if plan is not None and name == BUDGET else 0,
+        budget=plan.budget.limits["device"] if plan is not None and name != KEPT else 0,
         predicted_peak=plan.predicted_peak if plan is not None else 0,
         seconds=statistics.median(own.seconds[1:]),
         ratio=statistics.median(ratios),

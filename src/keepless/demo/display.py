@@ -51,8 +51,9 @@ def verdict(outcome: Outcome) -> str:
     plain, ours = outcome.row(PLAIN), outcome.row(BUDGET)
     return (
         f"Every promise held: in a budget of {format_bytes(ours.budget)}, Keepless peaked at "
-        f"{format_bytes(ours.peak)}, {100 * ours.peak / plain.peak:.0f} % of plain eager's {format_bytes(plain.peak)}, at "
-        f"{ours.ratio:.2f}x its time per step, with every loss and parameter equal bit for bit."
+        f"{format_bytes(ours.peak)}, {100 * ours.peak / plain.peak:.0f} % of plain eager's "
+        f"{format_bytes(plain.peak)}, at {ours.ratio:.2f}x its time per step, with every loss and parameter equal "
+        "bit for bit."
     )
 
 
