@@ -1,0 +1,348 @@
+"""The command line: answers, exit codes, pure JSON, and errors without tracebacks."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from keepless import cli
+from keepless.cli.app import app
+from keepless.cli.session import read_budget
+
+FACTORIES = """
+import torch
+
+
+def loss_of(output, batch):
+    return (output ** 2).mean()
+
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = torch.nn.Sequential(
+            *[torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.GELU(), torch.nn.Dropout(0.1),
+                                  torch.nn.Linear(256, 64)) for _ in range(4)])
+
+    def forward(self, x):
+        return (self.blocks(x) ** 2).mean()
+
+
+def tiny():
+    return Net(), torch.randn(512, 64)
+
+
+def own_loss():
+    return torch.nn.Linear(8, 8), torch.randn(4, 8), loss_of
+
+
+def noisy():
+    print("a factory that prints")
+    return tiny()
+
+
+def broken():
+    raise RuntimeError("the factory is broken")
+
+
+def wrong():
+    return 3
+
+
+number = 7
+"""
+
+CONFIG = {
+    "model_type": "gpt2",
+    "architectures": ["GPT2LMHeadModel"],
+    "vocab_size": 64,
+    "n_positions": 32,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 2,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+
+Invoke = Callable[..., Any]
+
+
+@pytest.fixture
+def invoke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Invoke:
+    """Runs a command in a folder with factories, a config, and a cost cache of its own."""
+    (tmp_path / "factories.py").write_text(FACTORIES)
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("KEEPLESS_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.delitem(sys.modules, "factories", raising=False)
+
+    def run(*words: str) -> Any:
+        return CliRunner().invoke(app, list(words))
+
+    return run
+
+
+def test_plan_says_verdict_and_tables(invoke: Invoke) -> None:
+    """A budget that fits gives the decisions, the peak and a verdict, and exit code 0."""
+    done = invoke("plan", "factories:tiny", "--budget", "4MiB", "--save", "step.plan", "--picture", "step.png")
+    assert done.exit_code == 0, done.output
+    assert "fits: yes | budget 4.00 MiB" in done.stdout
+    assert "made again" in done.stdout
+    assert Path("step.plan").exists()
+    assert Path("step.png").stat().st_size > 5000
+
+
+def test_a_tight_budget_recomputes_and_show_says_the_same(invoke: Invoke) -> None:
+    """A plan under pressure has replays; its file shows the same figures."""
+    done = invoke("plan", "factories:tiny", "-b", "4MiB", "-o", "step.plan", "--json", "--values")
+    planned = json.loads(done.stdout)
+    assert planned["num_replays"] > 0
+    assert planned["predicted_peak"] <= 4 << 20 < planned["baseline_peak"]
+    shown = json.loads(invoke("show", "step.plan", "--json", "--values").stdout)
+    for name in ("blocks", "peak", "budget", "predicted_peak", "smallest_budget", "certificate"):
+        assert shown[name] == planned[name]
+    assert "frees" in invoke("show", "step.plan", "--values").stdout
+
+
+def test_json_is_pure_where_a_factory_prints(invoke: Invoke) -> None:
+    """What a factory prints goes to stderr when JSON is asked for."""
+    done = invoke("plan", "factories:noisy", "-b", "16MiB", "--json")
+    assert json.loads(done.stdout)["fits"] is True
+    assert "a factory that prints" in done.stderr
+
+
+def test_infeasible_is_exit_code_3(invoke: Invoke) -> None:
+    """A budget below the floor ends with 3; text and JSON hold the smallest budget."""
+    done = invoke("plan", "factories:tiny", "-b", "100KiB")
+    assert done.exit_code == 3
+    assert "smallest budget" in done.stderr
+    assert done.stdout == ""
+    done = invoke("plan", "factories:tiny", "-b", "100KiB", "--json")
+    answer = json.loads(done.stdout)
+    assert done.exit_code == answer["exit_code"] == 3
+    assert answer["error"]["type"] == "InfeasibleBudget"
+    assert answer["error"]["smallest_budget"] >= answer["error"]["bound"] > 100 << 10
+    again = invoke("plan", "factories:tiny", "-b", str(answer["error"]["smallest_budget"]))
+    assert again.exit_code == 0, again.output
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["plan", "factories:tiny", "-b", "eight"],
+        ["plan", "factories:tiny", "-b", "8"],
+        ["plan", "factories:tiny", "-b", "1.5"],
+        ["plan", "factories:tiny", "-b", "nan"],
+        ["plan", "factories:tiny", "-b", "0"],
+        ["plan", "factories:tiny", "-b", "True"],
+        ["plan", "factories:tiny", "-b=-8GiB"],
+        ["plan", "factories:tiny"],
+        ["plan", "factories:tiny", "-b", "1GiB", "--solver", "magic"],
+        ["plan", "factories:tiny", "-b", "1GiB", "--optimizer", "magic"],
+        ["plan", "factories:tiny", "-b", "1GiB", "--device", "magic"],
+        ["plan", "factories:tiny", "-b", "1GiB", "--magic"],
+        ["plan", "factories:absent", "-b", "1GiB"],
+        ["plan", "factories:number", "-b", "1GiB"],
+        ["plan", "factories:wrong", "-b", "1GiB"],
+        ["plan", "no_such_module:tiny", "-b", "1GiB"],
+        ["plan", "just_a_name", "-b", "1GiB"],
+        ["plan", "hf:absent.json", "-b", "1GiB"],
+        ["plan", "hf:factories.py", "-b", "1GiB"],
+        ["plan", "hf:config.json", "-b", "1GiB", "--dtype", "int3"],
+        ["plan", "hf:config.json", "-b", "1GiB", "--batch-size", "0"],
+        ["train", "factories:tiny"],
+        ["train", "factories:tiny", "-b", "1GiB", "--plan", "absent.plan"],
+        ["train", "factories:tiny", "--plan", "absent.plan"],
+        ["train", "factories:tiny", "-b", "1GiB", "--device", "meta"],
+        ["train", "factories:tiny", "-b", "1GiB", "-n", "0"],
+        ["show", "absent.plan"],
+        ["show", "."],
+        ["show"],
+        ["magic"],
+    ],
+)
+def test_bad_usage_is_exit_code_2(invoke: Invoke, words: list[str]) -> None:
+    """What cannot be used ends with 2 and a clear text, without a traceback and without output."""
+    done = invoke(*words)
+    expected = 3 if words[-1] == "8" else 2  # 8 bytes are a budget, and nothing fits
+    assert done.exit_code == expected, done.output
+    assert "Traceback" not in done.output
+    assert "rror" in done.stderr
+    assert done.stdout == ""
+
+
+def test_other_errors_are_exit_code_1(invoke: Invoke) -> None:
+    """A factory that fails ends with 1; the traceback is shown with --debug only."""
+    done = invoke("plan", "factories:broken", "-b", "1GiB")
+    assert done.exit_code == 1
+    assert done.stderr == "Error: RuntimeError: the factory is broken\n"
+    assert "Traceback" in invoke("plan", "factories:broken", "-b", "1GiB", "--debug").stderr
+    answer = json.loads(invoke("plan", "factories:broken", "-b", "1GiB", "--json").stdout)
+    assert answer["error"] == {"type": "RuntimeError", "message": "the factory is broken"}
+
+
+def test_train_gives_the_losses_of_a_plain_loop(invoke: Invoke) -> None:
+    """Training under a tight plan, and again under its file, gives the plain loop's losses, bit for bit."""
+    done = invoke("train", "factories:tiny", "-b", "4MiB", "-n", "3", "--save", "step.plan", "--json")
+    assert done.exit_code == 0, done.output
+    answer = json.loads(done.stdout)
+    assert answer["plan"]["num_replays"] > 0
+    again = json.loads(invoke("train", "factories:tiny", "--plan", "step.plan", "-n", "3", "--json").stdout)
+    assert answer["losses"] == again["losses"] == _plain_losses(3)
+    assert "loss" in invoke("train", "factories:tiny", "--plan", "step.plan", "-n", "1").stdout
+
+
+def _plain_losses(steps: int) -> list[float]:
+    import factories  # type: ignore[import-not-found]
+
+    torch.manual_seed(0)
+    model, batch = factories.tiny()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = model(batch)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def test_a_callers_own_loss_is_planned_for(invoke: Invoke) -> None:
+    """A factory may return its loss as a third item, and a saved plan knows it."""
+    done = invoke("train", "factories:own_loss", "-b", "1MiB", "-n", "2", "-o", "step.plan", "--json")
+    assert done.exit_code == 0, done.output
+    again = invoke("train", "factories:own_loss", "--plan", "step.plan", "-n", "2", "--json")
+    assert again.exit_code == 0, again.output
+    assert json.loads(done.stdout)["losses"] == json.loads(again.stdout)["losses"]
+
+
+def test_verify_measures_in_a_process_of_its_own(invoke: Invoke) -> None:
+    """Verify compares bits, and the meter's peak of whole steps is within the budget and near the prediction."""
+    done = invoke("verify", "factories:tiny", "-b", "4MiB", "--steps", "2", "--json")
+    assert done.exit_code == 0, done.output
+    answer = json.loads(done.stdout)
+    assert answer["equal"] is True
+    assert answer["metered_peak"] <= 4 << 20
+    assert answer["metered_peak"] == pytest.approx(answer["plan"]["predicted_peak"], rel=0.02)
+
+
+def test_verify_says_it_in_words(invoke: Invoke) -> None:
+    """Without the meter, verify is quick and says what it compared with."""
+    done = invoke("verify", "factories:tiny", "-b", "4MiB", "--no-meter")
+    assert done.exit_code == 0, done.output
+    assert "equal, bit for bit, to plain eager" in done.stdout
+
+
+def test_a_plan_for_another_model_is_refused(invoke: Invoke) -> None:
+    """A plan file of another model ends with 2 and names what differs."""
+    assert invoke("plan", "factories:tiny", "-b", "16MiB", "-o", "step.plan").exit_code == 0
+    done = invoke("train", "hf:config.json", "--plan", "step.plan", "--seq-len", "16")
+    assert done.exit_code == 2
+    assert "another model" in done.stderr
+
+
+def test_a_hugging_face_config_is_a_model(invoke: Invoke) -> None:
+    """A config file trains with random weights and random tokens; --device meta plans it without weights."""
+    words = ["hf:config.json", "--batch-size", "2", "--seq-len", "16", "-b", "64MiB", "--json"]
+    done = invoke("train", *words, "-n", "2")
+    assert done.exit_code == 0, done.output
+    assert len(json.loads(done.stdout)["losses"]) == 2
+    planned = json.loads(invoke("plan", *words, "--release-outputs").stdout)
+    without = json.loads(invoke("plan", *words, "--release-outputs", "--device", "meta").stdout)
+    assert without["predicted_peak"] == planned["predicted_peak"]
+
+
+def _sign(payload: Any) -> dict[str, Any]:
+    text = json.dumps(payload, sort_keys=True, separators=(",", ":"))
+    return {
+        "magic": "keepless-plan",
+        "version": 1,
+        "digest": hashlib.sha256(text.encode()).hexdigest(),
+        "plan": payload,
+    }
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "not json",
+        "[" * 100_000,
+        json.dumps(_sign({})),
+        json.dumps(_sign({"graph": ["__import__('os').system('touch hacked')"], "program": []})),
+        '{"magic": "keepless-plan", "version": ' + "9" * 100_000 + "}",
+        json.dumps({"magic": "keepless-plan", "version": 2, "digest": "", "plan": {}}),
+        "\x00\ud800".encode("utf-8", "surrogatepass").decode("latin-1"),
+    ],
+)
+def test_hostile_plan_files_are_refused(invoke: Invoke, text: str) -> None:
+    """A damaged or hostile plan file ends with 2, quickly, in words; nothing in it runs."""
+    Path("hostile.plan").write_text(text, encoding="latin-1")
+    start = time.monotonic()
+    done = invoke("show", "hostile.plan", "--json")
+    assert time.monotonic() - start < 10
+    assert done.exit_code == 2
+    assert json.loads(done.stdout)["error"]["type"] == "PlanError"
+    assert "Traceback" not in done.output
+    assert not Path("hacked").exists()
+
+
+def test_an_edited_plan_is_refused(invoke: Invoke) -> None:
+    """A plan file that was edited by hand is refused."""
+    invoke("plan", "factories:tiny", "-b", "16MiB", "-o", "step.plan")
+    text = Path("step.plan").read_text()
+    Path("step.plan").write_text(text.replace('"smallest_bound": ', '"smallest_bound": 1', 1))
+    done = invoke("show", "step.plan")
+    assert done.exit_code == 2
+    assert "edited or damaged" in done.stderr
+
+
+def test_env_is_what_a_bug_report_needs(invoke: Invoke) -> None:
+    """Versions and device, in words and as JSON."""
+    answer = json.loads(invoke("env", "--json").stdout)
+    assert answer["packages"]["torch"]
+    assert answer["cpu"]["threads"] >= 1
+    assert "torch: " in invoke("env").stdout
+
+
+def test_help_and_show_need_no_torch(invoke: Invoke) -> None:
+    """The commands load without torch, and `show` works where it is not installed."""
+    invoke("plan", "factories:tiny", "-b", "16MiB", "-o", "step.plan")
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "sys.argv = ['keepless', *sys.argv[1:]]\n"
+        "from keepless.cli import main; main()"
+    )
+    for words in (["--help"], ["show", "step.plan"]):
+        done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr == ""
+    assert "fits: yes" in done.stdout
+
+
+def test_without_its_extra_the_command_says_how_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without typer and rich, `keepless` names the extra and ends with 2."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    assert "pip install 'keepless[cli]'" in capsys.readouterr().err
+
+
+def test_budgets_on_the_command_line() -> None:
+    """Whole numbers are bytes, others shares of the device, and text has a unit."""
+    assert [read_budget(text) for text in ("123", "0.5", "8GiB")] == [123, 0.5, "8GiB"]
