@@ -35,8 +35,10 @@ def run_traced(call: Callable[[], object]) -> tuple[object, list[int]]:
         return _traced(call)
     done: list[tuple[object, list[int]]] = []
     failed: list[BaseException] = []
+    num_threads = torch.get_num_threads()
 
     def job() -> None:
+        torch.set_num_threads(num_threads)  # OpenMP's is the thread's own, and scratch depends on it
         try:
             with torch.no_grad():
                 done.append(_traced(call))
