@@ -19,6 +19,11 @@ def draw_mask(size: tuple[int, ...], stride: tuple[int, ...], keep: float) -> to
     return torch.empty_strided(size, stride, dtype=torch.bool).bernoulli_(keep)
 
 
+def full_mask(size: tuple[int, ...], stride: tuple[int, ...]) -> torch.Tensor:
+    """The mask of a dropout that drops all: its scale is zero, so that -1.0 and NaN become -0.0 and NaN as in eager."""
+    return torch.empty_strided(size, stride, dtype=torch.bool).fill_(True)
+
+
 def apply_mask(x: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
     """`x` where the mask is True, scaled. The same products, in the same order, as eager's dropout.
 
@@ -34,6 +39,30 @@ def eager_scale(p: float, dtype: torch.dtype) -> float:
     Eager divides its noise tensor by 1 - p in the tensor's dtype; `native_dropout` multiplies by 1 / (1 - p).
     """
     return float(torch.ones((), dtype=dtype).div_(1 - p).item())
+
+
+def draw_in_place(
+    size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, keep: float, generator: None = None
+) -> torch.Tensor:
+    """`empty_like(x).bernoulli_(keep)` as eager draws it, in the order of x's memory.
+
+    Tracing makes `aten.bernoulli.p` of it, which draws in the order of the indices, into a contiguous tensor.
+    """
+    return torch.empty_strided(size, stride, dtype=dtype).bernoulli_(keep).contiguous()
+
+
+def lstm_layer(*args: Any) -> Any:
+    """`aten.mkldnn_rnn_layer` for training: its kernel makes its workspace only where grad mode is on."""
+    plain = [arg.detach() if isinstance(arg, torch.Tensor) else arg for arg in args]
+    with torch.enable_grad():
+        return aten.mkldnn_rnn_layer.default(*plain)
+
+
+def lstm_workspace_nbytes(args: tuple[Any, ...]) -> int:
+    """Bytes of the workspace that `lstm_layer` returns, which only its kernel knows: it runs once, on zeros."""
+    real = [torch.zeros(arg.shape, dtype=arg.dtype) if isinstance(arg, torch.Tensor) else arg for arg in args]
+    workspace: torch.Tensor = lstm_layer(*real)[3]
+    return workspace.untyped_storage().nbytes()
 
 
 def materialize(grad: torch.Tensor, size: tuple[int, ...], stride: tuple[int, ...]) -> torch.Tensor:
@@ -127,7 +156,7 @@ def _call_out(out_op: Any, name: str, position: int, *args: Any, **kwargs: Any) 
 
 def draws_random(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether a call advances the random generator."""
-    if target is draw_mask:
+    if target is draw_mask or target is draw_in_place:
         return True
     if not isinstance(target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in target.tags:
         return False
@@ -135,6 +164,9 @@ def draws_random(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     bound = dict(zip(names, args, strict=False)) | kwargs
     return not ("dropout_p" in bound and bound["dropout_p"] == 0.0)
 
+
+FRESH = (aten.lift_fresh_copy.default, aten.lift_fresh.default)
+"""Ops that stand for `torch.tensor(...)` in the forward: their argument is made anew in each step."""
 
 BATCH_NORM_FORWARD = (aten._native_batch_norm_legit_functional.default,)
 BATCH_NORM_BACKWARD = (aten.native_batch_norm_backward.default,)

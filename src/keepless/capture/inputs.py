@@ -52,13 +52,20 @@ class FlatInputs:
     """A call, flattened: `leaves` in pytree order.
 
     A tensor that is given twice (as inputs and as labels, say) is one argument of the captured step: `first` maps
-    every tensor position to the position where its tensor stands first, and `tensor_positions` are those.
+    every tensor position to the position where its tensor stands first, and `tensor_positions` are those. `facts`
+    are those of `tensor_facts` at these positions.
     """
 
     leaves: tuple[Any, ...]
     spec: Any
     tensor_positions: tuple[int, ...]
     first: dict[int, int]
+    facts: dict[int, tuple[Any, ...]]
+
+    def without_tensors(self) -> FlatInputs:
+        """The same call without its tensors, so that a plan keeps no batch alive."""
+        leaves = [None if position in self.first else leaf for position, leaf in enumerate(self.leaves)]
+        return FlatInputs(tuple(leaves), self.spec, self.tensor_positions, self.first, self.facts)
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
@@ -98,4 +105,10 @@ def flatten_inputs(inputs: Inputs) -> FlatInputs:
     for position, leaf in enumerate(leaves):
         if isinstance(leaf, torch.Tensor):
             first[position] = seen.setdefault(id(leaf), position)
-    return FlatInputs(tuple(leaves), spec, tuple(seen.values()), first)
+    facts = {position: tensor_facts(leaves[position]) for position in seen.values()}
+    return FlatInputs(tuple(leaves), spec, tuple(seen.values()), first, facts)
+
+
+def tensor_facts(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """What a captured step depends on: (dtype, shape, strides, requires_grad, device, class)."""
+    return (tensor.dtype, tensor.shape, tensor.stride(), tensor.requires_grad, tensor.device, type(tensor))

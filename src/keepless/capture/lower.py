@@ -16,6 +16,7 @@ import torch
 from keepless import _compat
 from keepless.binding import Binding, Call, OpCode, Ref, ViewCode, map_refs, slots_of
 from keepless.capture import aten as known
+from keepless.capture.constants import Getter, find_home
 from keepless.capture.inputs import FlatInputs
 from keepless.capture.trace import Traced, named_state, planned_device
 from keepless.errors import CaptureError
@@ -74,6 +75,7 @@ class _Lowering:
         self.param_names = {name for name, _ in model.named_parameters()}
         self.flat = flat
         self.shape = shape
+        self.device = planned_device(model)
         self.slot_of: dict[tuple[torch.fx.Node, int | None], int] = {}
         self.examples: dict[int, torch.Tensor] = {}
         self.slot_value: dict[int, int] = {}
@@ -85,6 +87,8 @@ class _Lowering:
         self.buffers: dict[str, int] = {}
         self.inputs: dict[int, int] = {}
         self.constants: dict[int, torch.Tensor] = {}
+        self.homes: dict[int, tuple[str, Getter]] = {}
+        self.model = model
         self.tangent_of: dict[int, int] = {}
         self.resident: set[int] = set()
         self.forward: list[_Draft] = []
@@ -148,12 +152,17 @@ class _Lowering:
         example = node.meta["val"]
         if not isinstance(example, torch.Tensor):
             raise CaptureError(f"The captured step takes a {type(example).__name__} as an argument: {node.name}.")
+        key = _compat.storage_key(example)
         if role in ("param", "buffer"):
-            value = self.new_value(what, example, Kind.PARAM if role == "param" else Kind.BUFFER)
+            value = self.value_of_storage.get(key, -1)
+            if value < 0:
+                value = self.new_value(what, example, Kind.PARAM if role == "param" else Kind.BUFFER)
             slot = self.new_slot(example, value)
             (self.params if role == "param" else self.buffers)[what] = slot
         elif role == "input":
-            value = self.new_value(f"input.{what}", example, Kind.INPUT)
+            value = self.value_of_storage.get(key, -1)
+            if value < 0:
+                value = self.new_value(f"input.{what}", example, Kind.INPUT)
             slot = self.new_slot(example, value)
             self.inputs[what] = slot
         elif role == "tangent":
@@ -162,8 +171,8 @@ class _Lowering:
             self.tangent_of[what] = slot
         else:
             raise CaptureError(
-                f"The captured step has an argument of a kind that this engine does not know ({what}); "
-                "outputs that share storage with each other are the usual cause."
+                f"The captured step has an argument of a kind that this engine does not know ({what}): the forward "
+                "changes a parameter, or an input that requires a gradient, in place."
             )
         if role != "tangent":
             self.resident.add(value)
@@ -172,12 +181,36 @@ class _Lowering:
     def constant(self, node: torch.fx.Node) -> None:
         tensor = getattr(self.traced.module, str(node.target))
         if not isinstance(tensor, torch.Tensor) or isinstance(tensor, _compat.FakeTensor):
-            raise CaptureError(f"The captured step holds a constant that is not a plain tensor: {node.target}.")
+            kind = "a generator of its own" if "opaque" in str(node.target) else f"a {type(tensor).__name__}"
+            raise CaptureError(
+                f"The forward uses {kind} ({node.target}), which a captured step cannot replay. Draw from torch's "
+                "default generator, or hold tensors as parameters and buffers."
+            )
+        if tensor.requires_grad:
+            raise CaptureError(
+                f"The forward reads a tensor of shape {tuple(tensor.shape)} that requires a gradient but is no "
+                "parameter of the model: its gradient would be lost. Register it, or pass it in the batch."
+            )
+        if tensor.device != self.device:
+            raise CaptureError(
+                f"The forward reads a tensor on {tensor.device}; the model is planned for {self.device}."
+            )
         example = node.meta.get("val", tensor)
+        home = None
+        if any(user.target not in known.FRESH for user in node.users):
+            home = find_home(self.model, tensor)
+            if home is None:
+                raise CaptureError(
+                    f"The forward reads a tensor of shape {tuple(tensor.shape)} that is no parameter, buffer or "
+                    "argument, and whose home is not found; a captured step would read this very tensor for ever. "
+                    "Register it as a buffer, or pass it in the batch."
+                )
         value = self.new_value(f"constant.{node.name}", example, Kind.INPUT)
         self.resident.add(value)
         slot = self.new_slot(example, value)
         self.constants[slot] = tensor
+        if home is not None:
+            self.homes[slot] = home
         self.slot_of[(node, None)] = slot
 
     def call(self, node: torch.fx.Node) -> None:
@@ -198,17 +231,29 @@ class _Lowering:
             mask_value = self.slot_value[args[1].slot]
             if mask_value in self.scale_of_mask:
                 target, args, kwargs = known.apply_mask, (args[0], args[1], self.scale_of_mask[mask_value]), {}
+        if target is torch.ops.aten.bernoulli.p and self.is_uninitialized(node.args[0]):
+            like = self.examples[args[0].slot]
+            args = (tuple(like.shape), tuple(like.stride()), like.dtype, *args[1:])
+            target = known.draw_in_place
+        if target is torch.ops.aten.mkldnn_rnn_layer.default and args[-1]:
+            target = known.lstm_layer
         replay = None
         if target in known.BATCH_NORM_BACKWARD:
             args = known.batch_norm_backward_args(args)
-        if target in known.BATCH_NORM_FORWARD:
+        if target in known.BATCH_NORM_FORWARD and self.only_updates_statistics(node):
             form = known.batch_norm_replay(args)
             replay = Call(form[0], form[1]) if form else None
         call = Call(target, args, kwargs)
         outputs = self.results(node, call)
         if outputs is None:
             return
+        if target is known.lstm_layer:
+            workspace = self.slot_value[outputs[3][1]]
+            nbytes = known.lstm_workspace_nbytes(map_refs(args, self.real_example))
+            self.values[workspace] = replace(self.values[workspace], nbytes=nbytes)
         effects = {Effect.RNG} if known.draws_random(target, args, kwargs) else set()
+        if effects and phase is Phase.BACKWARD:
+            raise CaptureError(f"The backward draws random numbers ({node.target}); a captured step would draw others.")
         name = str(target) if isinstance(target, torch._ops.OpOverload) else f"keepless.{target.__name__}"
         draft = _Draft(name, call, outputs, phase, effects, node, replay, module=module, source=source)
         (self.backward if phase is Phase.BACKWARD else self.forward).append(draft)
@@ -216,6 +261,11 @@ class _Lowering:
     def results(self, node: torch.fx.Node, call: Call) -> list[tuple[int | None, int]] | None:
         """The slots of a node's new storages; None where the node is a view (its slots are then recorded)."""
         result: Any = node.meta.get("val")
+        if isinstance(result, torch.Tensor) and result.layout is not torch.strided:
+            raise CaptureError(
+                f"{node.target} returns a {result.layout} tensor; only strided tensors are supported (an embedding "
+                "with sparse=True is the usual cause)."
+            )
         many = isinstance(result, tuple | list)
         parts = list(enumerate(result)) if many else [(None, result)]
         tensors = [(item, part) for item, part in parts if isinstance(part, torch.Tensor)]
@@ -243,6 +293,26 @@ class _Lowering:
             self.slot_of[(node, item)] = slot
         return outputs if fresh[0] else None
 
+    def is_uninitialized(self, node: Any) -> bool:
+        """Whether a node is `empty_like`: what is drawn into it was drawn in place."""
+        return isinstance(node, torch.fx.Node) and "empty" in str(node.target)
+
+    def real_example(self, slot: int) -> torch.Tensor:
+        """Something with the slot's shape and dtype, outside any fake mode."""
+        example = self.examples[slot]
+        return torch.empty(tuple(example.shape), dtype=example.dtype, device="meta")
+
+    def only_updates_statistics(self, node: torch.fx.Node) -> bool:
+        """Whether a BatchNorm's new statistics go into its buffers and nowhere else.
+
+        Its backward is given them too, but reads them in evaluation mode only.
+        """
+        harmless = (torch.ops.aten.copy_.default, *known.BATCH_NORM_BACKWARD)
+        items = [user for user in node.users if user.target is operator.getitem and int(user.args[1]) > 2]  # type: ignore[arg-type]
+        return all(user.op == "output" or user.target in harmless for item in items for user in item.users) and all(
+            isinstance(arg, torch.fx.Node) and arg.op == "placeholder" for arg in node.args[3:5]
+        )
+
     def place(self, node: torch.fx.Node, phase: Phase) -> tuple[str, str]:
         """Module path and source line; a backward node takes those of the forward node with its sequence number."""
         module, source = node.meta.get("keepless_module", ""), node.meta.get("keepless_source", "")
@@ -266,18 +336,20 @@ class _Lowering:
     def dropout(self, node: torch.fx.Node, args: tuple[Any, ...], phase: Phase, module: str, source: str) -> bool:
         x, p, train = (*args, True)[:3]
         example = self.examples[x.slot]
-        if example.device.type != "cpu" or not (train is None or train) or not 0.0 < p < 1.0:
+        if example.device.type != "cpu" or not (train is None or train) or not 0.0 < p <= 1.0:
             return False
-        scale = known.eager_scale(p, example.dtype)
+        scale = known.eager_scale(p, example.dtype) if p < 1.0 else 0.0
         out, mask = node.meta["val"]
         mask_slot = self.new_slot(mask, self.new_value(f"{node.name}.mask", mask, Kind.ACTIVATION))
         out_slot = self.new_slot(out, self.new_value(node.name, out, Kind.ACTIVATION))
         self.slot_of[(node, 0)], self.slot_of[(node, 1)] = out_slot, mask_slot
         self.scale_of_mask[self.slot_value[mask_slot]] = scale
         draw = Call(known.draw_mask, (tuple(mask.shape), tuple(mask.stride()), 1 - p))
+        if p == 1.0:  # eager draws nothing here: it multiplies by zero
+            draw = Call(known.full_mask, (tuple(mask.shape), tuple(mask.stride())))
         apply = Call(known.apply_mask, (x, Ref(mask_slot), scale))
         for name, call, slot, effects in (
-            ("keepless.draw_mask", draw, mask_slot, {Effect.RNG}),
+            (f"keepless.{draw.target.__name__}", draw, mask_slot, {Effect.RNG} if p < 1.0 else set[Effect]()),
             ("keepless.apply_mask", apply, out_slot, set[Effect]()),
         ):
             self.forward.append(_Draft(name, call, [(None, slot)], phase, effects, node, module=module, source=source))
@@ -350,7 +422,7 @@ class _Assembly:
                 seen.add(value)
                 work.set_kind(value, Kind.GRAD)
                 continue
-            stride = tuple(like.stride())
+            stride = _gradient_strides(like)
             copy = torch.empty_strided(tuple(like.shape), stride, dtype=example.dtype, device="meta")
             own = work.new_value(f"grad.{name}", copy, Kind.GRAD, shared=False)
             own_slot = work.new_slot(copy, own)
@@ -446,11 +518,12 @@ class _Assembly:
         loss = work.traced.loss_position
         released = held if shape.release_outputs else []
         pinned |= {v for v in held if v not in released or (loss in self.outputs and v == self.loss_value())}
+        fixed = pinned | static | set(self.loss_inputs) | {work.slot_value[slot] for slot in work.tangent_of.values()}
         stale = {work.slot_value[d.call.args[0].slot] for d in work.mutations if d.call is not None}
         ops: list[Op] = []
         codes: list[OpCode | None] = []
         for draft in self.drafts:
-            op, code = self.op(len(ops), draft, stale, pinned | static)
+            op, code = self.op(len(ops), draft, stale, fixed)
             ops.append(op)
             codes.append(code)
         ops = _chosen_reuse(ops)
@@ -465,6 +538,7 @@ class _Assembly:
             buffers=work.buffers,
             inputs=work.inputs,
             constants=work.constants,
+            constant_homes=work.homes,
             outputs=self.outputs,
             output_constants={i: leaf for i, leaf in enumerate(leaves) if not isinstance(leaf, torch.Tensor)},
             examples_require_grad={i: leaves[i].requires_grad for i in self.outputs},
@@ -474,7 +548,19 @@ class _Assembly:
             grads=tuple(self.grads),
             examples=work.examples,
             device=self.device,
+            passed_through={
+                i: self.argument_slot(*where) for i, where in work.traced.passed_through.items() if i in self.outputs
+            },
+            repeated=work.traced.repeated,
+            aside=work.traced.aside,
+            attributes=work.traced.attributes,
         )
+
+    def argument_slot(self, kind: str, what: str | int) -> int:
+        """The slot of a parameter or buffer by name, or of an input by flat position."""
+        if isinstance(what, int):
+            return self.work.inputs[what]
+        return self.work.params[what] if what in self.work.params else self.work.buffers[what]
 
     def loss_value(self) -> int:
         position = self.work.traced.loss_position
@@ -581,8 +667,19 @@ def _same_layout(grad: torch.Tensor, like: Any) -> bool:
     """Whether autograd takes a gradient over without a copy (`obeys_layout_contract` in accumulate_grad.h)."""
     if grad.shape != like.shape or grad.dtype != like.dtype:
         return False
-    pairs = zip(grad.shape, grad.stride(), like.stride(), strict=True)
+    pairs = zip(grad.shape, grad.stride(), _gradient_strides(like), strict=True)
     return all(size == 1 or a == b for size, a, b in pairs)
+
+
+def _gradient_strides(like: Any) -> tuple[int, ...]:
+    """The strides that autograd gives a gradient: its tensor's if that is dense, else contiguous ones."""
+    by_stride = sorted((stride, size) for size, stride in zip(like.shape, like.stride(), strict=True) if size != 1)
+    expected = 1
+    for stride, size in by_stride:
+        if stride != expected:
+            return tuple(torch.empty(like.shape, device="meta").stride())
+        expected *= size
+    return tuple(like.stride())
 
 
 def _same_view(a: torch.Tensor, b: torch.Tensor) -> bool:

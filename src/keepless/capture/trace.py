@@ -11,7 +11,7 @@ import contextlib
 import random
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,8 @@ from keepless.errors import BatchError, CaptureError, DataDependentError, LossEr
 LossFn = Callable[[Any, Any], torch.Tensor]
 
 _state = threading.local()
+_capturing = threading.RLock()
+"""Captures set hooks and switches of the whole process: one at a time."""
 
 
 def is_tracing() -> bool:
@@ -43,6 +45,10 @@ class Traced:
         loss_position: flat position of the model's own loss, None where the caller computes the loss.
         as_compiled: the model's code was told that it is being compiled, because its eager branches look at data; the
             captured ops may then differ from plain eager's.
+        passed_through: flat output position -> ("state", name) or ("input", flat position) of the argument that it is.
+        repeated: flat output position -> the earlier position where the same tensor object stands.
+        aside: parameters and flat input positions that only outputs outside `grad_outputs` depend on.
+        attributes: (module path, name, value) of the plain attributes that the forward read.
     """
 
     module: torch.fx.GraphModule
@@ -51,6 +57,10 @@ class Traced:
     grad_outputs: tuple[int, ...]
     loss_position: int | None
     as_compiled: bool = False
+    passed_through: dict[int, tuple[str, str | int]] = field(default_factory=dict)
+    repeated: dict[int, int] = field(default_factory=dict)
+    aside: tuple[str | int, ...] = ()
+    attributes: tuple[tuple[str, str, Any], ...] = ()
 
 
 class _Step(torch.nn.Module):
@@ -108,11 +118,15 @@ def trace_step(
         LossError: no scalar loss with a gradient.
         CaptureError: the forward needs a tensor's data in Python, or has side effects in Python.
     """
-    check_model(model)
-    try:
-        return _trace(model, flat, batch, loss_fn, grad_outputs, as_compiled=False)
-    except DataDependentError:
-        return _trace(model, flat, batch, loss_fn, grad_outputs, as_compiled=True)
+    check_model(model, flat)
+    with _capturing, torch.inference_mode(False):
+        try:
+            return _trace(model, flat, batch, loss_fn, grad_outputs, as_compiled=False)
+        except DataDependentError as error:
+            try:
+                return _trace(model, flat, batch, loss_fn, grad_outputs, as_compiled=True)
+            except CaptureError:
+                raise error from error.__cause__
 
 
 def _trace(
@@ -128,25 +142,39 @@ def _trace(
     _state.active = True
     try:
         with torch.enable_grad(), _guard_side_effects(model), compiling:
-            leaves, spec, found, loss_position = _dry_run(model, flat, batch, loss_fn)
-            positions = found if grad_outputs is None else grad_outputs
-            module = _export(model, flat, positions)
+            dry = _dry_run(model, flat, batch, loss_fn, grad_outputs)
+            module = _export(model, flat, dry.grad_outputs)
     finally:
         _state.active = False
-    return Traced(module, spec, tuple(leaves), positions, loss_position, as_compiled)
+    return Traced(
+        module,
+        dry.spec,
+        tuple(dry.leaves),
+        dry.grad_outputs,
+        dry.loss_position,
+        as_compiled,
+        dry.passed_through,
+        dry.repeated,
+        dry.aside,
+        tuple(dry.attributes),
+    )
 
 
-def check_model(model: torch.nn.Module) -> None:
+def check_model(model: torch.nn.Module, flat: FlatInputs) -> None:
     """Refuses models that no plan of this engine can serve.
 
     Raises:
         ParameterError: no trainable parameter, several devices, sparse or subclassed parameters.
         CaptureError: hooks on submodules, or the model checkpoints already.
     """
-    params = [p for p in model.parameters() if p.requires_grad]
-    if not params:
+    if not any(t.requires_grad for t in (*model.parameters(), *flat.tensors)):
         raise ParameterError("The model has no trainable parameter: there is no backward to plan for.")
-    devices = {t.device for t in (*model.parameters(), *model.buffers())}
+    if any(name != "DeviceContext" for name, _ in _compat.function_modes()):
+        raise CaptureError(
+            f"A torch-function mode ({_compat.function_modes()[0][0]}) is active; a captured step would not pass "
+            "through it. Leave it before planning or training."
+        )
+    devices = {t.device for t in (*model.parameters(), *model.buffers())} or {t.device for t in flat.tensors}
     if len(devices) > 1:
         names = ", ".join(sorted(str(device) for device in devices))
         raise ParameterError(f"The model's tensors are on several devices ({names}); plan a model on one device.")
@@ -173,7 +201,7 @@ def check_model(model: torch.nn.Module) -> None:
 
 def planned_device(model: torch.nn.Module) -> torch.device:
     """The device that a plan is made for; a model on the meta device, which has no weights yet, is planned for cpu."""
-    device = next(model.parameters()).device
+    device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     return torch.device("cpu") if device.type == "meta" else device
 
 
@@ -187,57 +215,133 @@ def _fake(mode: Any, tensor: torch.Tensor) -> torch.Tensor:
     return fake.requires_grad_(tensor.requires_grad)
 
 
+@dataclass
+class _DryRun:
+    """What one run of the forward under fake tensors shows."""
+
+    leaves: list[Any]
+    spec: Any
+    grad_outputs: tuple[int, ...] = ()
+    loss_position: int | None = None
+    passed_through: dict[int, tuple[str, str | int]] = field(default_factory=dict)
+    repeated: dict[int, int] = field(default_factory=dict)
+    aside: tuple[str | int, ...] = ()
+    attributes: list[tuple[str, str, Any]] = field(default_factory=list)
+
+
 def _dry_run(
-    model: torch.nn.Module, flat: FlatInputs, batch: Any, loss_fn: LossFn | None
-) -> tuple[list[Any], Any, tuple[int, ...], int | None]:
+    model: torch.nn.Module,
+    flat: FlatInputs,
+    batch: Any,
+    loss_fn: LossFn | None,
+    grad_outputs: tuple[int, ...] | None,
+) -> _DryRun:
     """The forward's flat output under fake tensors, and which of it receives gradients."""
-    mode = _compat.FakeTensorMode()
+    mode = _compat.FakeTensorMode(allow_non_fake_inputs=True)
     state = {name: _fake(mode, t) for name, t in named_state(model)}
     fakes = {id(t): _fake(mode, t) for t in flat.tensors}
     args, kwargs = flat.rebuild([fakes[id(t)] for t in flat.tensors])
+    arguments: dict[int, tuple[str, str | int]] = {id(t): ("state", name) for name, t in state.items()}
+    arguments |= {id(fakes[id(flat.leaves[i])]): ("input", i) for i in flat.tensor_positions}
     holder = _Holder(model)
     with mode:
         try:
-            output = torch.func.functional_call(
-                holder, {f"model.{name}": t for name, t in state.items()}, args, kwargs, tie_weights=True
-            )
+            with _watched(model) as attributes:
+                output = torch.func.functional_call(
+                    holder, {f"model.{name}": t for name, t in state.items()}, args, kwargs, tie_weights=True
+                )
         except Exception as error:  # whatever the user's forward raises is named, with its type, in ours
             raise _forward_error(error, "The model's forward") from error
         leaves, spec = _compat.tree_flatten(output)
-        for leaf in leaves:
-            if not isinstance(leaf, (torch.Tensor, bool, int, float, complex, str, bytes, type(None))):
+        found = _DryRun(leaves, spec, attributes=attributes)
+        first: dict[int, int] = {}
+        for i, leaf in enumerate(leaves):
+            if isinstance(leaf, torch.Tensor):
+                if id(leaf) in arguments:
+                    found.passed_through[i] = arguments[id(leaf)]
+                elif id(leaf) in first:
+                    found.repeated[i] = first[id(leaf)]
+                first.setdefault(id(leaf), i)
+            elif not isinstance(leaf, (bool, int, float, complex, str, bytes, type(None))):
                 remedy = "register it with torch.utils._pytree.register_pytree_node, or return tensors and containers"
                 if type(leaf).__name__.endswith("Cache"):
                     remedy = "training never reads it, so turn it off with model.config.use_cache = False"
                 raise CaptureError(
                     f"The forward returns a {type(leaf).__name__} that torch's pytrees do not know; {remedy}."
                 )
-        if loss_fn is None:
-            position = _own_loss(output, leaves)
-            return leaves, spec, (position,), position
-        fake_batch = _compat.tree_unflatten(
-            [fakes.get(id(leaf), leaf) for leaf in _compat.tree_flatten(batch)[0]], _compat.tree_flatten(batch)[1]
-        )
-        with _lift_real_tensors(mode):
-            try:
-                loss = loss_fn(output, fake_batch)
-            except Exception as error:  # as above, for the user's loss
-                raise _forward_error(error, "The loss function") from error
-            _check_loss(loss, "The loss function returns")
-            tensors = [(i, t) for i, t in enumerate(leaves) if isinstance(t, torch.Tensor) and t.requires_grad]
-            grads = torch.autograd.grad(loss, [t for _, t in tensors], allow_unused=True)
-        return leaves, spec, tuple(i for (i, _), g in zip(tensors, grads, strict=True) if g is not None), None
+        if grad_outputs is not None:
+            found.grad_outputs = grad_outputs
+        elif loss_fn is None:
+            found.loss_position = _own_loss(output, leaves)
+            found.grad_outputs = (found.loss_position,)
+        else:
+            found.grad_outputs = _reached_by_loss(mode, output, found, fakes, batch, loss_fn)
+    if any(not 0 <= i < len(leaves) or not isinstance(leaves[i], torch.Tensor) for i in found.grad_outputs):
+        raise CaptureError("The forward's outputs are not those of the step that the plan was made for.")
+    _find_aside(found, arguments)
+    return found
+
+
+def _reached_by_loss(
+    mode: Any, output: Any, found: _DryRun, fakes: dict[int, torch.Tensor], batch: Any, loss_fn: LossFn
+) -> tuple[int, ...]:
+    """The flat output positions that a loss function's gradient reaches."""
+    leaves, spec = _compat.tree_flatten(batch)
+    fake_batch = _compat.tree_unflatten([fakes.get(id(leaf), leaf) for leaf in leaves], spec)
+    try:
+        loss = loss_fn(output, fake_batch)
+    except Exception as error:  # whatever the user's loss raises
+        raise _forward_error(error, "The loss function") from error
+    _check_loss(loss, "The loss function returns")
+    own = [
+        (i, t)
+        for i, t in enumerate(found.leaves)
+        if isinstance(t, torch.Tensor) and t.requires_grad and i not in found.passed_through and i not in found.repeated
+    ]
+    if not own:
+        raise LossError("The loss function's gradient reaches no output of the model.")
+    grads = torch.autograd.grad(loss, [t for _, t in own], allow_unused=True)
+    reached = tuple(i for (i, _), g in zip(own, grads, strict=True) if g is not None)
+    if not reached:
+        raise LossError("The loss function's gradient reaches no output of the model.")
+    return reached
+
+
+def _find_aside(found: _DryRun, arguments: dict[int, tuple[str, str | int]]) -> None:
+    """The leaves that only outputs without a planned gradient depend on."""
+    planned: dict[int, None] = {}
+    others: dict[int, None] = {}
+    for i, leaf in enumerate(found.leaves):
+        if isinstance(leaf, torch.Tensor) and leaf.grad_fn is not None and i not in found.repeated:
+            into = planned if i in found.grad_outputs else others
+            into.update(dict.fromkeys(id(t) for t in _compat.leaf_variables(leaf)))
+    found.aside = tuple(arguments[i][1] for i in others if i not in planned and i in arguments)
 
 
 @contextlib.contextmanager
-def _lift_real_tensors(mode: Any) -> Iterator[None]:
-    """Lets a loss function that closes over real tensors (targets, class weights) run on fake outputs."""
-    before = mode.allow_non_fake_inputs
-    mode.allow_non_fake_inputs = True
-    try:
-        yield
-    finally:
-        mode.allow_non_fake_inputs = before
+def _watched(model: torch.nn.Module) -> Iterator[list[tuple[str, str, Any]]]:
+    """Gathers the plain attributes that the model's code reads, and refuses code that seeds generators."""
+    names = {id(module): name for name, module in model.named_modules()}
+    seen: dict[tuple[str, str], Any] = {}
+    found: list[tuple[str, str, Any]] = []
+
+    def read(module: torch.nn.Module, name: str, value: Any) -> None:
+        path = names.get(id(module))
+        if path is not None and name not in _OWN_ATTRIBUTES and not isinstance(value, torch.nn.Module):
+            seen.setdefault((path, name), value)
+
+    def seed(name: str) -> None:
+        raise CaptureError(
+            f"The forward calls torch.{name}, so that a captured step would draw other random numbers. Seed outside."
+        )
+
+    with _compat.watch_attributes(read), _compat.watch_seeding(seed):
+        yield found
+    found.extend((path, name, value) for (path, name), value in seen.items())
+
+
+_OWN_ATTRIBUTES = frozenset({*torch.nn.Module().__dict__, "forward", "__dict__", "_flat_weights", "_flat_weight_refs"})
+"""Attributes that torch reads itself; guards look after them by other means."""
 
 
 class _Holder(torch.nn.Module):
@@ -248,7 +352,15 @@ class _Holder(torch.nn.Module):
         self.model = model
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return forward_of(self.model)(*args, **kwargs)
+        before = named_state(self.model)
+        output = forward_of(self.model)(*args, **kwargs)
+        for (name, old), (_, new) in zip(before, named_state(self.model), strict=True):
+            if old is not new:
+                raise CaptureError(
+                    f"The forward assigns a new tensor to {name}; a captured step would not. Write into it in place, "
+                    "with copy_()."
+                )
+        return output
 
 
 def named_state(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
@@ -293,6 +405,8 @@ def _forward_error(error: Exception, what: str) -> CaptureError:
             f"{what} needs a tensor's data in Python{where}, so it cannot be captured as one graph ({text}). "
             "Branch on shapes or constants, or use torch.where."
         )
+    if isinstance(error, _compat.capture_errors()) or ".numpy() is not supported" in str(error):
+        return CaptureError(f"{what} cannot be captured{where}: {text}")
     return BatchError(f"{what} fails on this batch{where}: {text}")
 
 
@@ -311,18 +425,18 @@ def _where(error: BaseException) -> str:
 def _export(model: torch.nn.Module, flat: FlatInputs, grad_outputs: tuple[int, ...]) -> torch.fx.GraphModule:
     step = _Step(model, flat, grad_outputs)
     held = [t for _, t in named_state(model)]
-    tensors = tuple(t.detach().requires_grad_(t.requires_grad) for t in (*held, *flat.tensors))
-    if any(t.is_meta for t in tensors):
-        mode = _compat.FakeTensorMode()
-        tensors = tuple(_fake(mode, t) for t in tensors)
+    mode = _compat.FakeTensorMode(allow_non_fake_inputs=True)
+    tensors = tuple(_fake(mode, t) for t in (*held, *flat.tensors))
     stack: list[str] = []
+    thread = threading.get_ident()
     names = {id(module): name for name, module in model.named_modules()}
 
     def enter(module: torch.nn.Module, args: Any) -> None:
-        stack.append(names.get(id(module), stack[-1] if stack else ""))
+        if threading.get_ident() == thread:
+            stack.append(names.get(id(module), stack[-1] if stack else ""))
 
     def leave(module: torch.nn.Module, args: Any, output: Any) -> None:
-        if stack:
+        if stack and threading.get_ident() == thread:
             stack.pop()
 
     def note(node: torch.fx.Node) -> None:
@@ -407,10 +521,12 @@ def _restore_python_state(
             if copy is not None and not _same_items(value, copy):
                 changed.append(f"{name}.{key}".lstrip("."))
                 _refill(value, copy)
-    return [name for name in changed if not name.rpartition(".")[2].startswith("_is_full_backward_hook")]
+    return [name for name in changed if name.rpartition(".")[2] not in _HARMLESS]
 
 
 _MISSING = object()
+_HARMLESS = ("_is_full_backward_hook", "_flat_weights", "_flat_weight_refs")
+"""Caches of torch's own modules that swapping parameters refreshes."""
 
 
 def _same_items(now: Any, copy: Any) -> bool:

@@ -8,7 +8,9 @@ The generated function takes one tuple of argument tensors and two lists, and lo
         t10 = f1(t9)
         O.append(t10)
         del t10
-        (t11,) = yield          # the caller has the outputs; the backward begins with the tangents
+        yield                   # the caller has the outputs; the backward begins with the tangents in G
+        (t11,) = G
+        G.clear()
         t12 = f2(t11, t9)
         G.append(t12)
         del t12
@@ -31,11 +33,23 @@ from typing import Any
 import torch
 
 from keepless.binding import Binding, Call, OpCode, Ref, slots_of
+from keepless.errors import StaleTensorError
 from keepless.execute.direct import direct
 from keepless.ir import DEVICE, Drop, Phase, Program, Run
 from keepless.machine import reuse_pairs
 
+STEP_FILE = "<keepless step>"
+"""What tracebacks call the generated program."""
+
 _LITERALS = (bool, int, str, type(None))
+
+
+def stale(name: str, now: int, expected: int) -> None:
+    """Says, as autograd does, that what the backward reads was changed since the forward."""
+    raise StaleTensorError(
+        f"{name} has been modified by an inplace operation between the forward and the backward of a planned step: it "
+        f"is at version {now}, expected version {expected}."
+    )
 
 
 @dataclass(frozen=True)
@@ -47,7 +61,7 @@ class Compiled:
         function: (A, O, G) -> generator.
         arguments: slots in the order of A.
         segments: per backward yield, the indices into `Binding.grads` that G then holds, in order.
-        reads: per backward segment, the argument slots that it reads.
+        reads: per backward segment, the positions in A that it reads.
         num_replays: runs beyond the first of an op.
     """
 
@@ -66,12 +80,13 @@ class _Writer:
         self.binding = binding
         self.graph = binding.graph
         self.program = program
-        self.table: dict[str, Any] = {"_get_rng": torch.get_rng_state, "_set_rng": torch.set_rng_state}
+        self.table: dict[str, Any] = {"_get_rng": torch.get_rng_state, "_set_rng": torch.set_rng_state, "_stale": stale}
         self.names: dict[int, str] = {}
         self.lines: list[str] = []
         self.arguments: list[int] = sorted(
             {*binding.params.values(), *binding.buffers.values(), *binding.inputs.values(), *binding.constants}
         )
+        self.position_of = {slot: position for position, slot in enumerate(self.arguments)}
         argument_set = set(self.arguments)
         self.roots: dict[int, set[int]] = {}
         for slot in argument_set:
@@ -84,6 +99,15 @@ class _Writer:
         self.reads: list[tuple[int, ...]] = []
         self.reading: set[int] = set()
         self.in_backward = False
+        self.last_read = {
+            value: index
+            for index, instr in enumerate(program.instrs)
+            if isinstance(instr, Run) and self.graph.ops[instr.op].phase is not Phase.OPTIMIZER
+            for value in self.graph.ops[instr.op].inputs
+        }
+        self.held: dict[int, tuple[int, int]] = {}
+        self.handed: dict[int, str] = {}
+        self.checked: set[int] = set()
         self.grad_of_value = {binding.slot_value[slot]: i for i, (_, slot) in enumerate(binding.grads)}
         if binding.device.type == "cuda":
             device = binding.device
@@ -138,18 +162,29 @@ class _Writer:
             self.bind(view)
 
     def note_read(self, slot: int) -> None:
-        if self.in_backward and self.binding.slot_value[slot] in self.static:
-            self.reading.update(self.roots[self.binding.slot_value[slot]])
+        value = self.binding.slot_value[slot]
+        if self.in_backward and value in self.static:
+            self.reading.update(self.roots[value])
+        elif self.in_backward and value in self.handed and value not in self.checked:
+            self.checked.add(value)
+            self.lines.append(
+                f"t{slot}._version == v{value} or _stale({self.handed[value]!r}, t{slot}._version, v{value})"
+            )
 
     def bind(self, slot: int) -> None:
+        names = self.live.setdefault(self.binding.slot_value[slot], [])
+        if slot not in names:
+            names.append(slot)
         self.known.add(slot)
-        self.live.setdefault(self.binding.slot_value[slot], []).append(slot)
 
     def forget(self, value: int) -> None:
         """Emits `del` for every name of a value."""
         if value in self.static:
             return
+        if value in self.held:
+            return
         slots = self.live.pop(value, [])
+        self.handed.pop(value, None)
         if slots:
             self.lines.append("del " + ", ".join(f"t{slot}" for slot in slots))
             self.known.difference_update(slots)
@@ -174,8 +209,10 @@ class _Writer:
             call = code.in_place[pairs[0]]
         self.ensure(call)
         state = f"r{code.state}"
-        if code.state is not None and run.replay:
-            self.lines += ["r = _get_rng()", f"_set_rng({state})"]
+        restores = code.state is not None and run.replay
+        if restores:
+            self.lines += ["r = _get_rng()", f"_set_rng({state})", "try:"]
+            body = len(self.lines)
         elif code.state in run.keep:
             self.lines.append(f"{state} = _get_rng()")
         text = self.call(call)
@@ -196,25 +233,38 @@ class _Writer:
             self.lines.append(f"{', '.join(targets)}{rest} = {text}")
             if rest or "_" in targets:
                 self.lines.append("del _")
+        if restores:
+            self.lines[body:] = ["    " + line for line in self.lines[body:]]
+            self.lines += ["finally:", "    _set_rng(r)", "del r"]
         if run.reuse:
             self.forget(pairs[0][1])
         for _, slot in kept:
             self.bind(slot)
-        if code.state is not None and run.replay:
-            self.lines += ["_set_rng(r)", "del r"]
 
     def loss(self, index: int) -> None:
         given: set[int] = set()
+        later = self.read_later(index)
+        shared: dict[int, int] = {}
         for position in sorted(self.binding.outputs):
             slot = self.binding.outputs[position]
             self.ensure_slot(slot)
-            # The caller gets tensors of its own: autograd marks them, and they may be changed in place.
+            # The caller gets tensors of its own: autograd marks them, and they may be changed in place. A tensor that
+            # the backward reads stays here, under another name: else the frame would hold its own autograd node.
+            value = self.binding.slot_value[slot]
             own = slot not in self.binding.views and slot not in self.arguments and slot not in given
+            own = own and value not in later
+            if value in later and value not in self.static and value not in shared:
+                shared[value] = slot
+                self.lines.append(f"v{value} = t{slot}._version")
+                self.handed[value] = f"output {position}"
             self.lines.append(f"O.append(t{slot})" if own else f"O.append(t{slot}.detach())")
             given.add(slot)
-        self.forget_unread(index, self.graph.ops[self.graph.loss_op or 0].inputs)
+        for value in self.graph.ops[self.graph.loss_op or 0].inputs:
+            if value not in later:  # the caller holds it: it needs no name here
+                self.forget(value)
         tangents = "".join(f"t{slot}, " for slot in self.binding.tangents)
-        self.lines.append(f"({tangents}) = yield")
+        # Tangents come in a list that is emptied here, so that no caller's frame keeps them alive.
+        self.lines += ["yield", f"({tangents}) = G", "G.clear()"]
         for slot in self.binding.tangents:
             self.bind(slot)
         self.in_backward = True
@@ -224,12 +274,24 @@ class _Writer:
         grad = self.grad_of_value[value]
         slot = self.binding.grads[grad][1]
         self.ensure_slot(slot)
-        self.lines.append(f"G.append(t{slot})")
-        self.waiting.append(grad)
-        self.forget(value)
+        name = self.binding.grads[grad][0]
+        last = (
+            self.last_read.get(self.binding.slot_value[self.binding.params[name]], -1) if isinstance(name, str) else -1
+        )
+        if last > index:  # an optimizer in the backward may change the parameter: its last reader must have run
+            self.held[value] = (last, grad)
+        else:
+            self.hand_over(value, grad)
+        if not self.waiting:
+            return
         following = next((i for i in self.program.instrs[index + 1 :] if isinstance(i, Run)), None)
         if following is None or not self.is_delivery(following):
             self.cut()
+
+    def hand_over(self, value: int, grad: int) -> None:
+        self.lines.append(f"G.append(t{self.binding.grads[grad][1]})")
+        self.waiting.append(grad)
+        self.forget(value)
 
     def is_delivery(self, run: Run) -> bool:
         return self.binding.ops[run.op] is None and self.graph.ops[run.op].phase is Phase.BACKWARD
@@ -238,25 +300,27 @@ class _Writer:
         """Ends a segment."""
         self.lines.append("yield")
         self.segments.append(tuple(self.waiting))
-        self.reads.append(tuple(sorted(self.reading)))
+        self.reads.append(tuple(sorted(self.position_of[slot] for slot in self.reading)))
         self.waiting, self.reading = [], set()
+        self.checked.clear()
 
-    def forget_unread(self, index: int, values: tuple[int, ...]) -> None:
-        """Outputs that the caller holds need no name here once nothing reads them again."""
-        later = {
+    def read_later(self, index: int) -> set[int]:
+        """Values that a later instruction reads."""
+        return {
             value
             for instr in self.program.instrs[index + 1 :]
             if isinstance(instr, Run)
             for value in self.graph.ops[instr.op].inputs
         }
-        for value in values:
-            if value not in later:
-                self.forget(value)
 
     def write(self) -> Compiled:
         for index, instr in enumerate(self.program.instrs):
             if isinstance(instr, Run):
                 self.run(index, instr)
+                for value, (last, grad) in list(self.held.items()):
+                    if last <= index:
+                        del self.held[value]
+                        self.hand_over(value, grad)
             elif isinstance(instr, Drop) and instr.tier == DEVICE:
                 self.forget(instr.value)
                 if self.graph.values[instr.value].kind.value == "rng":
@@ -266,7 +330,7 @@ class _Writer:
         unpack = f"({''.join(f't{slot}, ' for slot in self.arguments)}) = A"
         body = "\n    ".join([unpack, "del A", *self.lines])
         text = f"def step(A, O, G):\n    {body}\n"
-        code: CodeType = compile(text, "<keepless step>", "exec")
+        code: CodeType = compile(text, STEP_FILE, "exec")
         space = dict(self.table)
         exec(code, space)
         return Compiled(

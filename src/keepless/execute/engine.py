@@ -34,8 +34,9 @@ class Entry:
     binding: Binding
     program: Program
     flat: FlatInputs
-    output_positions: tuple[int, ...]
+    output_layout: tuple[tuple[int, Any], ...]
     leaf_arguments: tuple[int, ...]
+    replay_blocker: str
 
     @property
     def compiled(self) -> Compiled:
@@ -43,8 +44,12 @@ class Entry:
         return self.recipe.compiled
 
 
-Miss = Callable[[tuple[Any, ...], dict[str, Any], str], Entry]
-"""What a planned forward does about a call that no entry covers: gives a new entry, or raises."""
+Miss = Callable[["PlannedForward", torch.nn.Module, tuple[Any, ...], dict[str, Any], str], Entry | None]
+"""What a planned forward does about a call that no entry covers: gives a new entry, None where there is nothing to
+plan, or raises."""
+
+_TENSOR, _ARGUMENT, _CONSTANT = 0, 1, 2
+"""Where a flat output comes from: the step, its arguments as they are, the capture."""
 
 
 class PlannedForward:
@@ -80,7 +85,13 @@ class PlannedForward:
         return types.MethodType(self._function, model)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled() or is_tracing() or _compat.transforms_active():
+        if (
+            not torch.is_grad_enabled()
+            or is_tracing()
+            or _compat.transforms_active()
+            or _compat.forward_ad_active()
+            or torch.compiler.is_compiling()
+        ):
             return self._unplanned(args, kwargs)
         reason = ""
         for entry in self.entries:
@@ -96,7 +107,11 @@ class PlannedForward:
                 f"This call is not the step that the model was planned for: {reason}. Plan for it too, or call "
                 "keepless.remove(model) first."
             )
-        entry = self.on_miss(args, kwargs, reason)
+        assert model is not None, "the model is gone"
+        made = self.on_miss(self, model, args, kwargs, reason)
+        if made is None:
+            return self._unplanned(args, kwargs)
+        entry = made
         entry.recipe.counters = self.counters
         self.entries.insert(0, entry)
         bound = entry.guard.check(args, kwargs)
@@ -109,12 +124,15 @@ class PlannedForward:
         return self.original(*args, **kwargs)
 
     def _planned(self, entry: Entry, arguments: tuple[torch.Tensor, ...], inputs: tuple[torch.Tensor, ...]) -> Any:
-        recipe, binding = entry.recipe, entry.binding
+        recipe = entry.recipe
         leaves = [arguments[i] for i in entry.leaf_arguments]
-        step = Step(recipe, arguments, leaves, _Replay(self, entry, inputs))
+        step = Step(recipe, arguments, leaves, _Replay(self, entry, arguments, inputs))
         tensors = run_step(step)
-        flat = [None] * (len(binding.outputs) + len(binding.output_constants))
-        return _compat.tree_unflatten(_merge(flat, entry.output_positions, tensors, binding), binding.output_spec)
+        flat = [
+            tensors[what] if kind == _TENSOR else arguments[what] if kind == _ARGUMENT else what
+            for kind, what in entry.output_layout
+        ]
+        return _compat.tree_unflatten(flat, entry.binding.output_spec)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A copied model has no plan: its forward is its own."""
@@ -128,20 +146,19 @@ class PlannedForward:
         raise PlanError("A planned model cannot be pickled: call keepless.remove(model) first, or save state_dict().")
 
 
-def _merge(flat: list[Any], positions: tuple[int, ...], tensors: tuple[Any, ...], binding: Binding) -> list[Any]:
-    for position, tensor in zip(positions, tensors, strict=True):
-        flat[position] = tensor
-    for position, constant in binding.output_constants.items():
-        flat[position] = constant
-    return flat
-
-
 class _Replay:
     """Runs the model's own forward as the planned one ran, for a second or double backward."""
 
-    __slots__ = ("ambient", "entry", "inputs", "planned")
+    __slots__ = ("ambient", "arguments", "entry", "inputs", "planned")
 
-    def __init__(self, planned: PlannedForward, entry: Entry, inputs: tuple[torch.Tensor, ...]) -> None:
+    def __init__(
+        self,
+        planned: PlannedForward,
+        entry: Entry,
+        arguments: tuple[torch.Tensor, ...],
+        inputs: tuple[torch.Tensor, ...],
+    ) -> None:
+        self.arguments = arguments
         self.planned = planned
         self.entry = entry
         self.inputs = inputs
@@ -149,11 +166,9 @@ class _Replay:
 
     def __call__(self) -> Sequence[torch.Tensor]:
         binding = self.entry.binding
-        graph = binding.graph
-        if any(Effect.BUFFER in op.effects and op.phase is Phase.FORWARD and op.outputs for op in graph.ops):
+        if self.entry.replay_blocker:
             raise ReplayError(
-                "The forward reads a buffer that it also changes, so that it cannot be replayed for a second or "
-                "double backward."
+                f"{self.entry.replay_blocker}, so that the forward cannot be replayed for a second or double backward."
             )
         model = self.planned._model()
         if model is None:
@@ -161,9 +176,14 @@ class _Replay:
         args, kwargs = self.entry.flat.rebuild(self.inputs)
         device_type = binding.device.type
         enabled, dtype, cache = self.ambient[:3]
+        if ambient_state(device_type)[3:] != self.ambient[3:]:
+            raise ReplayError("The default dtype or torch's choice of kernels has changed since the forward.")
         saved = [(buffer, buffer.clone()) for buffer in model.buffers()]
         try:
-            with torch.autocast(device_type, dtype=dtype, enabled=enabled, cache_enabled=cache):
+            with (
+                self.entry.guard.as_planned(self.arguments),
+                torch.autocast(device_type, dtype=dtype, enabled=enabled, cache_enabled=cache),
+            ):
                 output = self.planned.original(*args, **kwargs)
         finally:
             with torch.no_grad():
@@ -196,11 +216,63 @@ def make_entry(model: torch.nn.Module, flat: FlatInputs, binding: Binding, progr
         def set_state(state: torch.Tensor) -> None:
             torch.set_rng_state(state)
 
-    recipe = Recipe(
-        compiled, differentiable, plain, tuple(range(len(binding.grads))), guard.names, has_rng, get_state, set_state
-    )
     slots = {slot: i for i, slot in enumerate(compiled.arguments)}
-    leaf_arguments = tuple(
-        slots[binding.params[name] if isinstance(name, str) else binding.inputs[name]] for name, _ in binding.grads
+
+    def argument_of(name: str | int) -> int:
+        return slots[binding.params[name] if isinstance(name, str) else binding.inputs[name]]
+
+    layout: dict[int, tuple[int, Any]] = {i: (_CONSTANT, constant) for i, constant in binding.output_constants.items()}
+    for i, position in enumerate(positions):
+        layout[position] = (_TENSOR, i)
+        if position in binding.passed_through and position not in binding.grad_outputs:
+            layout[position] = (_ARGUMENT, slots[binding.passed_through[position]])
+    for position, first in binding.repeated.items():
+        if position not in binding.grad_outputs:
+            layout[position] = layout[first]
+    others = [
+        i for i, p in enumerate(positions) if i not in plain and i not in differentiable and layout[p] == (_TENSOR, i)
+    ]
+    blocker, rewritten = _what_blocks_replay(binding)
+    recipe = Recipe(
+        compiled,
+        differentiable,
+        plain,
+        len(positions),
+        tuple(range(len(binding.grads))),
+        guard.names,
+        binding.device.type,
+        tuple(others) if binding.aside else (),
+        tuple(argument_of(name) for name in binding.aside),
+        frozenset(slots[slot] for slot in rewritten),
+        has_rng,
+        get_state,
+        set_state,
     )
-    return Entry(guard, recipe, binding, program, flat, positions, leaf_arguments)
+    leaf_arguments = tuple(argument_of(name) for name, _ in binding.grads)
+    ordered = tuple(layout[position] for position in sorted(layout))
+    return Entry(guard, recipe, binding, program, flat, ordered, leaf_arguments, blocker)
+
+
+def _what_blocks_replay(binding: Binding) -> tuple[str, tuple[int, ...]]:
+    """Why the user's forward cannot run a second time with the same results (empty: it can), and the buffers that
+    it changes without reading them back, such as running statistics."""
+    graph = binding.graph
+    slot_of = {binding.slot_value[slot]: slot for slot in (*binding.params.values(), *binding.buffers.values())}
+    buffers = {binding.slot_value[slot] for slot in binding.buffers.values()}
+    written: set[int] = set()
+    for op, code in zip(graph.ops, binding.ops, strict=True):
+        if Effect.BUFFER in op.effects and not op.outputs and code is not None:
+            written.add(binding.slot_value[code.call.args[0].slot])
+        if code is not None and any(isinstance(arg, torch.Generator) for arg in code.call.kwargs.values()):
+            return "The forward draws from a generator of its own", ()
+    for value in sorted(written - buffers):
+        return f"The forward changes {graph.values[value].name} in place", ()
+    needed = {value for op in graph.ops if op.phase is not Phase.FORWARD for value in op.inputs}
+    for op, code in zip(reversed(graph.ops), reversed(binding.ops), strict=True):
+        if op.phase is not Phase.FORWARD or not needed.intersection(op.outputs):
+            continue
+        read = written.intersection(op.inputs)
+        if read and (code is None or code.replay is None):
+            return f"The forward reads {graph.values[min(read)].name}, which it also changes", ()
+        needed.update(op.inputs)
+    return "", tuple(slot_of[value] for value in written)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +13,8 @@ import torch
 from keepless import _compat
 from keepless.binding import Binding
 from keepless.capture import FlatInputs
+from keepless.capture.inputs import tensor_facts
+from keepless.errors import ReplayError
 
 
 def ambient_state(device_type: str) -> tuple[Any, ...]:
@@ -21,14 +25,20 @@ def ambient_state(device_type: str) -> tuple[Any, ...]:
         torch.is_autocast_cache_enabled(),
         torch.get_default_dtype(),
         torch.are_deterministic_algorithms_enabled(),
+        _compat.kernel_choices(),
+        _compat.function_modes(),
     )
 
 
-_AMBIENT_NAMES = ("autocast", "autocast dtype", "autocast cache", "default dtype", "deterministic algorithms")
-
-
-def _tensor_facts(tensor: torch.Tensor) -> tuple[Any, ...]:
-    return (tensor.dtype, tensor.shape, tensor.stride(), tensor.requires_grad, tensor.device, type(tensor))
+_AMBIENT_NAMES = (
+    "autocast",
+    "autocast dtype",
+    "autocast cache",
+    "default dtype",
+    "deterministic algorithms",
+    "attention and mkldnn kernels",
+    "torch-function modes",
+)
 
 
 _TENSOR_NAMES = ("dtype", "shape", "strides", "requires_grad", "device", "class")
@@ -53,9 +63,20 @@ class Guard:
         self._children = [
             (module._modules, name, child) for module in model.modules() for name, child in module._modules.items()
         ]
+        tables = [getattr(m, t) for m in model.modules() for t in ("_parameters", "_buffers", "_modules")]
+        self._tables = tables
+        self._table_size = sum(map(len, tables))
+        self._absent = [(t, key) for t in tables for key, item in t.items() if item is None]
+        self._hooks = [getattr(m, table) for m in self._modules for table in _HOOKS]
+        by_path = dict(model.named_modules())
+        self._attributes = [
+            (by_path[path].__dict__ if path else None, name, value, _copy_of(value))
+            for path, name, value in binding.attributes
+            if path in by_path
+        ]
         self._spec = flat.spec
-        self._constants = [(i, leaf) for i, leaf in enumerate(flat.leaves) if not isinstance(leaf, torch.Tensor)]
-        self._tensors = [(i, _tensor_facts(flat.leaves[i])) for i in flat.tensor_positions]
+        self._constants = [(i, leaf) for i, leaf in enumerate(flat.leaves) if i not in flat.first]
+        self._tensors = [(i, flat.facts[i]) for i in flat.tensor_positions]
         self._repeats = [(i, first) for i, first in flat.first.items() if i != first]
         self._ambient = ambient_state(binding.device.type)
         self._device_type = binding.device.type
@@ -63,7 +84,14 @@ class Guard:
         wanted = {slot: name for name, slot in (*binding.params.items(), *binding.buffers.items())}
         inputs = {slot: position for position, slot in binding.inputs.items()}
         self._state = [(*state[name], name) for name in wanted.values()]
-        self._state_facts = [_tensor_facts(home[key]) for home, key, _ in self._state]
+        order_of = {name: i for i, name in enumerate(wanted.values())}
+        first_name = {id(home[key]): name for home, key, name in self._state}
+        self._twins = [
+            (home, key, order_of[first_name[id(home[key])]])
+            for name, (home, key) in state.items()
+            if name not in order_of and home[key] is not None and id(home[key]) in first_name
+        ]
+        self._state_facts = [tensor_facts(home[key]) for home, key, _ in self._state]
         order = {slot: i for i, slot in enumerate(wanted)}
         self._fixed: list[torch.Tensor] = []
         self._plan: list[tuple[int, int]] = []
@@ -75,6 +103,7 @@ class Guard:
             else:
                 self._plan.append((2, len(self._fixed)))
                 self._fixed.append(binding.constants[slot])
+        self._homes = [(name, read, binding.constants[slot]) for slot, (name, read) in binding.constant_homes.items()]
         self.names = tuple(
             wanted.get(slot) or (f"input {inputs[slot]}" if slot in inputs else "a constant") for slot in arguments
         )
@@ -92,7 +121,7 @@ class Guard:
             leaf = leaves[position]
             if not isinstance(leaf, torch.Tensor):
                 return f"argument {position} is a {type(leaf).__name__}, planned for a tensor"
-            now = _tensor_facts(leaf)
+            now = tensor_facts(leaf)
             if now != facts:
                 return _difference(f"argument {position}", _TENSOR_NAMES, now, facts)
         for position, first in self._repeats:
@@ -111,20 +140,101 @@ class Guard:
         for modules, name, child in self._children:
             if modules.get(name) is not child:
                 return f"the submodule {name} was replaced"
+        if sum(map(len, self._tables)) != self._table_size:
+            return "the model has gained or lost a parameter, a buffer or a submodule"
+        for table, key in self._absent:
+            if table[key] is not None:
+                return f"{key}, which was None, is set"
+        if any(self._hooks):
+            return "a submodule has hooks"
+        for attributes, name, value, copy in self._attributes:
+            now = (model.__dict__ if attributes is None else attributes).get(name, _MISSING)
+            if copy is not None and type(now) is type(value):
+                changed = not _same_items(now, copy)
+            else:
+                changed = now is not value and not _equal_constants(now, value)
+            if changed:
+                return f"the attribute {name} was {_short(value)[:80]} and is {_short(now)[:80]}"
+        for name, read, constant in self._homes:
+            if read() is not constant:
+                return f"{name}, which the forward reads, is another tensor"
         state = [home[key] for home, key, _ in self._state]
+        for home, key, index in self._twins:
+            if home[key] is not state[index]:
+                return f"{self._state[index][2]} is no longer tied to {key}"
+        if len(set(map(id, state))) != len(state):
+            return "two parameters or buffers have become one tensor"
         for tensor, facts, (_, _, name) in zip(state, self._state_facts, self._state, strict=True):
             if (
-                tensor.requires_grad is not facts[3]
+                tensor is None
+                or tensor.requires_grad is not facts[3]
                 or tensor.shape != facts[1]
                 or tensor.dtype is not facts[0]
                 or tensor.device != facts[4]
                 or tensor.stride() != facts[2]
             ):
-                return _difference(name, _TENSOR_NAMES, _tensor_facts(tensor), facts)
+                if tensor is None:
+                    return f"{name} is None"
+                return _difference(name, _TENSOR_NAMES, tensor_facts(tensor), facts)
         arguments: tuple[torch.Tensor, ...] = tuple(
             [state[i] if kind == 0 else leaves[i] if kind == 1 else self._fixed[i] for kind, i in self._plan]
         )
         return Bound(arguments, tuple([leaves[i] for i, _ in self._tensors]))
+
+    @contextlib.contextmanager
+    def as_planned(self, arguments: tuple[torch.Tensor, ...]) -> Iterator[None]:
+        """The modes of the planned step, for a replay.
+
+        Raises:
+            ReplayError: the model no longer holds the tensors of that step, or has other attributes.
+        """
+        model = self._model()
+        assert model is not None
+        for (kind, index), argument in zip(self._plan, arguments, strict=True):
+            home, key, name = self._state[index] if kind == 0 else ({}, "", "")
+            if kind == 0 and home.get(key) is not argument:
+                raise ReplayError(f"{name} has been replaced since the forward, so that it cannot be replayed.")
+        for attributes, name, value, _ in self._attributes:
+            now = (model.__dict__ if attributes is None else attributes).get(name, _MISSING)
+            if now is not value and not _equal_constants(now, value):
+                raise ReplayError(f"The attribute {name} has changed since the forward, so that it cannot be replayed.")
+        before = [model.training, *[module.training for module in self._modules]]
+        modules = [model, *self._modules]
+        try:
+            for module, training in zip(modules, [self._root_training, *self._training], strict=True):
+                module.training = training
+            yield
+        finally:
+            for module, training in zip(modules, before, strict=True):
+                module.training = training
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device)
+_MISSING = object()
+
+
+def _equal_constants(now: Any, planned: Any) -> bool:
+    """Whether two plain constants mean the same; other objects are equal only to themselves."""
+    if type(now) is not type(planned):
+        return False
+    if isinstance(now, tuple):
+        return len(now) == len(planned) and all(
+            a is b or _equal_constants(a, b) for a, b in zip(now, planned, strict=True)
+        )
+    return isinstance(now, _PLAIN) and bool(now == planned)
+
+
+def _copy_of(value: Any) -> list[Any] | None:
+    """The items of a list, dict or set, by which a later change of it is seen."""
+    if type(value) is dict:
+        return list(value.items())
+    return list(value) if type(value) in (list, set) else None
+
+
+def _same_items(now: Any, copy: list[Any]) -> bool:
+    items = list(now.items()) if type(now) is dict else list(now)
+    return len(items) == len(copy) and all(a is b or _equal_constants(a, b) for a, b in zip(items, copy, strict=True))
 
 
 def _homes(model: torch.nn.Module, table: str) -> dict[str, tuple[dict[str, Any], str]]:

@@ -24,8 +24,8 @@ from typing import Any
 import torch
 
 from keepless import _compat
-from keepless.errors import ReplayError, StaleTensorError, StepError
-from keepless.execute.codegen import Compiled
+from keepless.errors import ReplayError, StepError
+from keepless.execute.codegen import STEP_FILE, Compiled, stale
 
 _USED_TWICE = (
     "Trying to backward through a planned step a second time, but it was freed after the first. Specify "
@@ -50,8 +50,13 @@ class Recipe:
         compiled: the generated step.
         differentiable: positions in O of the outputs that receive gradients.
         plain: positions in O of the outputs that never require a gradient.
+        num_outputs: how many tensors O gets.
         targets: per gradient (as in `Binding.grads`), its position among `Step.leaves`.
         names: readable names of the argument slots, for error messages.
+        device_type: of the step.
+        aside_outputs: positions in O of outputs without a planned gradient; empty where `aside_leaves` is.
+        aside_leaves: positions among the arguments of leaves that only such outputs reach.
+        rewritten: positions among the arguments of buffers that the forward changes and a replay may find changed.
         has_rng: whether the forward draws random numbers.
         get_state, set_state: of the generator.
     """
@@ -59,8 +64,13 @@ class Recipe:
     compiled: Compiled
     differentiable: tuple[int, ...]
     plain: tuple[int, ...]
+    num_outputs: int
     targets: tuple[int, ...]
     names: tuple[str, ...]
+    device_type: str
+    aside_outputs: tuple[int, ...]
+    aside_leaves: tuple[int, ...]
+    rewritten: frozenset[int]
     has_rng: bool
     get_state: Callable[[], torch.Tensor]
     set_state: Callable[[torch.Tensor], None]
@@ -111,22 +121,38 @@ class Step:
 
     def forward(self) -> tuple[torch.Tensor, ...]:
         """Runs up to the outputs."""
-        next(self.gen)
+        try:
+            self.advance()
+        except BaseException as error:
+            _forget_frame(error)
+            self.release()
+            raise
         outputs = tuple(self.outputs)
         self.outputs.clear()
-        self.versions = tuple([argument._version for argument in self.arguments])
+        try:
+            self.versions = tuple([argument._version for argument in self.arguments])
+        except RuntimeError:  # a tensor made in inference mode has no version
+            self.versions = tuple([_version(argument) for argument in self.arguments])
         return outputs
+
+    def advance(self) -> None:
+        """Sends the generator to its next `yield`."""
+        if torch.is_autocast_enabled(self.recipe.device_type):
+            with _compat.no_autocast():
+                next(self.gen)
+        else:
+            next(self.gen)
 
     def segment(self, index: int) -> list[torch.Tensor]:
         """Runs one backward segment; the gradients that it made, in the order of `Compiled.segments`."""
         self.check_versions(index)
         try:
             if index == 0:
-                tangents, self.tangents = self.tangents, None
-                self.gen.send(tangents)
-            else:
-                next(self.gen)
-        except BaseException:
+                self.grads.extend(self.tangents or ())
+                self.tangents = None
+            self.advance()
+        except BaseException as error:
+            _forget_frame(error)
             self.release()
             raise
         self.next_segment = index + 1
@@ -142,13 +168,11 @@ class Step:
     def check_versions(self, index: int) -> None:
         """As autograd does: what the forward read must not have changed since, where this segment reads it again."""
         for position in self.recipe.compiled.reads[index]:
-            if self.arguments[position]._version != self.versions[position]:
+            now = _version(self.arguments[position])
+            if now != self.versions[position]:
+                expected = self.versions[position]
                 self.release()
-                raise StaleTensorError(
-                    f"{self.recipe.names[position]} has been modified by an inplace operation between the forward and "
-                    f"the backward of a planned step: it is at version {self.arguments[position]._version}, expected "
-                    f"version {self.versions[position]}."
-                )
+                stale(self.recipe.names[position], now, expected)
 
     def release(self) -> None:
         """Frees everything; a later use is an error."""
@@ -182,8 +206,14 @@ class Step:
 
     def replay(self, tangents: tuple[Any, ...], *, create_graph: bool) -> None:
         """Runs the user's forward again under autograd, as it ran the first time, and differentiates it."""
+        self.replayed = self.differentiate(tangents, self.leaves, create_graph)
+
+    def differentiate(
+        self, tangents: tuple[Any, ...], leaves: Sequence[torch.Tensor], create_graph: bool
+    ) -> tuple[torch.Tensor | None, ...]:
+        """Gradients of leaves from a replayed forward."""
         for position, argument in enumerate(self.arguments):
-            if argument._version != self.versions[position]:
+            if position not in self.recipe.rewritten and _version(argument) != self.versions[position]:
                 name = self.recipe.names[position]
                 self.release()
                 raise ReplayError(
@@ -202,14 +232,17 @@ class Step:
             if now is not None:
                 recipe.set_state(now)
         pairs = [(out, t) for out, t in zip(outputs, tangents, strict=True) if t is not None and out.requires_grad]
-        self.replayed = torch.autograd.grad(
+        if not pairs:
+            return (None,) * len(leaves)
+        found: tuple[torch.Tensor | None, ...] = torch.autograd.grad(
             [out for out, _ in pairs],
-            list(self.leaves),
+            list(leaves),
             [t for _, t in pairs],
             create_graph=create_graph,
             retain_graph=create_graph,
             allow_unused=True,
         )
+        return found
 
     def take(self, index: int, last: bool) -> list[Any]:
         """The gradients of one segment, planned or replayed."""
@@ -221,6 +254,19 @@ class Step:
             if not self.kept:
                 self.release()
         return made
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _forget_frame(error: BaseException) -> None:
+    """A traceback must not keep the activations of a step that failed."""
+    step = error.__traceback__
+    while step is not None:
+        if step.tb_frame.f_code.co_filename == STEP_FILE:
+            step.tb_frame.clear()
+        step = step.tb_next
 
 
 def _gone() -> Sequence[torch.Tensor]:
@@ -261,6 +307,30 @@ class Head(torch.autograd.Function):
         return (None, torch.empty(0))
 
 
+class Aside(torch.autograd.Function):
+    """Outputs without a planned gradient, where they reach leaves that the planned backward does not.
+
+    Such a leaf must not hang on the chain: autograd would call its hooks with None in every planned backward.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, step: Step, count: int, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.step = step
+        ctx.set_materialize_grads(False)
+        return tuple([tensor.detach() for tensor in tensors[:count]])
+
+    @staticmethod
+    def backward(ctx: Any, *tangents: Any) -> tuple[Any, ...]:
+        step, recipe = ctx.step, ctx.step.recipe
+        if step.gen is None and not step.arguments:
+            raise StepError(_USED_TWICE)
+        everywhere = [None] * recipe.num_outputs
+        for position, tangent in zip(recipe.aside_outputs, tangents, strict=True):
+            everywhere[position] = tangent
+        leaves = [step.arguments[position] for position in recipe.aside_leaves]
+        return (None, None, *tangents, *step.differentiate(tuple(everywhere), leaves, torch.is_grad_enabled()))
+
+
 def run_step(step: Step) -> tuple[torch.Tensor, ...]:
     """Runs the forward and returns its flat tensor outputs, with the chain of nodes behind them."""
     recipe = step.recipe
@@ -271,4 +341,9 @@ def run_step(step: Step) -> tuple[torch.Tensor, ...]:
         leaves = [step.leaves[recipe.targets[grad]] for grad in segments[index]]
         token = Tail.apply(step, index, token, *leaves)
     outputs: tuple[torch.Tensor, ...] = Head.apply(step, token)
+    if recipe.aside_leaves:
+        leaves = [step.arguments[position] for position in recipe.aside_leaves]
+        others = Aside.apply(step, len(recipe.aside_outputs), *[outputs[i] for i in recipe.aside_outputs], *leaves)
+        by_position = dict(zip(recipe.aside_outputs, others, strict=True))
+        outputs = tuple([by_position.get(i, tensor) for i, tensor in enumerate(outputs)])
     return outputs
