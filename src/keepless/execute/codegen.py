@@ -275,10 +275,10 @@ class _Writer:
         slot = self.binding.grads[grad][1]
         self.ensure_slot(slot)
         name = self.binding.grads[grad][0]
-        last = (
-            self.last_read.get(self.binding.slot_value[self.binding.params[name]], -1) if isinstance(name, str) else -1
-        )
-        if last > index:  # an optimizer in the backward may change the parameter: its last reader must have run
+        last = self.last_read[value]
+        if isinstance(name, str):
+            last = max(last, self.last_read.get(self.binding.slot_value[self.binding.params[name]], -1))
+        if last > index:  # an optimizer in the backward may change both: their last readers must have run
             self.held[value] = (last, grad)
         else:
             self.hand_over(value, grad)
