@@ -43,7 +43,7 @@ def export_joint(model: torch.nn.Module, args: tuple[Any, ...]) -> torch.fx.Grap
 
     Placeholders and the output node carry `meta["desc"]`, read by `describe_input` and `describe_output`.
     """
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack, eagers_own_ops():
         joint = aot_export_joint_with_descriptors(
             stack, model, args, decompositions={}, keep_inference_input_mutations=True
         )
@@ -118,6 +118,141 @@ def as_if_compiling() -> Iterator[None]:
         yield
     finally:
         compiler._is_compiling_flag = before
+
+
+@contextlib.contextmanager
+def watch_attributes(on_read: Callable[[torch.nn.Module, str, Any], None]) -> Iterator[None]:
+    """Calls `on_read` for each attribute that this thread reads from a module's own `__dict__`."""
+    module_class: Any = torch.nn.Module
+    thread = threading.get_ident()
+
+    def spy(self: Any, name: str) -> Any:
+        value = object.__getattribute__(self, name)
+        if threading.get_ident() == thread and name in object.__getattribute__(self, "__dict__"):
+            on_read(self, name, value)
+        return value
+
+    module_class.__getattribute__ = spy
+    try:
+        yield
+    finally:
+        del module_class.__getattribute__
+
+
+@contextlib.contextmanager
+def watch_seeding(on_seed: Callable[[str], None]) -> Iterator[None]:
+    """Calls `on_seed` where this thread sets torch's random state or enters saved-tensor hooks from Python."""
+    thread = threading.get_ident()
+    homes = ((torch, "manual_seed"), (torch.random, "manual_seed"), (torch, "seed"), (torch.random, "seed"))
+    saved = [(home, name, getattr(home, name)) for home, name in homes]
+
+    def noisy(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() == thread:
+                on_seed(name)
+            return original(*args, **kwargs)
+
+        return call
+
+    for home, name, original in saved:
+        setattr(home, name, noisy(name, original))
+    try:
+        yield
+    finally:
+        for home, name, original in saved:
+            setattr(home, name, original)
+
+
+@contextlib.contextmanager
+def eagers_own_ops() -> Iterator[None]:
+    """Resizing and recurrent ops are traced as eager runs them: torch's Python dispatcher would make others of them."""
+    aten = torch.ops.aten
+    composite: Any = torch._C.DispatchKey.CompositeImplicitAutograd
+    autograd: Any = torch._C.DispatchKey.Autograd
+    taken: list[tuple[Any, Any, Any]] = []
+    for name in _TAKEN_APART:
+        packet = getattr(aten, name, None)
+        for overload in packet.overloads() if packet is not None else ():
+            op: Any = getattr(packet, overload)
+            for key in (composite, autograd):
+                if key in op.py_kernels:
+                    taken.append((op, key, op.py_kernels.pop(key)))
+            op._dispatch_cache.clear()
+    try:
+        yield
+    finally:
+        for op, key, kernel in taken:
+            op.py_kernels[key] = kernel
+            op._dispatch_cache.clear()
+
+
+_TAKEN_APART = (
+    *(f"upsample_nearest{d}d" for d in (1, 2, 3)),
+    *(f"_upsample_nearest_exact{d}d" for d in (1, 2, 3)),
+    "upsample_linear1d",
+    "upsample_bilinear2d",
+    "upsample_bicubic2d",
+    "upsample_trilinear3d",
+    "_upsample_bilinear2d_aa",
+    "_upsample_bicubic2d_aa",
+    "gru",
+    "lstm",
+    "rnn_tanh",
+    "rnn_relu",
+)
+
+
+def leaf_variables(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The leaves that a tensor's autograd graph reaches."""
+    found: list[torch.Tensor] = []
+    seen: set[Any] = set()
+    waiting: list[Any] = [tensor.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.append(node.variable)
+        waiting.extend(following for following, _ in node.next_functions)
+    return found
+
+
+def function_modes() -> tuple[Any, ...]:
+    """The torch-function modes around this call; a default device counts with its device."""
+    if not torch._C._len_torch_function_stack():
+        return ()
+    modes = torch.overrides._get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+    return tuple((type(mode).__name__, str(getattr(mode, "device", ""))) for mode in modes)
+
+
+def forward_ad_active() -> bool:
+    """Whether a forward-mode AD level is open."""
+    return int(getattr(torch.autograd.forward_ad, "_current_level", -1)) >= 0
+
+
+def kernel_choices() -> tuple[bool, ...]:
+    """Switches that decide which attention or recurrent kernel eager takes."""
+    c: Any = torch._C
+    return (
+        c._get_flash_sdp_enabled(),
+        c._get_mem_efficient_sdp_enabled(),
+        c._get_math_sdp_enabled(),
+        c._get_mkldnn_enabled(),
+    )
+
+
+def no_autocast() -> Any:
+    """A guard under which autocast changes nothing: the captured ops hold their casts already."""
+    return torch._C._DisableAutocast()
+
+
+def capture_errors() -> tuple[type[BaseException], ...]:
+    """What fake tensors raise for ops that they do not know, whatever the batch."""
+    from torch._subclasses import fake_tensor
+
+    names = ("UnsupportedOperatorException", "DynamicOutputShapeException", "UnsupportedFakeTensorException")
+    return tuple(getattr(fake_tensor, name) for name in names if hasattr(fake_tensor, name))
 
 
 def graph_is_kept() -> bool:

@@ -73,6 +73,7 @@ class Binding:
         buffers: buffer name -> slot.
         inputs: flat batch position -> slot.
         constants: slot -> tensor that the model's code holds.
+        constant_homes: slot -> (name, how to read it now) of those that the code could replace.
         outputs: flat output position -> slot, or None where `output_constants` has the value.
         output_constants: flat output position -> value that is not a tensor.
         examples_require_grad: flat output position -> whether the output requires a gradient.
@@ -82,6 +83,10 @@ class Binding:
         grads: (parameter name or flat input position, slot) of each gradient that the step makes.
         examples: slot -> fake tensor with its shape, strides, dtype and device.
         device: of the step.
+        passed_through: flat output position -> the argument slot that the forward returns as it is.
+        repeated: flat output position -> the earlier position where the same tensor object stands.
+        aside: names or flat input positions of leaves that get gradients from outputs outside `grad_outputs` only.
+        attributes: (module path, name, value) of the plain attributes that the forward read.
     """
 
     graph: Graph
@@ -92,6 +97,7 @@ class Binding:
     buffers: Mapping[str, int]
     inputs: Mapping[int, int]
     constants: Mapping[int, torch.Tensor]
+    constant_homes: Mapping[int, tuple[str, Callable[[], Any]]]
     outputs: Mapping[int, int]
     output_constants: Mapping[int, Any]
     examples_require_grad: Mapping[int, bool]
@@ -101,6 +107,10 @@ class Binding:
     grads: tuple[tuple[str | int, int], ...]
     examples: Mapping[int, torch.Tensor]
     device: torch.device
+    passed_through: Mapping[int, int] = field(default_factory=dict)
+    repeated: Mapping[int, int] = field(default_factory=dict)
+    aside: tuple[str | int, ...] = ()
+    attributes: tuple[tuple[str, str, Any], ...] = ()
 
 
 def map_refs(item: Any, replace: Callable[[int], Any]) -> Any:

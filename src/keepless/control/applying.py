@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, TypeVar
 
 import torch
 
+from keepless._compat import tree_flatten
 from keepless.capture import FlatInputs, Inputs, flatten_inputs
-from keepless.control.planning import Capture, make_with, recapture
+from keepless.control.planning import Capture, make_like, recapture
 from keepless.control.signature import batch_signature, check_signature, model_signature
 from keepless.errors import GuardError, PlanError
 from keepless.execute import Entry, PlannedForward, make_entry
@@ -25,27 +27,44 @@ def apply(model: M, plan: Plan) -> M:
     check_signature(plan.signature, model_signature(model), "model")
     planned = PlannedForward(remove(model), [], None)
     capture = plan.capture
-    if isinstance(capture, Capture):
+    if isinstance(capture, Capture) and capture.model is not None and capture.model() is model:
         planned.entries.append(make_entry(model, capture.flat, capture.binding, plan.program))
         for entry in planned.entries:
             entry.recipe.counters = planned.counters
 
-    def on_miss(args: tuple[Any, ...], kwargs: dict[str, Any], reason: str) -> Entry:
-        if not planned.entries:
-            return bind_loaded(model, plan, flatten_inputs(Inputs(*args, **kwargs)))
-        if not isinstance(plan.capture, Capture) or plan.capture.settings.budget <= 0:
-            raise GuardError(
-                f"This call is not the step that the model was planned for: {reason}. The plan came from a file, so "
-                "that no other step can be planned from it: call keepless.fit with this batch."
-            )
-        other = make_with(model, Inputs(*args, **kwargs), plan.capture.settings)
-        assert isinstance(other.capture, Capture)
-        del planned.entries[MAX_ENTRIES - 1 :]
-        return make_entry(model, other.capture.flat, other.capture.binding, other.program)
-
-    planned.on_miss = on_miss
+    planned.on_miss = functools.partial(_on_miss, plan)
     model.__dict__["forward"] = planned
     return model
+
+
+def _on_miss(
+    plan: Plan,
+    planned: PlannedForward,
+    model: torch.nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    reason: str,
+) -> Entry | None:
+    """An entry for a call that none covers: planned on the spot for the same budget.
+
+    It holds no reference to the model, which must be free to go.
+    """
+    leaves, _ = tree_flatten((args, kwargs))
+    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    if not any(t.requires_grad for t in (*model.parameters(), *tensors)):
+        return None  # nothing will be differentiated
+    inputs = Inputs(*args, **kwargs)
+    if not planned.entries:
+        return bind_loaded(model, plan, flatten_inputs(inputs))
+    if not isinstance(plan.capture, Capture) or plan.capture.settings.budget <= 0:
+        raise GuardError(
+            f"This call is not the step that the model was planned for: {reason}. The plan came from a file, so "
+            "that no other step can be planned from it: call keepless.fit with this batch."
+        )
+    other = make_like(model, inputs, plan)
+    assert isinstance(other.capture, Capture)
+    del planned.entries[MAX_ENTRIES - 1 :]
+    return make_entry(model, other.capture.flat, other.capture.binding, other.program)
 
 
 def remove(model: M) -> M:

@@ -6,6 +6,7 @@ Nothing of the user's changes, and nothing larger than one op's inputs and outpu
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,14 @@ from keepless.errors import BudgetError, InfeasibleBudget
 from keepless.ir import Budget, Graph, format_bytes, parse_bytes
 from keepless.ir.text import fingerprint
 from keepless.machine import Baseline, Plan, make_plan
-from keepless.measure import CostCache, OptimizerFootprint, describe_device, device_nbytes, optimizer_footprint
+from keepless.measure import (
+    CostCache,
+    OpCost,
+    OptimizerFootprint,
+    describe_device,
+    device_nbytes,
+    optimizer_footprint,
+)
 from keepless.passes import evaluate
 from keepless.report.floor import describe_floor, find_floor
 from keepless.solve import smallest, solve
@@ -53,6 +61,7 @@ class Capture:
     flat: FlatInputs
     settings: Settings
     as_compiled: bool
+    model: weakref.ref[torch.nn.Module] | None = None
 
 
 def default_reserve(budget: int) -> int:
@@ -110,16 +119,34 @@ def make(
 
 def make_with(model: torch.nn.Module, batch: Any, settings: Settings, progress: Progress | None = None) -> Plan:
     """A plan for settings that are already read."""
+    return _make(model, batch, settings, progress, None)
+
+
+def make_like(model: torch.nn.Module, inputs: Inputs, plan: Plan) -> Plan:
+    """A plan for another call of a planned model: same settings, and the outputs that received gradients before.
+
+    A loss function is not called: its targets may lie outside this call. Its cost is taken as before.
+    """
+    capture = plan.capture
+    assert isinstance(capture, Capture)
+    return _make(model, inputs, capture.settings, None, plan)
+
+
+def _make(model: torch.nn.Module, batch: Any, settings: Settings, progress: Progress | None, like: Plan | None) -> Plan:
     tell = progress or (lambda stage, done, total: None)
     flat = flatten_inputs(Inputs.of(batch))
     with _untouched(model):
         tell("capture", 0, 1)
-        capture, given = _capture(model, flat, batch, settings)
+        before = like.capture if like is not None and settings.loss_fn is not None else None
+        chosen = before.binding.grad_outputs if isinstance(before, Capture) else None
+        capture, given = _capture(model, flat, batch, settings, chosen)
         tell("capture", 1, 1)
         binding = capture.binding
         costs = measure_costs(binding, settings.cache, lambda done, total: tell("measure", done, total))
         loss = None
-        if settings.loss_fn is not None:
+        if like is not None and chosen is not None and like.graph.loss_op is not None:
+            loss = OpCost(like.cost.seconds[like.graph.loss_op], like.cost.scratch[like.graph.loss_op], 0.0, 1)
+        elif settings.loss_fn is not None:
             loss = measure_loss(binding, settings.loss_fn, batch)
     cost = cost_model(binding, costs, optimizer=settings.optimizer, loss=loss, accumulate=settings.accumulate)
     tell("solve", 0, 1)
@@ -130,9 +157,13 @@ def make_with(model: torch.nn.Module, batch: Any, settings: Settings, progress: 
 
 
 def _capture(
-    model: torch.nn.Module, flat: FlatInputs, batch: Any, settings: Settings
+    model: torch.nn.Module,
+    flat: FlatInputs,
+    batch: Any,
+    settings: Settings,
+    grad_outputs: tuple[int, ...] | None,
 ) -> tuple[Capture, dict[str, object]]:
-    traced = trace_step(model, flat, batch=batch, loss_fn=settings.loss_fn, grad_outputs=None)
+    traced = trace_step(model, flat, batch=batch, loss_fn=settings.loss_fn, grad_outputs=grad_outputs)
     shape = StepShape(
         settings.accumulate,
         settings.release_outputs,
@@ -154,7 +185,7 @@ def _capture(
         "has_optimizer": shape.has_optimizer,
         "solver": settings.solver,
     }
-    return Capture(binding, flat, settings, traced.as_compiled), facts
+    return Capture(binding, flat.without_tensors(), settings, traced.as_compiled, weakref.ref(model)), facts
 
 
 def recapture(model: torch.nn.Module, flat: FlatInputs, signature: dict[str, object]) -> Capture:
@@ -175,7 +206,7 @@ def recapture(model: torch.nn.Module, flat: FlatInputs, signature: dict[str, obj
     settings = Settings(
         0, footprint, None, shape.accumulate, shape.release_outputs, shape.outside_nbytes, "keepless", 0, None
     )
-    return Capture(binding, flat, settings, traced.as_compiled)
+    return Capture(binding, flat.without_tensors(), settings, traced.as_compiled, weakref.ref(model))
 
 
 def _whole(item: object) -> int:
