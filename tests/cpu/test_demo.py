@@ -44,12 +44,15 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path, dict[str, 
 
     patch = pytest.MonkeyPatch()
     lines: list[str] = []
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     patch.setattr(demo_run, "contest", remembering)
     patch.setattr("builtins.print", lambda *parts, **_: lines.append(" ".join(map(str, parts))))
     try:
         code = demo_run.run(out, task=TINY, share=0.6, rounds=1, as_json=True)
     finally:
         patch.undo()
+        torch.set_num_threads(threads)
     return code, out, json.loads(lines[-1]), kept[0]
 
 

@@ -17,7 +17,7 @@ PLAIN = "plain eager"
 CHECKPOINT = "torch checkpoint, every block"
 KEPT = "Keepless, everything kept"
 BUDGET = "Keepless, budget"
-TIGHT = "Keepless, checkpoint's peak"
+TIGHT = "Keepless at checkpoint's peak"
 CONTENDERS = (PLAIN, CHECKPOINT, KEPT, BUDGET, TIGHT)
 """The last one is there to compare times at the same memory; it is left out where its budget is infeasible."""
 

@@ -191,6 +191,7 @@ def _row(contenders: dict[str, Contender], name: str, peaks: dict[str, PeakMeasu
     own, plain = contenders[name], contenders[PLAIN]
     parameters = hash_parameters(own.model)
     metered, reference = peaks[name].result, peaks[PLAIN].result
+    both = min(METERED_STEPS, len(plain.losses))
     ratios = [a / b for a, b in zip(own.seconds[1:], plain.seconds[1:], strict=True)]
     return Row(
         name=name,
@@ -202,7 +203,8 @@ def _row(contenders: dict[str, Contender], name: str, peaks: dict[str, PeakMeasu
         replays=plan.num_replays if plan is not None else 0,
         equal=own.losses == plain.losses
         and parameters == hash_parameters(plain.model)
-        and metered["losses"] == reference["losses"] == plain.losses[:METERED_STEPS]
+        and metered["losses"] == reference["losses"]
+        and metered["losses"][:both] == plain.losses[:both]
         and metered["parameters"] == reference["parameters"],
         parameters=parameters,
         losses=tuple(float.fromhex(loss) for loss in own.losses),

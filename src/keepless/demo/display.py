@@ -10,38 +10,44 @@ from typing import TYPE_CHECKING, Any
 from keepless.demo.contenders import BUDGET, PLAIN
 from keepless.demo.contest import Outcome, Row, Tell
 from keepless.ir import format_bytes
-from keepless.report.tables import format_percent
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 
 def table(outcome: Outcome) -> Table:
-    """A row per contender."""
+    """A row per contender; it fits 80 columns."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    found = Table(title=f"{outcome.task}", title_justify="left", header_style="bold")
-    found.add_column("", overflow="fold")
-    for name in ("measured peak", "budget", "predicted (error)", "step", "vs plain", "replays"):
+    title = f"{outcome.task}"
+    found = Table(title=title, title_justify="left", header_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    found.add_column("", min_width=12)
+    heads = ("peak\nMiB", "budget\nMiB", "predicted\nMiB", "\nerror", "step", "vs\nplain", "re-\nplays")
+    for name in heads:
         found.add_column(name, justify="right", no_wrap=True)
-    found.add_column(f"bits equal to {PLAIN}", justify="center")
+    found.add_column("same\nbits", justify="center", no_wrap=True)
     for row in outcome.rows:
         found.add_row(*_cells(row), style="bold" if row.name == BUDGET else "")
     return found
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    predicted = f"{format_bytes(row.predicted_peak)} ({row.prediction_error * 100:+.2f} %)"
     return (
         row.name,
-        format_bytes(row.peak),
-        format_bytes(row.budget) if row.budget else "-",
-        predicted if row.predicted_peak else "-",
-        f"{row.seconds:.3f} s",
-        f"{row.ratio:.3f}x",
+        _mib(row.peak),
+        _mib(row.budget) if row.budget else "-",
+        _mib(row.predicted_peak) if row.predicted_peak else "-",
+        f"{row.prediction_error * 100:+.2f}%" if row.predicted_peak else "-",
+        f"{row.seconds:.3f}s",
+        f"{row.ratio:.2f}x",
         str(row.replays) if row.predicted_peak else "-",
-        "reference" if row.name == PLAIN else "yes" if row.equal else "NO",
+        "ref." if row.name == PLAIN else "yes" if row.equal else "NO",
     )
+
+
+def _mib(nbytes: int) -> str:
+    return f"{nbytes / 2**20:.1f}"
 
 
 def verdict(outcome: Outcome) -> str:
@@ -62,7 +68,7 @@ def picture_title(outcome: Outcome) -> str:
     plain, ours = outcome.row(PLAIN), outcome.row(BUDGET)
     return (
         f"GPT-2 in {100 * ours.peak / plain.peak:.0f} % of plain eager's memory, "
-        f"{format_percent(ours.ratio - 1)} time, the same bits"
+        f"{ours.ratio:.2f}x its time, the same bits"
     )
 
 

@@ -68,8 +68,9 @@ def _print(outcome: Outcome, picture: Path) -> None:
     console.print()
     console.print(table(outcome))
     console.print(
-        f"Peaks: whole AdamW steps, the first included, each in a process of its own. Times: medians of steps taken in "
-        f"turn. {machine()}, Python {platform.python_version()}.",
+        "Peak: measured, of whole AdamW steps, the first included, each way in a process of its own. Step: median of "
+        "steps taken in turn. Same bits: every loss and all final parameters are plain eager's, bit for bit. "
+        f"{machine()}, Python {platform.python_version()}.",
         style="dim",
     )
     console.print()
