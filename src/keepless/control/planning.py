@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -174,6 +174,7 @@ def _capture(
     binding = lower(traced, flat, model, shape)
     facts: dict[str, object] = {
         "grad_outputs": list(traced.grad_outputs),
+        "loss_position": traced.loss_position,
         "as_compiled": traced.as_compiled,
         "torch": torch.__version__,
         "device_facts": {key: str(value) for key, value in describe_device(binding.device).items()},
@@ -201,6 +202,9 @@ def recapture(model: torch.nn.Module, flat: FlatInputs, signature: dict[str, obj
     chosen = tuple(_whole(p) for p in positions) if isinstance(positions, list) else None
     with _untouched(model):
         traced = trace_step(model, flat, batch=None, loss_fn=None, grad_outputs=chosen)
+        # Whether an output is the model's own loss, which the caller never releases, only the plan knows.
+        own = signature.get("loss_position")
+        traced = replace(traced, loss_position=own if type(own) is int else None)
         binding = lower(traced, flat, model, shape)
     footprint = OptimizerFootprint(shape.state_nbytes, 0, None) if shape.has_optimizer else None
     settings = Settings(
