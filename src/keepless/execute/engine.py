@@ -178,18 +178,11 @@ class _Replay:
         enabled, dtype, cache = self.ambient[:3]
         if ambient_state(device_type)[3:] != self.ambient[3:]:
             raise ReplayError("The default dtype or torch's choice of kernels has changed since the forward.")
-        saved = [(buffer, buffer.clone()) for buffer in model.buffers()]
-        try:
-            with (
-                self.entry.guard.as_planned(self.arguments),
-                torch.autocast(device_type, dtype=dtype, enabled=enabled, cache_enabled=cache),
-            ):
-                output = self.planned.original(*args, **kwargs)
-        finally:
-            with torch.no_grad():
-                for buffer, before in saved:
-                    if not torch.equal(buffer, before):
-                        buffer.copy_(before)
+        with (
+            self.entry.guard.as_planned(self.arguments, self.entry.recipe.rewritten),
+            torch.autocast(device_type, dtype=dtype, enabled=enabled, cache_enabled=cache),
+        ):
+            output = self.planned.original(*args, **kwargs)
         leaves, _ = _compat.tree_flatten(output)
         return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
 

@@ -182,8 +182,8 @@ class Guard:
         return Bound(arguments, tuple([leaves[i] for i, _ in self._tensors]))
 
     @contextlib.contextmanager
-    def as_planned(self, arguments: tuple[torch.Tensor, ...]) -> Iterator[None]:
-        """The modes of the planned step, for a replay.
+    def as_planned(self, arguments: tuple[torch.Tensor, ...], rewritten: frozenset[int]) -> Iterator[None]:
+        """The modes of the planned step, for a replay; buffers that the forward changes are copies while it runs.
 
         Raises:
             ReplayError: the model no longer holds the tensors of that step, or has other attributes.
@@ -200,13 +200,19 @@ class Guard:
                 raise ReplayError(f"The attribute {name} has changed since the forward, so that it cannot be replayed.")
         before = [model.training, *[module.training for module in self._modules]]
         modules = [model, *self._modules]
+        homes = [self._state[self._plan[position][1]][:2] for position in sorted(rewritten)]
+        buffers = [home[key] for home, key in homes]
         try:
+            for (home, key), buffer in zip(homes, buffers, strict=True):
+                home[key] = buffer.clone()
             for module, training in zip(modules, [self._root_training, *self._training], strict=True):
                 module.training = training
             yield
         finally:
             for module, training in zip(modules, before, strict=True):
                 module.training = training
+            for (home, key), buffer in zip(homes, buffers, strict=True):
+                home[key] = buffer
 
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
