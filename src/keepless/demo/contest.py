@@ -6,6 +6,7 @@ import contextlib
 import os
 import statistics
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from keepless.measure import PeakMeasurement, measure_peak
 
 METERED_STEPS = 3
 FILES = {KEPT: "everything-kept.plan", BUDGET: "step.plan", TIGHT: "checkpoint-peak.plan"}
+MIN_ROUNDS, MAX_RACE_SECONDS = 3, 90.0
 MAX_PREDICTION_ERROR = 0.02
 """A prediction that is further off is a broken promise."""
 
@@ -171,7 +173,11 @@ def _fresh_costs() -> Iterator[None]:
 
 
 def _race(task: Task, plans: dict[str, Plan], rounds: int, tell: Tell) -> dict[str, Contender]:
-    """Every contender takes one step in turn; the first round warms up. The one that begins changes every round."""
+    """Every contender takes one step in turn; the first round warms up. The one that begins changes every round.
+
+    On a machine that is busy with other things, rounds are cut short after three and MAX_RACE_SECONDS.
+    """
+    begun = time.monotonic()
     tell("race", 0.0, SECONDS["race"])
     names = [name for name in CONTENDERS if name in (PLAIN, CHECKPOINT) or name in plans]
     contenders = [Contender(name, task, plans.get(name)) for name in names]
@@ -179,11 +185,14 @@ def _race(task: Task, plans: dict[str, Plan], rounds: int, tell: Tell) -> dict[s
     done = 0
     with quiet_transformers():
         for number, batch in enumerate(batches(task, rounds + 1)):
+            if number > MIN_ROUNDS and time.monotonic() - begun > MAX_RACE_SECONDS:
+                break
             first = number % len(contenders)
             for contender in contenders[first:] + contenders[:first]:
                 contender.step(batch)
                 done += 1
-                tell("race", done / total, SECONDS["race"])
+                tell("race", done / (total + 1), SECONDS["race"])
+    tell("race", 1.0, SECONDS["race"])
     return {contender.name: contender for contender in contenders}
 
 
