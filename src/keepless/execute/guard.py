@@ -75,6 +75,11 @@ class Guard:
             if path in by_path
         ]
         self._spec = flat.spec
+        # A call whose arguments are all leaves needs no flattening, which takes as long as all else here.
+        args, kwargs = _compat.tree_unflatten(list(range(len(flat.leaves))), flat.spec)
+        plain = [*args, *kwargs.values()] == list(range(len(flat.leaves)))
+        self._num_args = len(args) if plain else -1
+        self._names = tuple(kwargs)
         self._constants = [(i, leaf) for i, leaf in enumerate(flat.leaves) if i not in flat.first]
         self._tensors = [(i, flat.facts[i]) for i in flat.tensor_positions]
         self._repeats = [(i, first) for i, first in flat.first.items() if i != first]
@@ -110,9 +115,11 @@ class Guard:
 
     def check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Bound | str:
         """The call's tensors, or what differs from the captured step."""
-        leaves, spec = _compat.tree_flatten((args, kwargs))
-        if spec != self._spec:
-            return "the arguments have another structure"
+        leaves: Any = (*args, *kwargs.values())
+        if len(args) != self._num_args or tuple(kwargs) != self._names or not _LEAVES.issuperset(map(type, leaves)):
+            leaves, spec = _compat.tree_flatten((args, kwargs))
+            if spec != self._spec:
+                return "the arguments have another structure"
         for position, constant in self._constants:
             leaf = leaves[position]
             if leaf is not constant and (type(leaf) is not type(constant) or leaf != constant):
@@ -216,6 +223,7 @@ class Guard:
 
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_LEAVES = frozenset({torch.Tensor, torch.nn.Parameter, bool, int, float, str, type(None)})
 _PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 _MISSING = object()
 

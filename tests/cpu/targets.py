@@ -1,0 +1,50 @@
+"""What the meter runs in processes of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from keepless.capture import Inputs, StepShape, flatten_inputs, lower, trace_step
+from keepless.execute import PlannedForward, make_entry
+from keepless.passes import from_order, reuse_storage
+
+
+def accumulating(planned: bool, width: int = 512, layers: int = 6) -> Callable[[], Any]:
+    """A step of large weights and small activations that adds to existing gradients."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    parts: list[nn.Module] = []
+    for _ in range(layers):
+        parts += [nn.Linear(width, width), nn.Tanh()]
+    model = nn.Sequential(*parts)
+
+    class Mean(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            loss: torch.Tensor = self.inner(x).square().mean()
+            return loss
+
+    subject = Mean()
+    batch = torch.randn(64, width)
+    for p in subject.parameters():
+        p.grad = torch.zeros_like(p)
+    if planned:
+        flat = flatten_inputs(Inputs.of(batch))
+        traced = trace_step(subject, flat, batch=batch, loss_fn=None, grad_outputs=None)
+        binding = lower(traced, flat, subject, StepShape(accumulate=True))
+        program = reuse_storage(binding.graph, from_order(binding.graph, range(len(binding.graph.ops))))
+        subject.__dict__["forward"] = PlannedForward(subject, [make_entry(subject, flat, binding, program)], None)
+
+    def step() -> dict[str, float]:
+        loss = subject(batch)
+        loss.backward()
+        return {"loss": float(loss.detach())}
+
+    return step
