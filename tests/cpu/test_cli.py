@@ -168,6 +168,7 @@ def test_infeasible_is_exit_code_3(invoke: Invoke) -> None:
         ["train", "factories:tiny", "-b", "1GiB", "-n", "0"],
         ["show", "absent.plan"],
         ["show", "."],
+        ["plan", "factories:tiny", "-b", "1GiB", "--picture", "step.magic"],
         ["show"],
         ["magic"],
     ],
@@ -341,6 +342,28 @@ def test_without_its_extra_the_command_says_how_to_install(
         cli.main()
     assert ended.value.code == 2
     assert "pip install 'keepless[cli]'" in capsys.readouterr().err
+
+
+def test_the_demo_says_what_is_missing(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without its extra the demo command ends with 2, and with --json its stdout is the error."""
+    monkeypatch.setattr("keepless.demo.NEEDS", ("no_such_library",))
+    done = invoke("demo", "--json")
+    assert done.exit_code == 2
+    assert "pip install 'keepless[demo]'" in json.loads(done.stdout)["error"]["message"]
+
+
+def test_the_demo_command_gives_one_json_object(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The demo command's answer is the demo's, and its exit code too."""
+
+    def run(out: Path, *, rounds: int, as_json: bool, emit: Callable[[object], object]) -> int:
+        print("noise")
+        emit({"out": str(out), "rounds": rounds})
+        return 1
+
+    monkeypatch.setattr("keepless.demo.run.run", run)
+    done = invoke("demo", "--json", "--out", "here", "--rounds", "2")
+    assert done.exit_code == 1
+    assert json.loads(done.stdout) == {"out": "here", "rounds": 2}
 
 
 def test_budgets_on_the_command_line() -> None:

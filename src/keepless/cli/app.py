@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import statistics
 import tempfile
 from dataclasses import asdict
@@ -196,10 +197,14 @@ def demo(
     debug: Debug = False,
 ) -> None:
     """Train a small GPT-2 four ways, inside and outside a budget; about two minutes."""
-    with session(False, debug) as current:
+    with session(as_json, debug) as current:
+        from keepless.demo import not_installed
+
+        if not_installed():
+            raise UsageError(not_installed())
         from keepless.demo.run import run
 
-        current.code = run(out, rounds=rounds, as_json=as_json)
+        current.code = run(out, rounds=rounds, as_json=as_json, emit=current.answer.update)
 
 
 @app.command()
@@ -276,9 +281,14 @@ def _describe(current: Session, plan: Plan, *, values: bool, save: Path | None, 
     if save is not None:
         plan.save(save)
     if picture is not None:
+        if importlib.util.find_spec("matplotlib") is None:
+            raise UsageError("A picture needs matplotlib: pip install 'keepless[report]'")
         from keepless.report.picture import draw
 
-        draw(plan, picture)
+        try:
+            draw(plan, picture)
+        except ValueError as error:  # matplotlib's word for a file name whose end it does not know
+            raise UsageError(f"The picture {str(picture)!r} cannot be drawn: {error}") from None
     if current.as_json:
         current.answer = plan_dict(plan, values=values)
         current.answer |= {

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import sys
+
+from keepless.demo import not_installed
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -14,9 +15,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=6, help="timed steps of each contender")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     given = parser.parse_args(argv)
-    absent = [name for name in ("transformers", "matplotlib", "rich") if importlib.util.find_spec(name) is None]
-    if absent:
-        print(f"The demo needs {', '.join(absent)}: pip install 'keepless[demo]'", file=sys.stderr)
+    if not_installed():
+        print(not_installed(), file=sys.stderr)
         return 2
     from keepless.demo.run import run
 

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ def run(
     share: float = 0.45,
     rounds: int = 6,
     as_json: bool = False,
+    emit: Callable[[dict[str, Any]], object] | None = None,
 ) -> int:
     """Runs the demo and prints what it found.
 
@@ -34,6 +36,7 @@ def run(
         share: the budget, as a share of plain eager's measured peak.
         rounds: timed steps of each contender.
         as_json: print one JSON object instead of a table.
+        emit: takes that object instead of stdout.
 
     Returns:
         0 if every promise held, 1 if one is broken.
@@ -49,7 +52,11 @@ def run(
         tell("picture", 1.0, 2.0)
     if as_json:
         facts: dict[str, Any] = {"verdict": verdict(outcome), "picture": str(picture), "machine": machine()}
-        print(json.dumps(outcome.as_dict() | facts, indent=1, allow_nan=False))
+        answer = outcome.as_dict() | facts
+        if emit is not None:
+            emit(answer)
+        else:
+            print(json.dumps(answer, indent=1, allow_nan=False))
     else:
         _print(outcome, picture)
     return 1 if outcome.broken else 0
