@@ -77,7 +77,7 @@ _INPLACE: dict[Any, Callable[..., Any]] = {
     aten.div.Tensor: aten.div_.Tensor,
     aten.add.Scalar: aten.add_.Scalar,
     aten.sub.Scalar: aten.sub_.Scalar,
-    aten.mul.Scalar: aten.mul_.Scalar,
+    aten.mul.Scalar: aten.mul_.Tensor,  # mul_.Scalar rounds the number to bfloat16 or float16 first
     aten.div.Scalar: aten.div_.Scalar,
     aten.tanh.default: aten.tanh_.default,
     aten.exp.default: aten.exp_.default,

@@ -18,7 +18,7 @@ from keepless.capture import FlatInputs, Inputs, StepShape, flatten_inputs, lowe
 from keepless.control.signature import batch_signature, model_signature
 from keepless.control.trials import cost_model, measure_costs, measure_loss
 from keepless.cost import CostModel
-from keepless.errors import BudgetError, InfeasibleBudget
+from keepless.errors import BatchError, BudgetError, InfeasibleBudget, MeasureError
 from keepless.ir import Budget, Graph, format_bytes, parse_bytes
 from keepless.ir.text import fingerprint
 from keepless.machine import Baseline, Plan, make_plan
@@ -142,7 +142,12 @@ def _make(model: torch.nn.Module, batch: Any, settings: Settings, progress: Prog
         capture, given = _capture(model, flat, batch, settings, chosen)
         tell("capture", 1, 1)
         binding = capture.binding
-        costs = measure_costs(binding, settings.cache, lambda done, total: tell("measure", done, total))
+        try:
+            costs = measure_costs(binding, settings.cache, lambda done, total: tell("measure", done, total))
+        except MeasureError as error:  # fake tensors let pass what kernels do not: mixed dtypes, mostly
+            raise BatchError(
+                f"An op of the captured step fails on real tensors of this batch's kind. {error}"
+            ) from error
         loss = None
         if like is not None and chosen is not None and like.graph.loss_op is not None:
             loss = OpCost(like.cost.seconds[like.graph.loss_op], like.cost.scratch[like.graph.loss_op], 0.0, 1)

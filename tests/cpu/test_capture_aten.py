@@ -1,0 +1,152 @@
+"""Forms that stand for an aten op give that op's bits, on awkward numbers, dtypes and strides."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import models as zoo
+import pytest
+import torch
+import torch.nn.functional as F
+
+from keepless.capture import aten as known
+
+aten = torch.ops.aten
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+EXTRA: dict[Any, tuple[Any, ...]] = {
+    aten.add.Scalar: (2,),
+    aten.sub.Scalar: (0.3,),
+    aten.mul.Scalar: (1.7,),
+    aten.div.Scalar: (3,),
+    aten.pow.Tensor_Scalar: (3,),
+    aten.leaky_relu.default: (0.2,),
+    aten.hardtanh.default: (-0.5, 0.5),
+    aten.threshold_backward.default: (0,),
+}
+TWO = {aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor}
+GRADS = {
+    aten.tanh_backward.default,
+    aten.sigmoid_backward.default,
+    aten.threshold_backward.default,
+    aten.gelu_backward.default,
+    aten.silu_backward.default,
+}
+
+
+def numbers(dtype: torch.dtype, layout: str) -> torch.Tensor:
+    """Random numbers with the special ones among them."""
+    x = torch.randn(6, 10, dtype=torch.float64) * 3
+    x.view(-1)[:7] = torch.tensor([0.0, -0.0, float("nan"), float("inf"), float("-inf"), 1e-40, -1e30])
+    x = x.to(dtype)
+    return {"plain": x, "transposed": x.t().contiguous().t(), "3d": x.view(3, 2, 10).transpose(0, 2)}[layout].clone()
+
+
+def arguments(op: Any, dtype: torch.dtype, layout: str) -> list[Any]:
+    x = numbers(dtype, layout)
+    if op is aten.where.self:
+        return [x > 0, x, x.flip(0) * 2]
+    if op is aten.masked_fill.Scalar:
+        return [x, x > 0, float("-inf")]
+    if op in TWO or op in GRADS:
+        return [x, torch.empty_like(x).copy_(x.flip(0)), *EXTRA.get(op, ())]
+    return [x, *EXTRA.get(op, ())]
+
+
+@pytest.mark.parametrize("layout", ["plain", "transposed", "3d"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("op", sorted({*known._INPLACE, *known._OUT}, key=str), ids=str)
+def test_in_place_form_equals_the_op(op: Any, dtype: torch.dtype, layout: str) -> None:
+    """Each form writes the op's own result over the argument that it names, and returns that tensor."""
+    forms = known.in_place_forms(op, tuple(arguments(op, dtype, layout)), 2, "cpu")
+    assert forms
+    for position, form in forms.items():
+        args = arguments(op, dtype, layout)
+        expected = op(*args)
+        if expected.dtype != args[position].dtype or expected.stride() != args[position].stride():
+            continue
+        result = form(*args)
+        assert result.data_ptr() == args[position].data_ptr()
+        assert zoo.same_bits(result, expected)
+
+
+@pytest.mark.parametrize("op", sorted(TWO, key=str), ids=str)
+def test_in_place_form_of_one_tensor_twice(op: Any) -> None:
+    """x op x over x."""
+    for form in known.in_place_forms(op, (), 2, "cpu").values():
+        x = numbers(torch.float32, "plain")
+        expected = op(x, x)
+        assert zoo.same_bits(form(x, x), expected)
+
+
+@pytest.mark.parametrize("layout", ["plain", "transposed", "3d"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("p", [0.1, 0.5, 1 / 3, 0.9, 0.37])
+def test_dropout_taken_apart(p: float, dtype: torch.dtype, layout: str) -> None:
+    """A drawn mask and two products are eager's dropout, its gradient, and its use of the generator."""
+    x = numbers(dtype, layout).requires_grad_()
+    grad = torch.randn_like(x)
+    torch.manual_seed(3)
+    expected = F.dropout(x, p)
+    state = torch.get_rng_state()
+    (expected_grad,) = torch.autograd.grad(expected, x, grad)
+    torch.manual_seed(3)
+    mask = known.draw_mask(tuple(x.shape), x.stride(), 1 - p)
+    assert torch.equal(torch.get_rng_state(), state)
+    scale = known.eager_scale(p, dtype)
+    assert zoo.same_bits(known.apply_mask(x.detach(), mask, scale), expected)
+    assert zoo.same_bits(known.apply_mask(grad, mask, scale), expected_grad)
+
+
+ROWS = [(3, 1), (5, 7), (2, 4, 9), (3, 2, 64), (2, 1000), (1, 5003), (300, 33)]
+
+
+@pytest.mark.parametrize("shape", ROWS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("op", sorted(known._ROWWISE, key=str), ids=str)
+def test_rowwise_form_equals_the_op(op: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """Softmax and its backward over their own argument, for rows of every length, minus infinity among the numbers."""
+    x = (torch.randn(shape) * 4).to(dtype)
+    x.view(-1)[::5] = float("-inf")
+    y = (torch.log_softmax if "log" in str(op) else torch.softmax)(torch.randn(shape).to(dtype), -1)
+    grad = torch.randn(shape).to(dtype)
+    backward = "backward" in str(op)
+    args = (grad, y, -1, dtype) if backward else (x, -1, False)
+    forms = known.in_place_forms(op, args, len(shape), "cpu")
+    assert list(forms) == [0]
+    expected = op(*args)
+    result = forms[0](*args)
+    assert result.data_ptr() == args[0].data_ptr()
+    assert zoo.same_bits(result, expected)
+    if len(shape) > 2:
+        inner = (*args[:2], 1, dtype) if backward else (x, 1, False)
+        assert known.in_place_forms(op, inner, len(shape), "cpu") == {}
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_batch_norm_without_its_statistics(affine: bool) -> None:
+    """The replay form of a training BatchNorm gives its output, mean and deviation."""
+    x = torch.randn(3, 4, 5, 5)
+    weight = torch.randn(4) if affine else None
+    args = (x, weight, weight, torch.zeros(4), torch.ones(4), True, 0.1, 1e-5)
+    expected = aten._native_batch_norm_legit_functional.default(*args)
+    form = known.batch_norm_replay(args)
+    assert form is not None
+    assert all(map(zoo.same_bits, form[0](*form[1]), expected[:3]))
+    assert known.batch_norm_replay((*args[:5], False, *args[6:])) is None
+
+
+def test_what_draws() -> None:
+    """Ops that use the generator are known, dropout of zero among those that do not."""
+    assert known.draws_random(aten.bernoulli.p, (torch.ones(1), 0.5), {})
+    assert known.draws_random(known.draw_mask, ((1,), (1,), 0.5), {})
+    assert not known.draws_random(aten.add.Tensor, (), {})
+
+
+def test_materialized_gradient() -> None:
+    """A gradient gets the asked layout and storage of its own."""
+    grad = torch.randn(1, 4).expand(3, 4)
+    made = known.materialize(grad, (3, 4), (1, 3))
+    assert made.stride() == (1, 3)
+    assert torch.equal(made, grad)
+    assert made.untyped_storage().nbytes() == 48
