@@ -206,7 +206,16 @@ def _bands(axes: Axes, plan: Plan) -> None:
         if end - begin > 0.05 * whole:
             axes.text((begin + end) / 2, 1.015, name, transform=trans, ha="center", fontsize=9, color=_PALE)
         elif end - begin > 0.004 * whole:
-            axes.text(begin, 1.015, name, transform=trans, ha="left", fontsize=9, color=_PALE)
+            last = end > 0.95 * whole
+            axes.text(
+                end if last else begin,
+                1.015,
+                name,
+                transform=trans,
+                ha="right" if last else "left",
+                fontsize=9,
+                color=_PALE,
+            )
     strips = [
         (event.start, event.end - event.start)
         for instr, event in zip(plan.program, plan.predicted.events, strict=True)
