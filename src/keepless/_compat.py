@@ -97,14 +97,22 @@ def watch_nodes(on_node: Callable[[torch.fx.Node], None]) -> Iterator[None]:
 
 
 def user_source() -> str:
-    """The innermost frame outside torch and Keepless, as "package/file.py:88"; empty where there is none."""
-    frame = sys._getframe(1)
+    """The innermost frame of the captured forward outside torch, as "package/file.py:88"; empty where there is none.
+
+    Frames outside the capture itself (the caller's script, a command line) say nothing about an op.
+    """
+    frame: Any = sys._getframe(1)
+    inside = False
     while frame is not None:
         name = frame.f_code.co_filename
-        if not name.startswith((_TORCH_DIR, _OWN_DIR, "<")) and "contextlib" not in name:
+        own = name.startswith(_OWN_DIR)
+        if own and inside:
+            return ""
+        inside = inside or not own
+        if inside and not name.startswith((_TORCH_DIR, "<")) and "contextlib" not in name:
             parts = name.replace("\\", "/").split("/")
             return f"{'/'.join(parts[-2:])}:{frame.f_lineno}"
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return ""
 
 
