@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import random
 import threading
+import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -327,7 +328,11 @@ def _watched(model: torch.nn.Module) -> Iterator[list[tuple[str, str, Any]]]:
 
     def read(module: torch.nn.Module, name: str, value: Any) -> None:
         path = names.get(id(module))
-        if path is not None and name not in _OWN_ATTRIBUTES and not isinstance(value, torch.nn.Module):
+        if (
+            path is not None
+            and name not in _OWN_ATTRIBUTES
+            and not isinstance(value, (torch.nn.Module, types.MethodType))
+        ):
             seen.setdefault((path, name), value)
 
     def seed(name: str) -> None:
