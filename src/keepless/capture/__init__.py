@@ -1,12 +1,12 @@
 """From a module and a batch to a `Graph` and its `Binding`, by fake tensors."""
 
+from keepless.capture.assembly import DELIVER as DELIVER
+from keepless.capture.assembly import LOSS as LOSS
+from keepless.capture.assembly import OPTIMIZER as OPTIMIZER
+from keepless.capture.drafting import StepShape as StepShape
 from keepless.capture.inputs import FlatInputs as FlatInputs
 from keepless.capture.inputs import Inputs as Inputs
 from keepless.capture.inputs import flatten_inputs as flatten_inputs
-from keepless.capture.lower import DELIVER as DELIVER
-from keepless.capture.lower import LOSS as LOSS
-from keepless.capture.lower import OPTIMIZER as OPTIMIZER
-from keepless.capture.lower import StepShape as StepShape
 from keepless.capture.lower import lower as lower
 from keepless.capture.trace import forward_of as forward_of
 from keepless.capture.trace import is_tracing as is_tracing
