@@ -7,8 +7,9 @@ are of the same runs. Peaks are absolute: they hold parameters, gradients, optim
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,28 @@ def test_training_within_a_budget_is_equal(name: str) -> None:
     static = planned.claims()["static_nbytes"]
     rise = increments(lambda: planned.forward_backward(zoo.STEPS), torch.device("cpu"))
     assert static + rise <= budget
+
+
+@pytest.mark.parametrize("is_loaded", [False, True])
+def test_no_batch_outlives_its_step(tmp_path: Path, is_loaded: bool) -> None:
+    """A planned model holds neither the batch that it was planned with nor the first that it sees."""
+    workload = zoo.build("unet3d")
+    seen: list[weakref.ref[torch.Tensor]] = []
+
+    def batch(number: int) -> zoo.Batch:
+        inputs, targets = workload.batch(number)
+        seen.extend(weakref.ref(tensor) for tensor in inputs)
+        return inputs, targets
+
+    watched = replace(workload, batch=batch)
+    plan = watched.plan(zoo.PLENTY, release_outputs=True)
+    if is_loaded:
+        plan.save(tmp_path / "step.plan")
+        plan = keepless.load(tmp_path / "step.plan")
+    trainer = zoo.Trainer(watched, "keepless", plan=plan)
+    trainer.step(0)
+    assert len(seen) == 4
+    assert [tensor() for tensor in seen] == [None] * 4
 
 
 @pytest.mark.slow

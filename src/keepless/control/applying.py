@@ -101,7 +101,7 @@ def bind_loaded(model: torch.nn.Module, plan: Plan, flat: FlatInputs) -> Entry:
             "Another version of torch or of the model's code is the usual cause. Plan again."
         )
     plan.capture = capture
-    return make_entry(model, flat, capture.binding, plan.program)
+    return make_entry(model, capture.flat, capture.binding, plan.program)
 
 
 def _first_difference(capture: Capture, plan: Plan) -> str:
