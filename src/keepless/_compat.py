@@ -250,6 +250,24 @@ def kernel_choices() -> tuple[bool, ...]:
     )
 
 
+def ambient_state(device_type: str) -> tuple[Any, ...]:
+    """What changes the captured ops without being an argument."""
+    return (
+        torch.is_autocast_enabled(device_type),
+        torch.get_autocast_dtype(device_type),
+        torch.is_autocast_cache_enabled(),
+        torch.get_default_dtype(),
+        torch.are_deterministic_algorithms_enabled(),
+        kernel_choices(),
+        function_modes(),
+    )
+
+
+def dynamo_traces() -> bool:
+    """Whether torch.compile traces this call (and not torch.export)."""
+    return torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
+
+
 def no_autocast() -> Any:
     """A guard under which autocast changes nothing: the captured ops hold their casts already."""
     return torch._C._DisableAutocast()

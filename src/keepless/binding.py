@@ -60,6 +60,16 @@ class OpCode:
     state: int | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Fact:
+    """A plain constant that the model's code may read: `read(*place)` is its value now."""
+
+    label: str
+    read: Callable[..., Any]
+    place: tuple[Any, ...]
+    value: Any
+
+
 @dataclass(frozen=True)
 class Binding:
     """Everything that the engine needs beside the graph.
@@ -87,6 +97,9 @@ class Binding:
         repeated: flat output position -> the earlier position where the same tensor object stands.
         aside: names or flat input positions of leaves that get gradients from outputs outside `grad_outputs` only.
         attributes: (module path, name, value) of the plain attributes that the forward read.
+        facts: plain constants elsewhere (configs, closures, globals) that the forward may have read.
+        ambient: autocast, default dtype and the like around the capture.
+        accumulates: whether gradients may stand already when the step begins.
     """
 
     graph: Graph
@@ -111,6 +124,9 @@ class Binding:
     repeated: Mapping[int, int] = field(default_factory=dict)
     aside: tuple[str | int, ...] = ()
     attributes: tuple[tuple[str, str, Any], ...] = ()
+    facts: tuple[Fact, ...] = ()
+    ambient: tuple[Any, ...] = ()
+    accumulates: bool = False
 
 
 def map_refs(item: Any, replace: Callable[[int], Any]) -> Any:

@@ -323,3 +323,75 @@ def test_verify_puts_everything_back() -> None:
     assert result.equal
     assert result.equal_to_plain
     assert same(before, everything(model))
+
+
+def test_applying_inside_autocast_does_not_move_the_plan_there() -> None:
+    """What counts is the state around `plan`, not the one around `apply`."""
+    for around_plan, around_apply in ((False, True), (True, False)):
+        model = zoo.mlp()
+        plain = copy.deepcopy(model)
+        with torch.autocast("cpu", torch.bfloat16, enabled=around_plan):
+            plan = keepless.plan(model, X, "1GB", cache=False)
+        with torch.autocast("cpu", torch.bfloat16, enabled=around_apply):
+            keepless.apply(model, plan)
+        for enabled in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                check_step(plain, model)
+        with (
+            torch.autocast("cpu", torch.bfloat16, enabled=not around_plan),
+            pytest.raises(PlanError, match="autocast"),
+        ):
+            keepless.verify(model, X, plan)
+
+
+def test_submodule_replaced_between_plan_and_apply() -> None:
+    """A plan of other code is refused, although every parameter agrees."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh())
+    plan = keepless.plan(model, X, "1GB", loss_fn=lambda out, _: out.sum(), cache=False)
+    model[1] = nn.Sigmoid()
+    with pytest.raises(PlanError, match=r"aten\.sigmoid"):
+        keepless.apply(model, plan)(X)
+
+
+def test_loaded_plan_of_a_model_in_evaluation_mode(tmp_path: Path) -> None:
+    """Who trains in evaluation mode (frozen statistics, no dropout) is planned for, short batches included."""
+    model = zoo.mlp().eval()
+    keepless.plan(model, X, "1GB", cache=False).save(tmp_path / "step.plan")
+    keepless.apply(model, keepless.load(tmp_path / "step.plan"))(X).backward()
+    assert (counters(model).steps, counters(model).unplanned_calls) == (1, 0)
+    keepless.fit(model, X, "1GB", cache=False)
+    model.zero_grad()
+    model(X[:3]).backward()
+    assert (counters(model).steps, counters(model).unplanned_calls) == (1, 0)
+
+
+def test_standing_gradients_are_another_step() -> None:
+    """A plan without room for old gradients never runs beside them: it would go over the budget."""
+    plain, model = fitted(zoo.mlp())
+    for subject in (plain, model):
+        torch.manual_seed(1)
+        for _ in range(3):
+            subject(X).backward()
+    assert all(zoo.same_bits(p.grad, q.grad) for p, q in zip(plain.parameters(), model.parameters(), strict=True))
+    entries = model.__dict__["forward"].entries
+    assert [entry.binding.accumulates for entry in entries] == [True, False]
+    plan = keepless.plan(model, X, "1GB", cache=False)
+    model.zero_grad()
+    keepless.fit(model, X, plan.smallest_budget, cache=False)
+    model(X).backward()
+    with pytest.raises(InfeasibleBudget, match=r"gradient already .*zero_grad"):
+        model(X)
+    model.zero_grad()
+    model(X).backward()
+
+
+def test_torch_compile_runs_the_planned_step() -> None:
+    """Compiling a planned model does not silently drop its plan."""
+    plain, model = fitted(zoo.mlp())
+    compiled = torch.compile(model, backend="aot_eager")
+    torch.manual_seed(1)
+    compiled(X).backward()
+    torch.manual_seed(1)
+    plain(X).backward()
+    assert (counters(model).steps, counters(model).unplanned_calls) == (1, 0)
+    assert all(zoo.same_bits(p.grad, q.grad) for p, q in zip(plain.parameters(), model.parameters(), strict=True))

@@ -15,6 +15,7 @@ from keepless import _compat
 from keepless.binding import Binding, Call, OpCode, Ref, map_refs, slots_of
 from keepless.capture import aten as known
 from keepless.capture.drafting import Draft, Drafting, draft_slots
+from keepless.capture.facts import find_facts
 from keepless.capture.trace import planned_device
 from keepless.errors import CaptureError
 from keepless.ir import Effect, Graph, Kind, Op, Phase, Value
@@ -206,6 +207,9 @@ class Assembly:
             repeated=work.traced.repeated,
             aside=work.traced.aside,
             attributes=work.traced.attributes,
+            facts=find_facts(work.model, work.traced.attributes),
+            ambient=_compat.ambient_state(self.device.type),
+            accumulates=shape.accumulate,
         )
 
     def argument_slot(self, kind: str, what: str | int) -> int:

@@ -26,14 +26,14 @@ def find_home(model: torch.nn.Module, tensor: torch.Tensor) -> tuple[str, Getter
                 for place, item in value.items() if isinstance(value, dict) else enumerate(value):
                     if item is tensor:
                         return f"{label}[{place!r}]", _nested_getter(module.__dict__, key, place)
-        for function in _functions(module):
+        for function in functions_of(module):
             found = _in_function(function, tensor)
             if found is not None:
                 return found
     return None
 
 
-def _functions(module: torch.nn.Module) -> Iterator[Any]:
+def functions_of(module: torch.nn.Module) -> Iterator[Any]:
     """The Python functions that a module's forward may call: its own forward, and functions among its attributes."""
     yield getattr(type(module), "forward", None)
     for value in module.__dict__.values():

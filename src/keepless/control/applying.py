@@ -11,7 +11,7 @@ from keepless._compat import tree_flatten
 from keepless.capture import FlatInputs, Inputs, flatten_inputs
 from keepless.control.planning import Capture, make_like, recapture
 from keepless.control.signature import batch_signature, check_signature, model_signature
-from keepless.errors import GuardError, PlanError
+from keepless.errors import GuardError, InfeasibleBudget, PlanError
 from keepless.execute import Entry, PlannedForward, make_entry
 from keepless.ir.text import fingerprint
 from keepless.machine import Plan
@@ -27,7 +27,7 @@ def apply(model: M, plan: Plan) -> M:
     check_signature(plan.signature, model_signature(model), "model")
     planned = PlannedForward(remove(model), [], None)
     capture = plan.capture
-    if isinstance(capture, Capture) and capture.model is not None and capture.model() is model:
+    if isinstance(capture, Capture) and capture.is_of(model):
         planned.entries.append(make_entry(model, capture.flat, capture.binding, plan.program))
         for entry in planned.entries:
             entry.recipe.counters = planned.counters
@@ -59,9 +59,18 @@ def _on_miss(
     if not isinstance(plan.capture, Capture) or plan.capture.settings.budget <= 0:
         raise GuardError(
             f"This call is not the step that the model was planned for: {reason}. The plan came from a file, so "
-            "that no other step can be planned from it: call keepless.fit with this batch."
+            "that no other step can be planned from it: call keepless.fit with this batch (and accumulate=True where "
+            "gradients stand already)."
         )
-    other = make_like(model, inputs, plan)
+    try:
+        other = make_like(model, inputs, plan)
+    except InfeasibleBudget as error:
+        raise InfeasibleBudget(
+            f"This call is not the step that the model was planned for ({reason}) and needs a plan of its own. {error}",
+            smallest_budget=error.smallest_budget,
+            bound=error.bound,
+            blocking=error.blocking,
+        ) from None
     assert isinstance(other.capture, Capture)
     del planned.entries[MAX_ENTRIES - 1 :]
     return make_entry(model, other.capture.flat, other.capture.binding, other.program)

@@ -62,6 +62,17 @@ class Capture:
     settings: Settings
     as_compiled: bool
     model: weakref.ref[torch.nn.Module] | None = None
+    modules: tuple[weakref.ref[torch.nn.Module], ...] = ()
+
+    def is_of(self, model: torch.nn.Module) -> bool:
+        """Whether this model was captured, with the submodules that it has now."""
+        now = list(model.modules())
+        return (
+            self.model is not None
+            and self.model() is model
+            and len(now) == len(self.modules)
+            and all(ref() is module for ref, module in zip(self.modules, now, strict=True))
+        )
 
 
 def default_reserve(budget: int) -> int:
@@ -125,11 +136,15 @@ def make_with(model: torch.nn.Module, batch: Any, settings: Settings, progress: 
 def make_like(model: torch.nn.Module, inputs: Inputs, plan: Plan) -> Plan:
     """A plan for another call of a planned model: same settings, and the outputs that received gradients before.
 
+    Where gradients stand already, it is one for accumulation.
+
     A loss function is not called: its targets may lie outside this call. Its cost is taken as before.
     """
     capture = plan.capture
     assert isinstance(capture, Capture)
-    return _make(model, inputs, capture.settings, None, plan)
+    stand = any(p.is_leaf and p.grad is not None for p in model.parameters())
+    settings = replace(capture.settings, accumulate=capture.settings.accumulate or stand)
+    return _make(model, inputs, settings, None, plan)
 
 
 def _make(model: torch.nn.Module, batch: Any, settings: Settings, progress: Progress | None, like: Plan | None) -> Plan:
@@ -191,7 +206,13 @@ def _capture(
         "has_optimizer": shape.has_optimizer,
         "solver": settings.solver,
     }
-    return Capture(binding, flat.without_tensors(), settings, traced.as_compiled, weakref.ref(model)), facts
+    return Capture(
+        binding, flat.without_tensors(), settings, traced.as_compiled, weakref.ref(model), _refs(model)
+    ), facts
+
+
+def _refs(model: torch.nn.Module) -> tuple[weakref.ref[torch.nn.Module], ...]:
+    return tuple(map(weakref.ref, model.modules()))
 
 
 def recapture(model: torch.nn.Module, flat: FlatInputs, signature: dict[str, object]) -> Capture:
@@ -215,7 +236,7 @@ def recapture(model: torch.nn.Module, flat: FlatInputs, signature: dict[str, obj
     settings = Settings(
         0, footprint, None, shape.accumulate, shape.release_outputs, shape.outside_nbytes, "keepless", 0, None
     )
-    return Capture(binding, flat.without_tensors(), settings, traced.as_compiled, weakref.ref(model))
+    return Capture(binding, flat.without_tensors(), settings, traced.as_compiled, weakref.ref(model), _refs(model))
 
 
 def _whole(item: object) -> int:

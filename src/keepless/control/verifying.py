@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 
+from keepless._compat import ambient_state
 from keepless.capture import Inputs, flatten_inputs
 from keepless.control.applying import apply, bind_loaded, planned_forward, remove
 from keepless.control.planning import Capture
+from keepless.errors import PlanError
 from keepless.execute import PlannedForward, make_entry
 from keepless.ir import Phase, Run, format_bytes
 from keepless.machine import Plan
@@ -99,6 +101,11 @@ def verify(model: torch.nn.Module, batch: Any, plan: Plan, *, loss_fn: Any, repe
                 bind_loaded(model, plan, flat)
             capture = plan.capture
             assert isinstance(capture, Capture)
+            if ambient_state(capture.binding.device.type) != capture.binding.ambient:
+                raise PlanError(
+                    "The plan was made under another autocast, default dtype or choice of kernels than stands around "
+                    "verify: call it under the same."
+                )
             loss_fn = loss_fn or capture.settings.loss_fn
             run = _Runner(model, inputs, batch, loss_fn, capture)
             reference, name, plain = _reference(run, plan, capture)

@@ -6,6 +6,7 @@ program; evaluation, `no_grad` and torch.func transforms run the model's own for
 
 from __future__ import annotations
 
+import copy
 import inspect
 import types
 import weakref
@@ -20,7 +21,7 @@ from keepless.binding import Binding
 from keepless.capture import FlatInputs, is_tracing
 from keepless.errors import GuardError, PlanError, ReplayError
 from keepless.execute.codegen import Compiled, compile_step
-from keepless.execute.guard import Guard, ambient_state
+from keepless.execute.guard import Guard
 from keepless.execute.nodes import Counters, Recipe, Step, run_step
 from keepless.ir import Effect, Phase, Program
 
@@ -65,6 +66,7 @@ class PlannedForward:
         own = model.__dict__.get("forward")
         self._instance_forward = own
         self._function = type(model).forward
+        self._for_training = model.training
         self.entries = list(entries)
         self.on_miss = on_miss
         self.counters = Counters()
@@ -92,15 +94,20 @@ class PlannedForward:
             or _compat.forward_ad_active()
             or torch.compiler.is_compiling()
         ):
+            if _compat.dynamo_traces() and torch.is_grad_enabled():
+                return _outside_compiler(self, args, kwargs)
             return self._unplanned(args, kwargs)
         reason = ""
         for entry in self.entries:
             bound = entry.guard.check(args, kwargs)
             if not isinstance(bound, str):
-                return self._planned(entry, bound.arguments, bound.inputs)
+                over = entry.guard.standing_gradient() if self.on_miss is not None else ""
+                if not over:
+                    return self._planned(entry, bound.arguments, bound.inputs)
+                bound = over
             reason = reason or bound
         model = self._model()
-        if model is not None and not model.training:
+        if model is not None and not model.training and self._for_training:  # evaluation
             return self._unplanned(args, kwargs)
         if self.on_miss is None:
             raise GuardError(
@@ -140,10 +147,18 @@ class PlannedForward:
         copied = memo.get(id(model))
         if copied is None:
             raise PlanError("A planned forward cannot be copied without its model.")
+        if self._instance_forward is not None:
+            return copy.deepcopy(self._instance_forward, memo)
         return types.MethodType(self._function, copied)
 
     def __reduce__(self) -> Any:
         raise PlanError("A planned model cannot be pickled: call keepless.remove(model) first, or save state_dict().")
+
+
+@torch.compiler.disable(reason="a model with a Keepless plan runs its planned step")  # type: ignore[no-untyped-call,untyped-decorator]
+def _outside_compiler(planned: PlannedForward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Under torch.compile the planned step still runs, as it is: what is compiled would not keep the budget."""
+    return planned(*args, **kwargs)
 
 
 class _Replay:
@@ -162,7 +177,7 @@ class _Replay:
         self.planned = planned
         self.entry = entry
         self.inputs = inputs
-        self.ambient = ambient_state(entry.binding.device.type)
+        self.ambient = entry.binding.ambient
 
     def __call__(self) -> Sequence[torch.Tensor]:
         binding = self.entry.binding
@@ -176,7 +191,7 @@ class _Replay:
         args, kwargs = self.entry.flat.rebuild(self.inputs)
         device_type = binding.device.type
         enabled, dtype, cache = self.ambient[:3]
-        if ambient_state(device_type)[3:] != self.ambient[3:]:
+        if _compat.ambient_state(device_type)[3:] != self.ambient[3:]:
             raise ReplayError("The default dtype or torch's choice of kernels has changed since the forward.")
         with (
             self.entry.guard.as_planned(self.arguments, self.entry.recipe.rewritten),

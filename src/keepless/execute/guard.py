@@ -16,20 +16,6 @@ from keepless.capture import FlatInputs
 from keepless.capture.inputs import tensor_facts
 from keepless.errors import ReplayError
 
-
-def ambient_state(device_type: str) -> tuple[Any, ...]:
-    """What changes the captured ops without being an argument."""
-    return (
-        torch.is_autocast_enabled(device_type),
-        torch.get_autocast_dtype(device_type),
-        torch.is_autocast_cache_enabled(),
-        torch.get_default_dtype(),
-        torch.are_deterministic_algorithms_enabled(),
-        _compat.kernel_choices(),
-        _compat.function_modes(),
-    )
-
-
 _AMBIENT_NAMES = (
     "autocast",
     "autocast dtype",
@@ -83,7 +69,7 @@ class Guard:
         self._constants = [(i, leaf) for i, leaf in enumerate(flat.leaves) if i not in flat.first]
         self._tensors = [(i, flat.facts[i]) for i in flat.tensor_positions]
         self._repeats = [(i, first) for i, first in flat.first.items() if i != first]
-        self._ambient = ambient_state(binding.device.type)
+        self._ambient = binding.ambient
         self._device_type = binding.device.type
         state = {**_homes(model, "_parameters"), **_homes(model, "_buffers")}
         wanted = {slot: name for name, slot in (*binding.params.items(), *binding.buffers.items())}
@@ -108,6 +94,9 @@ class Guard:
             else:
                 self._plan.append((2, len(self._fixed)))
                 self._fixed.append(binding.constants[slot])
+        self._facts = binding.facts
+        made = {name for name, _ in binding.grads}
+        self._gradless = [] if binding.accumulates else [i for i, name in enumerate(wanted.values()) if name in made]
         self._homes = [(name, read, binding.constants[slot]) for slot, (name, read) in binding.constant_homes.items()]
         self.names = tuple(
             wanted.get(slot) or (f"input {inputs[slot]}" if slot in inputs else "a constant") for slot in arguments
@@ -136,7 +125,7 @@ class Guard:
                 return f"arguments {first} and {position} are two tensors, planned for one given twice"
         if len(self._tensors) > 1 and len({id(leaves[i]) for i, _ in self._tensors}) != len(self._tensors):
             return "two arguments are one tensor, planned for two"
-        ambient = ambient_state(self._device_type)
+        ambient = _compat.ambient_state(self._device_type)
         if ambient != self._ambient:
             return _difference("the state around the call", _AMBIENT_NAMES, ambient, self._ambient)
         model = self._model()
@@ -162,6 +151,10 @@ class Guard:
                 changed = now is not value and not _equal_constants(now, value)
             if changed:
                 return f"the attribute {name} was {_short(value)[:80]} and is {_short(now)[:80]}"
+        for fact in self._facts:
+            now = fact.read(*fact.place)
+            if now is not fact.value and not _equal_constants(now, fact.value):
+                return f"{fact.label}, which the model's code reads, was {fact.value!r:.80} and is {now!r:.80}"
         for name, read, constant in self._homes:
             if read() is not constant:
                 return f"{name}, which the forward reads, is another tensor"
@@ -188,6 +181,14 @@ class Guard:
         )
         return Bound(arguments, tuple([leaves[i] for i, _ in self._tensors]))
 
+    def standing_gradient(self) -> str:
+        """What is wrong if gradients stand already and the step has no room for them; else empty."""
+        for index in self._gradless:
+            home, key, name = self._state[index]
+            if home[key].is_leaf and home[key].grad is not None:
+                return f"{name} has a gradient already (accumulation, or zero_grad after the forward), planned for none"
+        return ""
+
     @contextlib.contextmanager
     def as_planned(self, arguments: tuple[torch.Tensor, ...], rewritten: frozenset[int]) -> Iterator[None]:
         """The modes of the planned step, for a replay; buffers that the forward changes are copies while it runs.
@@ -205,6 +206,10 @@ class Guard:
             now = (model.__dict__ if attributes is None else attributes).get(name, _MISSING)
             if now is not value and not _equal_constants(now, value):
                 raise ReplayError(f"The attribute {name} has changed since the forward, so that it cannot be replayed.")
+        for fact in self._facts:
+            now = fact.read(*fact.place)
+            if now is not fact.value and not _equal_constants(now, fact.value):
+                raise ReplayError(f"{fact.label} has changed since the forward, so that it cannot be replayed.")
         before = [model.training, *[module.training for module in self._modules]]
         modules = [model, *self._modules]
         homes = [self._state[self._plan[position][1]][:2] for position in sorted(rewritten)]
