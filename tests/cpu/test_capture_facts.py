@@ -90,3 +90,21 @@ def test_what_the_code_does_not_read_costs_no_plan() -> None:
         model(X)
     forward: Any = model.__dict__["forward"]
     assert len(forward.entries) == 1
+
+
+class Registry(dict[str, Any]):
+    """A dict that answers in its own way, as some libraries keep as globals."""
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        return {}
+
+
+REGISTRY = Registry(a=None)
+
+
+def test_registry_among_the_globals_is_no_constant() -> None:
+    """Only plain containers are looked into."""
+    model = keepless.fit(Model(lambda m: 1.0 if REGISTRY.get("a") == {} else 2.0), X, "1GiB", cache=False)
+    model(X)
+    forward: Any = model.__dict__["forward"]
+    assert len(forward.entries) == 1

@@ -19,6 +19,8 @@ from torch import nn
 
 import keepless
 from keepless.capture import Inputs
+from keepless.control import Capture
+from keepless.control.trials import _real
 from keepless.errors import CaptureError, GuardError, InfeasibleBudget, PlanError
 
 X = torch.linspace(-2, 2, 48).reshape(6, 8)
@@ -290,6 +292,8 @@ import sys, copy, torch
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 import models as zoo, keepless
 from keepless.capture import Inputs
+from keepless.control import Capture
+from keepless.control.trials import _real
 torch.set_num_threads(1)
 torch.manual_seed(0)
 model = zoo.mlp()
@@ -395,3 +399,15 @@ def test_torch_compile_runs_the_planned_step() -> None:
     plain(X).backward()
     assert (counters(model).steps, counters(model).unplanned_calls) == (1, 0)
     assert all(zoo.same_bits(p.grad, q.grad) for p, q in zip(plain.parameters(), model.parameters(), strict=True))
+
+
+def test_trials_get_whole_workspaces() -> None:
+    """An LSTM's workspace is larger than its fake: a trial of its backward in less would write past its end."""
+    model = nn.LSTM(8, 8)
+    plan = keepless.plan(model, torch.randn(5, 2, 8), "1GB", loss_fn=lambda out, _: out[0].sum(), cache=False)
+    assert isinstance(plan.capture, Capture)
+    binding = plan.capture.binding
+    assert any("mkldnn_rnn_layer_backward" in op.name for op in plan.graph.ops)
+    for slot, value in binding.slot_value.items():
+        tensor = _real(binding, slot, {})
+        assert tensor.untyped_storage().nbytes() >= plan.graph.values[value].nbytes

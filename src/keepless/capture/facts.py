@@ -47,7 +47,7 @@ def find_facts(model: torch.nn.Module, attributes: Iterable[tuple[str, str, Any]
     finder.objects += [(f"{path}.{name}".lstrip("."), value) for path, name, value in attributes]
     for label, value in finder.objects:
         finder.inside(label, value, MAX_DEPTH)
-    return tuple(finder.facts[:MAX_FACTS])
+    return tuple([fact for fact in finder.facts[:MAX_FACTS] if fact.read(*fact.place) is fact.value])
 
 
 class _Finder:
@@ -98,7 +98,7 @@ class _Finder:
             self.facts.append(Fact(label, read, place, value))
         elif isinstance(value, (types.FunctionType, types.MethodType)):
             self.function(value, owner)
-        elif not is_global or isinstance(value, _SETTINGS) or dataclasses.is_dataclass(value):
+        elif not is_global or type(value) in _SETTINGS or dataclasses.is_dataclass(value):
             self.objects.append((label, value))
 
     def inside(self, label: str, value: Any, depth: int) -> None:
@@ -112,13 +112,13 @@ class _Finder:
             return
         items: Iterable[tuple[Any, Any]]
         table: Any
-        if isinstance(value, dict):
+        if type(value) is dict:
             table, items = value, list(value.items())
-        elif isinstance(value, (list, tuple)):
+        elif type(value) in (list, tuple):
             table, items = value, enumerate(value)
         else:
             table = getattr(value, "__dict__", None)
-            if not isinstance(table, dict) or callable(value):
+            if not isinstance(table, dict) or callable(value) or isinstance(value, (dict, list, tuple, set)):
                 return
             items = [(key, item) for key, item in table.items() if key in self._named_in(type(value))]
         read = table.get if isinstance(table, dict) else _Item(table)

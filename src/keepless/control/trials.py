@@ -102,7 +102,9 @@ def _real(binding: Binding, slot: int, storages: dict[int, torch.Tensor]) -> tor
     value = binding.slot_value[slot]
     base = storages.get(value)
     if base is None or base.dtype != example.dtype:
-        count = -(-example.untyped_storage().nbytes() // max(1, example.element_size()))
+        # A fake may be smaller than the real thing, whose size only its kernel knows (the workspace of an LSTM layer).
+        nbytes = max(example.untyped_storage().nbytes(), binding.graph.values[value].nbytes)
+        count = -(-nbytes // max(1, example.element_size()))
         fill: Any = 0.5 if example.is_floating_point() or example.is_complex() else example.dtype is torch.bool
         base = torch.full((max(1, count),), fill, dtype=example.dtype, device=binding.device)
         storages[value] = base
