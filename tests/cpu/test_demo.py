@@ -56,6 +56,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path, dict[str, 
     return code, out, json.loads(lines[-1]), kept[0]
 
 
+@pytest.mark.slow
 def test_every_promise_holds(ran: tuple[int, Path, dict[str, object], Outcome]) -> None:
     """All contenders give plain eager's bits, and the budget is the peak."""
     code, _, answer, outcome = ran
@@ -71,6 +72,7 @@ def test_every_promise_holds(ran: tuple[int, Path, dict[str, object], Outcome]) 
     assert str(answer["verdict"]).startswith("Every promise held")
 
 
+@pytest.mark.slow
 def test_plan_and_picture_are_left_behind(ran: tuple[int, Path, dict[str, object], Outcome]) -> None:
     """The plan file loads, knows what was measured, and the picture is there."""
     _, out, answer, outcome = ran
@@ -79,12 +81,14 @@ def test_plan_and_picture_are_left_behind(ran: tuple[int, Path, dict[str, object
     assert Path(str(answer["picture"])).stat().st_size > 5000
 
 
+@pytest.mark.slow
 def test_the_table_has_a_row_per_contender(ran: tuple[int, Path, dict[str, object], Outcome]) -> None:
     """The table names every contender and the reference."""
     outcome = ran[3]
     assert table(outcome).row_count == len(outcome.rows) >= 4
 
 
+@pytest.mark.slow
 def test_a_broken_promise_ends_with_1(
     ran: tuple[int, Path, dict[str, object], Outcome],
     tmp_path: Path,

@@ -325,6 +325,7 @@ def test_hook_that_raises() -> None:
     check_grads(plain, subject)
 
 
+@pytest.mark.slow
 def test_every_op_may_raise(no_gc: None) -> None:
     """An exception in any op of the step, replays included: generator, memory and the next step are as if not run."""
     plain, subject = pair()

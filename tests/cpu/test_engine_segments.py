@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import models as zoo
+import pytest
 import torch
 from torch import nn
 
@@ -62,6 +63,7 @@ def test_hooks_interleave_with_replays() -> None:
     assert backward[first:last].count("run") >= len(hooks) - 2
 
 
+@pytest.mark.slow
 def test_accumulating_step_peaks_where_eagers_does() -> None:
     """With existing gradients and everything kept, the step rises at most 1 % higher than eager's."""
     rises = {}

@@ -139,6 +139,7 @@ def test_interposer_counts_torch_blocks() -> None:
     assert found.peaks == pytest.approx((12 * MIB, 13 * MIB), abs=64 * 1024)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["gpt", "conv"])
 def test_methods_agree(target: str) -> None:
     """Above the start of a warm step, the profiler and the interposer agree within 0.5 %, and the training is equal."""
@@ -154,6 +155,7 @@ def test_methods_agree(target: str) -> None:
     assert 0 <= two.peak - one.peak < 48 * MIB
 
 
+@pytest.mark.slow
 def test_failures_are_told() -> None:
     """A mistake in the target, a target that does not exist, and one that does not end are typed errors."""
     with pytest.raises(MeasureError, match="no bananas"):

@@ -143,6 +143,20 @@ def test_the_certified_gap_is_small_on_gpt() -> None:
         assert found.seconds <= 1.02 * found.certificate.bound_seconds
 
 
+@pytest.mark.parametrize("build", [lambda: gpt(3), lambda: unet(), lambda: dense(8)], ids=["gpt", "unet", "dense"])
+def test_the_smallest_budget_is_the_same_in_every_run(build) -> None:
+    """Measured seconds differ from run to run; the smallest budget does not, and is always reached when asked for."""
+    graph, cost = build()
+    low = smallest(graph, cost).peak
+    for seed in range(3):
+        noise = random.Random(seed)
+        noisy = replace(cost, seconds=tuple(s * noise.uniform(0.5, 2.0) for s in cost.seconds))
+        assert smallest(graph, noisy).peak == low
+        found = solve(graph, noisy, Budget({"device": low}))
+        assert found.peak <= low
+        assert found.smallest_nbytes == low
+
+
 def test_an_unknown_solver_is_refused() -> None:
     """The message lists the solvers that there are."""
     graph, cost = batch_norm_net(2)

@@ -277,7 +277,7 @@ def with_reserve(peak: int) -> int:
 def explain_infeasible(graph: Graph, cost: CostModel, settings: Settings, error: InfeasibleBudget) -> InfeasibleBudget:
     """The error with what the floor is made of, and what would lower it."""
     low = smallest(graph, cost)
-    needed = with_reserve(min(low.peak, error.smallest_budget))
+    needed = with_reserve(low.peak)
     floor = find_floor(graph, cost, low.program)
     return InfeasibleBudget(
         f"The budget {format_bytes(settings.budget)} ({settings.budget} bytes) is too small. The smallest budget for "

@@ -46,7 +46,8 @@ def solve(graph: Graph, cost: CostModel, budget: Budget, solver: str = "keepless
     found = _plan(planner, limit, seed) if solver == "keepless" else SOLVERS[solver].solve(graph, cost, limit, seed)
     low = planner.smallest.peak if solver == "keepless" else found.peak
     bound, where = floor_bound(graph, cost)
-    found = found.stating(min(low, found.peak), bound)
+    # What is stated must be found again: the search for a lower limit may miss the peak that this one reached.
+    found = found.stating(min(low, limit) if found.peak <= limit else low, bound)
     if found.peak > limit:
         raise _infeasible(graph, found, limit, where, solver)
     verify(graph, found.program, cost=cost, budget=budget)

@@ -42,6 +42,7 @@ class Planner:
 
     graph: Graph
     cost: CostModel
+    is_proxy: bool = False
 
     @cached_property
     def tables(self) -> Tables:
@@ -65,7 +66,20 @@ class Planner:
 
     @cached_property
     def smallest(self) -> Woven:
-        """The lowest order that was found."""
+        """The lowest order that was found.
+
+        The search weighs ops by the bytes that they move, not by measured seconds, so that the smallest budget of a
+        graph is the same in every run; replays that its peak does not need are then taken out by measured seconds.
+        """
+        if self.is_proxy:
+            return self._lowest()
+        low = Planner(self.graph, proxy_cost(self.graph, self.cost), is_proxy=True).smallest
+        gaps = Gaps(self.tables, low.order, self.work)
+        gaps.fill(low.peak)
+        lives = self.tables.lives(gaps.order if gaps.peak <= low.peak else low.order)
+        return Woven(gaps.order if gaps.peak <= low.peak else low.order, lives.seconds, lives.peak)
+
+    def _lowest(self) -> Woven:
         tables = self.tables
         starts = []
         for cut in self.cuts:
@@ -162,3 +176,10 @@ def _tight_positions(tables: Tables, woven: Woven) -> list[int]:
     profile = base_profile(tables, order, tables.lives(order).profile)
     top = [int(t) for t in np.argsort(-profile, kind="stable") if t > tables.loss]
     return [t for t in [tables.loss, *top[: _BOUND_POSITIONS - 1]] if t < tables.num_ops]
+
+
+def proxy_cost(graph: Graph, cost: CostModel) -> CostModel:
+    """The measured scratch, with seconds that depend on the graph alone: bytes moved, at 10 GB/s, and 5 us a call."""
+    nbytes = [value.nbytes for value in graph.values]
+    seconds = tuple(5e-6 + sum(nbytes[v] for v in (*op.inputs, *op.outputs)) / 1e10 for op in graph.ops)
+    return CostModel(seconds, cost.scratch, cost.links, cost.origin)
