@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import models as zoo
 import numpy as np
@@ -240,3 +240,12 @@ def test_planned_model_is_not_pickled() -> None:
     with pytest.raises(keepless.PlanError, match="remove"):
         pickle.dumps(model)
     pickle.dumps(model.state_dict())
+
+
+def test_optimizer_of_another_model() -> None:
+    """Its bytes would be counted as none."""
+    model, other = zoo.mlp(), zoo.mlp()
+    with pytest.raises(ParameterError, match="none of the model's"):
+        keepless.plan(model, X, "1GB", optimizer=torch.optim.AdamW(other.parameters()), cache=False)
+    with pytest.raises(ParameterError, match="int"):
+        keepless.plan(model, X, "1GB", optimizer=cast(Any, 5), cache=False)

@@ -411,3 +411,14 @@ def test_trials_get_whole_workspaces() -> None:
     for slot, value in binding.slot_value.items():
         tensor = _real(binding, slot, {})
         assert tensor.untyped_storage().nbytes() >= plan.graph.values[value].nbytes
+
+
+def test_a_new_plan_in_every_step_is_told() -> None:
+    """Planning on the spot again and again is slow, and not silent."""
+    x = torch.randn(4, 5)
+    _, model = fitted(zoo.Outputs(), x)
+    for scale in range(2, 9):
+        model(x, scale=float(scale))
+    with pytest.warns(UserWarning, match=r"more than 8 different steps.*argument 1 is"):
+        model(x, scale=9.0)
+    assert len(model.__dict__["forward"].entries) == 8

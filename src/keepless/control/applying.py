@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from typing import Any, TypeVar
 
 import torch
@@ -72,6 +73,12 @@ def _on_miss(
             blocking=error.blocking,
         ) from None
     assert isinstance(other.capture, Capture)
+    if len(planned.entries) >= MAX_ENTRIES:
+        warnings.warn(
+            f"A planned model has had more than {MAX_ENTRIES} different steps. Each new one is planned on the spot, "
+            f"which may take seconds; this one is new because {reason}. Pass what changes as a tensor, or pad batches.",
+            stacklevel=2,
+        )
     del planned.entries[MAX_ENTRIES - 1 :]
     return make_entry(model, other.capture.flat, other.capture.binding, other.program)
 

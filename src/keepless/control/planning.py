@@ -18,7 +18,7 @@ from keepless.capture import FlatInputs, Inputs, StepShape, flatten_inputs, lowe
 from keepless.control.signature import batch_signature, model_signature
 from keepless.control.trials import cost_model, measure_costs, measure_loss
 from keepless.cost import CostModel
-from keepless.errors import BatchError, BudgetError, InfeasibleBudget, MeasureError
+from keepless.errors import BatchError, BudgetError, InfeasibleBudget, MeasureError, ParameterError
 from keepless.ir import Budget, Graph, format_bytes, parse_bytes
 from keepless.ir.text import fingerprint
 from keepless.machine import Baseline, Plan, make_plan
@@ -113,6 +113,7 @@ def make(
     nbytes = read_budget(budget, device)
     footprint = None
     if optimizer is not None:
+        check_optimizer(optimizer, model)
         footprint = optimizer_footprint(optimizer, [p for p in model.parameters() if p.requires_grad])
     settings = Settings(
         nbytes,
@@ -126,6 +127,22 @@ def make(
         CostCache() if cache else None,
     )
     return make_with(model, batch, settings, progress)
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> None:
+    """Refuses an optimizer that steps something else: its bytes would be counted as none.
+
+    Raises:
+        ParameterError: none of the model's trainable parameters is in it.
+    """
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ParameterError(f"optimizer= is a {type(optimizer).__name__}, not a torch.optim.Optimizer.")
+    own = {id(p) for p in model.parameters() if p.requires_grad}
+    if own and not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
+        raise ParameterError(
+            f"The {type(optimizer).__name__} steps none of the model's trainable parameters: make it from "
+            "model.parameters() of this very model."
+        )
 
 
 def make_with(model: torch.nn.Module, batch: Any, settings: Settings, progress: Progress | None = None) -> Plan:
