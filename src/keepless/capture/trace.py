@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import types
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -262,12 +263,18 @@ def _dry_run(
                 elif id(leaf) in first:
                     found.repeated[i] = first[id(leaf)]
                 first.setdefault(id(leaf), i)
+            elif type(leaf).__name__.endswith("Cache"):
+                # Keys and values for generation: training never reads them, and holding them would cost their bytes.
+                leaves[i] = None
+                warnings.warn(
+                    f"The forward returns a {type(leaf).__name__}, which training does not read: a planned step "
+                    "returns None in its place. Set model.config.use_cache = False to say so yourself.",
+                    stacklevel=2,
+                )
             elif not isinstance(leaf, (bool, int, float, complex, str, bytes, type(None))):
-                remedy = "register it with torch.utils._pytree.register_pytree_node, or return tensors and containers"
-                if type(leaf).__name__.endswith("Cache"):
-                    remedy = "training never reads it, so turn it off with model.config.use_cache = False"
                 raise CaptureError(
-                    f"The forward returns a {type(leaf).__name__} that torch's pytrees do not know; {remedy}."
+                    f"The forward returns a {type(leaf).__name__} that torch's pytrees do not know; register it with "
+                    "torch.utils._pytree.register_pytree_node, or return tensors and containers."
                 )
         if grad_outputs is not None:
             found.grad_outputs = grad_outputs
@@ -411,7 +418,7 @@ def _forward_error(error: Exception, what: str) -> CaptureError:
         )
     if isinstance(error, _compat.capture_errors()) or ".numpy() is not supported" in str(error):
         return CaptureError(f"{what} cannot be captured{where}: {text}")
-    return BatchError(f"{what} fails on this batch{where}: {text}")
+    return BatchError(f"{what} fails on this batch, run on fake tensors{where}: {text}")
 
 
 def _where(error: BaseException) -> str:

@@ -12,7 +12,7 @@ from keepless._compat import tree_flatten
 from keepless.capture import FlatInputs, Inputs, flatten_inputs
 from keepless.control.planning import Capture, make_like, recapture
 from keepless.control.signature import batch_signature, check_signature, model_signature
-from keepless.errors import GuardError, InfeasibleBudget, PlanError
+from keepless.errors import InfeasibleBudget, PlanError
 from keepless.execute import Entry, PlannedForward, make_entry
 from keepless.ir.text import fingerprint
 from keepless.machine import Plan
@@ -57,12 +57,6 @@ def _on_miss(
     inputs = Inputs(*args, **kwargs)
     if not planned.entries:
         return bind_loaded(model, plan, flatten_inputs(inputs))
-    if not isinstance(plan.capture, Capture) or plan.capture.settings.budget <= 0:
-        raise GuardError(
-            f"This call is not the step that the model was planned for: {reason}. The plan came from a file, so "
-            "that no other step can be planned from it: call keepless.fit with this batch (and accumulate=True where "
-            "gradients stand already)."
-        )
     try:
         other = make_like(model, inputs, plan)
     except InfeasibleBudget as error:
@@ -108,7 +102,7 @@ def bind_loaded(model: torch.nn.Module, plan: Plan, flat: FlatInputs) -> Entry:
         PlanError: names what differs.
     """
     check_signature(plan.signature, {**model_signature(model), **batch_signature(flat)}, "model or batch")
-    capture = recapture(model, flat, plan.signature)
+    capture = recapture(model, flat, plan)
     now, planned = fingerprint(capture.binding.graph), fingerprint(plan.graph)
     if now != planned:
         raise PlanError(

@@ -19,7 +19,7 @@ from keepless.control.signature import batch_signature, model_signature
 from keepless.control.trials import cost_model, measure_costs, measure_loss
 from keepless.cost import CostModel
 from keepless.errors import BatchError, BudgetError, InfeasibleBudget, MeasureError, ParameterError
-from keepless.ir import Budget, Graph, format_bytes, parse_bytes
+from keepless.ir import Budget, Graph, Phase, format_bytes, parse_bytes
 from keepless.ir.text import fingerprint
 from keepless.machine import Baseline, Plan, make_plan
 from keepless.measure import (
@@ -32,7 +32,7 @@ from keepless.measure import (
 )
 from keepless.passes import evaluate
 from keepless.report.floor import describe_floor, find_floor
-from keepless.solve import smallest, solve
+from keepless.solve import SOLVERS, smallest, solve
 
 Progress = Callable[[str, int, int], None]
 """Called with (stage, done, total); stages are "capture", "measure" and "solve"."""
@@ -51,6 +51,8 @@ class Settings:
     solver: str
     seed: int
     cache: CostCache | None
+    own_loss: bool = True
+    """Whether the model's output holds its loss."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,7 @@ def make(
         solver,
         seed,
         CostCache() if cache else None,
+        own_loss=loss_fn is None,
     )
     return make_with(model, batch, settings, progress)
 
@@ -169,7 +172,7 @@ def _make(model: torch.nn.Module, batch: Any, settings: Settings, progress: Prog
     flat = flatten_inputs(Inputs.of(batch))
     with _untouched(model):
         tell("capture", 0, 1)
-        before = like.capture if like is not None and settings.loss_fn is not None else None
+        before = like.capture if like is not None and not settings.own_loss else None
         chosen = before.binding.grad_outputs if isinstance(before, Capture) else None
         capture, given = _capture(model, flat, batch, settings, chosen)
         tell("capture", 1, 1)
@@ -232,8 +235,9 @@ def _refs(model: torch.nn.Module) -> tuple[weakref.ref[torch.nn.Module], ...]:
     return tuple(map(weakref.ref, model.modules()))
 
 
-def recapture(model: torch.nn.Module, flat: FlatInputs, signature: dict[str, object]) -> Capture:
+def recapture(model: torch.nn.Module, flat: FlatInputs, plan: Plan) -> Capture:
     """Captures a model again for a plan that was loaded from a file."""
+    signature = plan.signature
     shape = StepShape(
         bool(signature.get("accumulate")),
         bool(signature.get("release_outputs")),
@@ -249,9 +253,21 @@ def recapture(model: torch.nn.Module, flat: FlatInputs, signature: dict[str, obj
         own = signature.get("loss_position")
         traced = replace(traced, loss_position=own if type(own) is int else None)
         binding = lower(traced, flat, model, shape)
-    footprint = OptimizerFootprint(shape.state_nbytes, 0, None) if shape.has_optimizer else None
+    step = next((op.id for op in plan.graph.ops if op.phase is Phase.OPTIMIZER), None)
+    footprint = None
+    if step is not None:
+        footprint = OptimizerFootprint(shape.state_nbytes, plan.cost.scratch[step], plan.cost.seconds[step])
     settings = Settings(
-        0, footprint, None, shape.accumulate, shape.release_outputs, shape.outside_nbytes, "keepless", 0, None
+        plan.budget.limits["device"],
+        footprint,
+        None,
+        shape.accumulate,
+        shape.release_outputs,
+        shape.outside_nbytes,
+        plan.certificate.solver if plan.certificate.solver in SOLVERS else "keepless",
+        plan.certificate.seed,
+        CostCache(),
+        own_loss=type(own) is int,
     )
     return Capture(binding, flat.without_tensors(), settings, traced.as_compiled, weakref.ref(model), _refs(model))
 
