@@ -8,14 +8,16 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
 from keepless.errors import MeasureError
-from keepless.measure import CostCache, Trial, interposer, measure_ops
+from keepless.measure import CostCache, Trial, interposer, measure_ops, ops
 
 aten = torch.ops.aten
 Thunk = Callable[[], object]
@@ -181,3 +183,50 @@ def _compare(answer: str) -> None:
             found[trial.key] = (costs[trial.key].scratch, interposer.peak() - before - trial.output_nbytes)
             del made
     Path(answer).write_text(json.dumps(found))
+
+
+@dataclass
+class BusyMachine:
+    """Counts of switches as an operating system would report them: one per run but the quiet ones."""
+
+    quiet_runs: frozenset[int]
+    num_runs: int = 0
+    num_switches: int = 0
+
+    def run(self) -> None:
+        """One run of an op; disturbed ones are slower."""
+        is_quiet = self.num_runs in self.quiet_runs
+        self.num_runs += 1
+        self.num_switches += not is_quiet
+        time.sleep(0.001 if is_quiet else 0.01)
+
+
+@pytest.mark.parametrize("quiet_runs", [frozenset(range(4, 500, 3)), frozenset[int]()])
+def test_runs_beside_other_processes_do_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quiet_runs: frozenset[int]
+) -> None:
+    """Where some runs kept the cores only those are timed; where none did the cost says so and is not remembered."""
+    machine = BusyMachine(quiet_runs)
+    monkeypatch.setattr(ops, "involuntary_switches", lambda: machine.num_switches)
+    cache = CostCache(tmp_path)
+    cost = measure_ops([Trial("busy", lambda: machine.run, 0)], cache=cache)["busy"]
+    assert cost.disturbed == (not quiet_runs)
+    assert cost.seconds < 0.01 if quiet_runs else cost.seconds >= 0.01
+    assert bool(CostCache(tmp_path).load("cpu", ["busy"])) == bool(quiet_runs)
+    assert machine.num_runs < 100
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows does not count switches")
+def test_switches_are_counted() -> None:
+    """A process that spins beside as many spinning ones as there are cores loses its core now and then."""
+    spin = "import time\nend = time.monotonic() + 20\nwhile time.monotonic() < end: pass"
+    others = [subprocess.Popen([sys.executable, "-c", spin]) for _ in range(2 * (os.cpu_count() or 1))]
+    try:
+        before, end = ops.involuntary_switches(), time.monotonic() + 15
+        while ops.involuntary_switches() - before < 5 and time.monotonic() < end:
+            pass
+        assert ops.involuntary_switches() - before >= 5
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()

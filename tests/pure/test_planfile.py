@@ -91,7 +91,7 @@ def test_plan_tells_its_numbers() -> None:
         "run 0 keep 1\nrun 1 keep 2\ndrop 1\nrun 2 keep 3\ndrop 2\nrun 0 replay 1 keep 1\ndrop 0\n"
         "run 3 keep 4\ndrop 1\ndrop 3\n"
     )
-    cost = CostModel((1.0, 2.0, 0.0, 3.0), (0, 0, 0, 2), origin=Origin.MEASURED, spread=0.25)
+    cost = CostModel((1.0, 2.0, 0.0, 3.0), (0, 0, 0, 2), origin=Origin.MEASURED, spread=0.25, disturbed=0.4)
     plan = make_plan(graph, program, cost, Budget({"device": 28}), CERTIFICATE, baseline=Baseline(29, 6.0))
     assert (plan.predicted_peak, plan.baseline_peak) == (28, 29)
     assert (plan.predicted_seconds, plan.baseline_seconds) == (7.0, 6.0)
@@ -99,6 +99,8 @@ def test_plan_tells_its_numbers() -> None:
     assert plan.num_replays == 1
     assert plan.kept_nbytes == 16
     assert plan.recomputed_nbytes == 8
+    assert "40% of the step's seconds are too long" in str(plan)
+    assert "seconds are too long" not in str(replace(plan, cost=replace(cost, disturbed=0.0)))
     assert plan.measured_peak is None
     plan.measured_peak = 27
     assert replace(plan, baseline=Baseline(0, 0.0)).overhead == 0
@@ -308,7 +310,7 @@ def _hostile(kind: str) -> dict[str, Any]:
         head += [f'value {n} "x" 0 activation f' for n in range(2, wide)]
         ops = [f'op 0 "f" forward in 0 out {ids}']
         program = [f"run 0 keep {ids}"]
-    cost = {"origin": "measured", "spread": 0.0, "links": [], "seconds": [0.0], "scratch": [0]}
+    cost = {"origin": "measured", "spread": 0.0, "disturbed": 0.0, "links": [], "seconds": [0.0], "scratch": [0]}
     payload = {
         "signature": {"junk": [1] * 1_000_000} if kind == "a large signature" else {},
         "budget": {"limits": {"device": 10}, "reserve": 0, "max_rel_error": 0.0},

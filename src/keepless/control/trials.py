@@ -69,7 +69,9 @@ def cost_model(
             scratch.append(cost.scratch)
     spreads = sorted(cost.spread for cost in costs.values())
     spread = spreads[len(spreads) // 2] if spreads else 0.0
-    return CostModel(tuple(seconds), tuple(scratch), {}, Origin.MEASURED, spread)
+    total = sum(seconds)
+    late = sum(seconds[op.id] for op in graph.ops if (cost := costs.get(op.key)) is not None and cost.disturbed)
+    return CostModel(tuple(seconds), tuple(scratch), {}, Origin.MEASURED, spread, late / total if total else 0.0)
 
 
 def measure_costs(

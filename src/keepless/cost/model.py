@@ -33,6 +33,8 @@ class CostModel:
         links: (src tier, dst tier) -> Link.
         origin: where the numbers come from.
         spread: relative spread of the seconds (p80 / p20 - 1), 0 if not known.
+        disturbed: share of the seconds, from 0 to 1, that was measured while other processes had the cores: these are
+            too long by an unknown factor.
     """
 
     seconds: tuple[float, ...]
@@ -40,3 +42,4 @@ class CostModel:
     links: Mapping[tuple[str, str], Link] = field(default_factory=dict)
     origin: Origin = Origin.ANALYTIC
     spread: float = 0.0
+    disturbed: float = 0.0

@@ -134,8 +134,18 @@ class Plan:
                 f"smallest budget found {format_bytes(self.smallest_budget)}; no plan needs less than "
                 f"{format_bytes(self.smallest_bound)}",
                 f"solver {claim.solver}, {claim.status.value}, {claim.solve_seconds:.2f} s{gap}",
+                *self._doubts(),
             ]
         )
+
+    def _doubts(self) -> list[str]:
+        share = self.cost.disturbed
+        if share < 0.05:
+            return []
+        return [
+            f"other processes had the cores while ops were timed: {share:.0%} of the step's seconds are too long, and "
+            "the plan may not be the fastest; plan again when the machine is idle (bytes do not depend on it)"
+        ]
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan to a file, all of it or nothing.

@@ -176,6 +176,7 @@ def _payload(plan: Plan) -> dict[str, object]:
         "cost": {
             "origin": cost.origin.value,
             "spread": float(cost.spread),
+            "disturbed": float(cost.disturbed),
             "links": [[src, dst, float(k.bytes_per_s), float(k.latency)] for (src, dst), k in cost.links.items()],
             "seconds": [float(seconds) for seconds in cost.seconds],
             "scratch": [int(nbytes) for nbytes in cost.scratch],
@@ -234,6 +235,7 @@ def _cost(table: dict[str, object], num_ops: int) -> CostModel:
         links,
         _member(table, "origin", Origin),
         _seconds(table, "spread"),
+        _share(table, "disturbed"),
     )
 
 
@@ -325,3 +327,10 @@ def _nbytes(table: dict[str, object], key: str) -> int:
 
 def _seconds(table: dict[str, object], key: str) -> float:
     return _checked_seconds(_get(table, key))
+
+
+def _share(table: dict[str, object], key: str) -> float:
+    share = _seconds(table, key)
+    if share > 1:
+        _refuse(f"{key!r} is {share}, and a share is at most 1")
+    return share

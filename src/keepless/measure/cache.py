@@ -20,7 +20,7 @@ import torch
 from keepless.ir.budget import MAX_NBYTES
 from keepless.measure.device import describe_device
 
-_FORMAT = "v1"
+_FORMAT = "v2"
 _MAX_FILE_NBYTES = 64 * 2**20
 """A larger file is not ours, or is mostly duplicates: it is started afresh."""
 
@@ -30,16 +30,18 @@ class OpCost:
     """What one run of an op costs.
 
     Arguments:
-        seconds: median of the runs.
+        seconds: median of the runs; the least where they were disturbed.
         scratch: bytes beyond the outputs while the op runs.
         spread: relative spread of the seconds (p80 / p20 - 1).
         n: number of timed runs.
+        disturbed: other processes had the cores in every run: the seconds are too long by an unknown factor.
     """
 
     seconds: float
     scratch: int
     spread: float
     n: int
+    disturbed: bool = False
 
 
 def cache_folder() -> Path:

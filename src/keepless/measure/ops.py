@@ -3,6 +3,10 @@
 A trial brings its own inputs; one is alive at a time, so the memory in use stays that of one op. On CPU the scratch is
 the peak of the op's own allocations over its outputs (against a malloc interposer this was exact to 6 KB for 29
 kinds of op, convolutions and attention included; buffers that a math library keeps for itself are not in it).
+
+Other processes on the same cores would be measured, too: a matrix product of 5.5 ms took a median of 48 ms beside three
+busy ones on 2 cores. On CPU, runs in which the system took a core away count only where there are no others; such costs
+say so, and are not remembered.
 """
 
 from __future__ import annotations
@@ -16,6 +20,11 @@ from time import perf_counter_ns
 
 import torch
 
+try:
+    import resource
+except ImportError:  # not POSIX: no run is known to be disturbed
+    resource = None  # type: ignore[assignment]
+
 from keepless.errors import MeasureError
 from keepless.measure._profiler import run_traced
 from keepless.measure.cache import CostCache, OpCost
@@ -23,6 +32,10 @@ from keepless.measure.cache import CostCache, OpCost
 _MAX_RUNS = 200
 _MIN_RUNS = ((0.01, 5), (0.1, 3), (float("inf"), 2))
 """Runs by the seconds of one: slow ops vary less, and planning should take seconds."""
+_PATIENCE = 3
+"""Times as many runs, and as much time, as for a quiet op, where other processes disturb it."""
+_SWITCHES_PER_SECOND = 80.0
+"""A long run counts as quiet below this rate: 42 were seen on an idle machine of 2 cores, 146 on a busy one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +99,7 @@ def measure_ops(
                         progress(num_done, len(missing))
     finally:
         if cache is not None:
-            cache.store(device, fresh)
+            cache.store(device, {key: cost for key, cost in fresh.items() if not cost.disturbed})
     return costs | fresh
 
 
@@ -109,16 +122,17 @@ def _measure(trial: Trial, device: torch.device, min_seconds: float) -> OpCost:
         thunk = trial.make()
         if device.type == "cuda":
             peak = _cuda_peak(thunk, device)
-            seconds = _cuda_seconds(thunk, device, min_seconds)
+            seconds, disturbed = _cuda_seconds(thunk, device, min_seconds), False
         else:
             peak = _cpu_peak(thunk)
-            seconds = _cpu_seconds(thunk, min_seconds)
+            seconds, disturbed = _cpu_seconds(thunk, min_seconds)
     except Exception as error:
         raise MeasureError(
             f"The op {trial.key} could not be measured on {device}: {type(error).__name__}: {error}"
         ) from error
     scratch = max(0, peak - trial.output_nbytes)
-    return OpCost(seconds=statistics.median(seconds), scratch=scratch, spread=_spread(seconds), n=len(seconds))
+    typical = min(seconds) if disturbed else statistics.median(seconds)
+    return OpCost(typical, scratch, spread=_spread(seconds), n=len(seconds), disturbed=disturbed)
 
 
 def _cpu_peak(thunk: Callable[[], object]) -> int:
@@ -133,23 +147,35 @@ def _cpu_peak(thunk: Callable[[], object]) -> int:
     return peak
 
 
-def _cpu_seconds(thunk: Callable[[], object], min_seconds: float) -> list[float]:
-    """Times of single runs, freeing the outputs included: a training step frees what it makes, too."""
-    nanoseconds: list[int] = []
-    total = 0
-    while not _enough(len(nanoseconds), total / 1e9, min_seconds):
+def _cpu_seconds(thunk: Callable[[], object], min_seconds: float) -> tuple[list[float], bool]:
+    """Times of quiet runs, or of all where none was quiet, and whether that is so.
+
+    Freeing the outputs is in them: a training step frees what it makes, too.
+    """
+    quiet: list[float] = []
+    disturbed: list[float] = []
+    while not _enough(len(quiet), sum(quiet), min_seconds):
+        if disturbed and _enough(len(disturbed), sum(disturbed), _PATIENCE * min_seconds, _PATIENCE):
+            break
+        switches = involuntary_switches()
         start = perf_counter_ns()
         thunk()
-        nanoseconds.append(perf_counter_ns() - start)
-        total += nanoseconds[-1]
-    return [ns / 1e9 for ns in nanoseconds]
+        seconds = (perf_counter_ns() - start) / 1e9
+        switches = involuntary_switches() - switches
+        (quiet if switches <= _SWITCHES_PER_SECOND * seconds else disturbed).append(seconds)
+    return quiet or disturbed, not quiet
 
 
-def _enough(num_runs: int, total_seconds: float, min_seconds: float) -> bool:
+def involuntary_switches() -> int:
+    """How often the system has taken a core away from this process so far; 0 where it does not say."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw if resource is not None else 0
+
+
+def _enough(num_runs: int, total_seconds: float, min_seconds: float, times: int = 1) -> bool:
     if num_runs == 0 or min_seconds == 0:
-        return num_runs > 0
+        return num_runs >= times
     wanted = next(num for limit, num in _MIN_RUNS if total_seconds / num_runs <= limit)
-    return num_runs >= wanted and (total_seconds >= min_seconds or num_runs >= _MAX_RUNS)
+    return num_runs >= times * wanted and (total_seconds >= min_seconds or num_runs >= _MAX_RUNS)
 
 
 def _cuda_peak(thunk: Callable[[], object], device: torch.device) -> int:
