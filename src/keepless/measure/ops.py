@@ -35,7 +35,10 @@ _MIN_RUNS = ((0.01, 5), (0.1, 3), (float("inf"), 2))
 _PATIENCE = 3
 """Times as many runs, and as much time, as for a quiet op, where other processes disturb it."""
 _SWITCHES_PER_SECOND = 80.0
-"""A long run counts as quiet below this rate: 42 were seen on an idle machine of 2 cores, 146 on a busy one."""
+_QUIET_SPREAD = 0.1
+"""Long runs lose a core now and then on an idle machine, too. They are disturbed where cores are taken more often (42 times
+a second were seen on an idle machine of 2 cores, 146 on a busy one), or the median is this much over the least.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,22 +151,27 @@ def _cpu_peak(thunk: Callable[[], object]) -> int:
 
 
 def _cpu_seconds(thunk: Callable[[], object], min_seconds: float) -> tuple[list[float], bool]:
-    """Times of quiet runs, or of all where none was quiet, and whether that is so.
+    """Times of the runs that kept their cores, or of all where none did, and whether those are disturbed.
 
     Freeing the outputs is in them: a training step frees what it makes, too.
     """
     quiet: list[float] = []
-    disturbed: list[float] = []
+    others: list[float] = []
+    num_switches = 0
     while not _enough(len(quiet), sum(quiet), min_seconds):
-        if disturbed and _enough(len(disturbed), sum(disturbed), _PATIENCE * min_seconds, _PATIENCE):
+        if others and _enough(len(others), sum(others), _PATIENCE * min_seconds, _PATIENCE):
             break
-        switches = involuntary_switches()
+        before = involuntary_switches()
         start = perf_counter_ns()
         thunk()
         seconds = (perf_counter_ns() - start) / 1e9
-        switches = involuntary_switches() - switches
-        (quiet if switches <= _SWITCHES_PER_SECOND * seconds else disturbed).append(seconds)
-    return quiet or disturbed, not quiet
+        switches = involuntary_switches() - before
+        num_switches += switches
+        (others if switches else quiet).append(seconds)
+    if quiet:
+        return quiet, False
+    varies = statistics.median(others) > (1 + _QUIET_SPREAD) * min(others)
+    return others, varies or num_switches > _SWITCHES_PER_SECOND * sum(others)
 
 
 def involuntary_switches() -> int:
