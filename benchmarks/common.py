@@ -7,10 +7,11 @@ import datetime
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -77,8 +78,21 @@ class Table:
         return next((row.value for row in self.rows if (row.model, row.contender, row.metric) == wanted), None)
 
     def write(self, path: Path) -> None:
-        """Writes the rows as CSV, all or nothing."""
-        write_rows(path, self.rows)
+        """Writes the rows as CSV, all or nothing; rows of models that are not in this table stay in the file."""
+        mine = {row.model for row in self.rows}
+        write_rows(path, [*self.rows, *(row for row in read_rows(path) if row.model not in mine)])
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a file; none where there is no file."""
+    if not path.exists():
+        return []
+    kinds: dict[str, Callable[[str], Any]] = {"float": float, "int": int, "str": str}
+    with open(path, newline="", encoding="utf-8") as file:
+        return [
+            Row(**{field.name: kinds[str(field.type)](row[field.name]) for field in fields(Row)})
+            for row in csv.DictReader(file)
+        ]
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:

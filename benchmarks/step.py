@@ -1,8 +1,9 @@
 """How high does a training step rise and how long does it take, beside plain eager and torch's checkpointing?
 
-    python -m benchmarks.step                      # everything, 20 to 25 minutes on 2 quiet cores: make bench
+    python -m benchmarks.step                      # everything, 15 minutes on 2 quiet cores: make bench
     python -m benchmarks.step --quick              # small models, few rounds: does it work? under 3 minutes
-    python -m benchmarks.step --models gpt2 tiny   # some models only; --no-planning leaves benchmarks/planning.py out
+    python -m benchmarks.step --models demo tiny   # some models only, in place of their rows of an earlier run;
+                                                   # --no-planning leaves benchmarks/planning.py out
 
 Peaks come from fresh processes (the deciding meter), one per contender, the first step included, counted from before
 the model exists. Times come from one process: all contenders take a step each per round, in an order drawn per round,

@@ -36,8 +36,8 @@ _PATIENCE = 3
 """Times as many runs, and as much time, as for a quiet op, where other processes disturb it."""
 _SWITCHES_PER_SECOND = 80.0
 _QUIET_SPREAD = 0.1
-"""Long runs lose a core now and then on an idle machine, too. They are disturbed where cores are taken more often (42 times
-a second were seen on an idle machine of 2 cores, 146 on a busy one), or the median is this much over the least.
+"""Long runs lose a core now and then on an idle machine, too. They are disturbed where cores are taken more often (42
+times a second were seen on an idle machine of 2 cores, 146 on a busy one), or the median is this much over the least.
 """
 
 

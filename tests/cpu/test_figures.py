@@ -1,0 +1,52 @@
+"""README says what the committed results say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def benchmarks_on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The benchmarks are no part of the package."""
+    monkeypatch.syspath_prepend(str(ROOT))
+
+
+def test_readme_is_as_measured() -> None:
+    """The table in README is the one that the rows give."""
+    from benchmarks import common, figures
+
+    rows = common.read_rows(common.RESULTS / "step.csv")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert figures.section(rows) in readme
+    assert figures.updated(readme, rows) == readme
+
+
+def test_readme_claims_hold_in_the_results() -> None:
+    """Faster than checkpointing at its own peak, equal bits, no peak above its budget, on every model."""
+    from benchmarks import common, figures
+
+    found = {(row.model, row.contender, row.metric): row.value for row in common.read_rows(common.RESULTS / "step.csv")}
+    for model in figures.TITLES:
+        contenders = {c for m, c, _ in found if m == model and c.startswith("keep") and c != "keepless"}
+        for contender in contenders:
+            assert found[model, contender, "equal_losses"] == found[model, contender, "equal_state"] == 1
+            assert found[model, contender, "peak"] <= found[model, contender, "budget"]
+        mine, theirs = "keepless at checkpoint's peak", "checkpoint"
+        assert found[model, mine, "peak"] <= found[model, theirs, "peak"]
+        assert found[model, mine, "step_over_plain"] < found[model, theirs, "step_over_plain"]
+
+
+def test_rows_of_other_models_stay(tmp_path: Path) -> None:
+    """A run of some models replaces their rows, and leaves the others as they are."""
+    from benchmarks import common
+
+    path = tmp_path / "rows.csv"
+    for model, value in (("a", 1.0), ("b", 2.5), ("a", 3.0)):
+        table = common.Table("cpu", 0)
+        table.add(model, "plain", "peak", "bytes", value)
+        table.write(path)
+    assert {row.model: row.value for row in common.read_rows(path)} == {"a": 3.0, "b": 2.5}
