@@ -18,7 +18,7 @@ from keepless.capture import FlatInputs, Inputs, StepShape, flatten_inputs, lowe
 from keepless.control.signature import batch_signature, model_signature
 from keepless.control.trials import cost_model, measure_costs, measure_loss
 from keepless.cost import CostModel
-from keepless.errors import BatchError, BudgetError, InfeasibleBudget, MeasureError, ParameterError
+from keepless.errors import BatchError, BudgetError, InfeasibleBudget, MeasureError, ParameterError, PlanError
 from keepless.ir import Budget, Graph, Phase, format_bytes, parse_bytes
 from keepless.ir.text import fingerprint
 from keepless.machine import Baseline, Plan, make_plan
@@ -111,6 +111,7 @@ def make(
     progress: Progress | None,
 ) -> Plan:
     """See `keepless.plan`."""
+    check_module(model)
     device = planned_device(model) if any(True for _ in model.parameters()) else torch.device("cpu")
     nbytes = read_budget(budget, device)
     footprint = None
@@ -130,6 +131,28 @@ def make(
         own_loss=loss_fn is None,
     )
     return make_with(model, batch, settings, progress)
+
+
+def check_module(model: object) -> None:
+    """Refuses what is not a module.
+
+    Raises:
+        ParameterError: it is something else.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise ParameterError(f"The model is a {type(model).__name__}, not a torch.nn.Module.")
+
+
+def check_plan(plan: object) -> None:
+    """Refuses what is not a plan; a path to one, say.
+
+    Raises:
+        PlanError: it is something else.
+    """
+    if not isinstance(plan, Plan):
+        raise PlanError(
+            f"The plan is a {type(plan).__name__}, not a keepless.Plan; keepless.load reads one from a file."
+        )
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> None:
