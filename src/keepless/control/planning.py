@@ -32,7 +32,7 @@ from keepless.measure import (
 )
 from keepless.passes import evaluate
 from keepless.report.floor import describe_floor, find_floor
-from keepless.solve import SOLVERS, smallest, solve
+from keepless.solve import SOLVERS, Solver, named_solver, smallest, solve
 
 Progress = Callable[[str, int, int], None]
 """Called with (stage, done, total); stages are "capture", "measure" and "solve"."""
@@ -48,7 +48,7 @@ class Settings:
     accumulate: bool
     release_outputs: bool
     outside: int
-    solver: str
+    solver: str | Solver
     seed: int
     cache: CostCache | None
     own_loss: bool = True
@@ -105,13 +105,14 @@ def make(
     accumulate: bool,
     release_outputs: bool,
     outside: object,
-    solver: str,
+    solver: str | Solver,
     seed: int,
     cache: bool,
     progress: Progress | None,
 ) -> Plan:
     """See `keepless.plan`."""
     check_module(model)
+    named_solver(solver)
     device = planned_device(model) if any(True for _ in model.parameters()) else torch.device("cpu")
     nbytes = read_budget(budget, device)
     footprint = None
@@ -247,7 +248,7 @@ def _capture(
         "state_nbytes": shape.state_nbytes,
         "outside_nbytes": shape.outside_nbytes,
         "has_optimizer": shape.has_optimizer,
-        "solver": settings.solver,
+        "solver": settings.solver if isinstance(settings.solver, str) else type(settings.solver).__name__,
     }
     return Capture(
         binding, flat.without_tensors(), settings, traced.as_compiled, weakref.ref(model), _refs(model)
