@@ -12,6 +12,7 @@ from keepless import control
 from keepless.capture import Inputs
 from keepless.control import Progress, Verification
 from keepless.machine import Plan, load_plan
+from keepless.solve import Solver
 
 M = TypeVar("M", bound=torch.nn.Module)
 LossFn = Callable[[Any, Any], torch.Tensor]
@@ -27,7 +28,7 @@ def plan(
     accumulate: bool = False,
     release_outputs: bool = False,
     outside: str | int = 0,
-    solver: str = "keepless",
+    solver: str | Solver = "keepless",
     seed: int = 0,
     cache: bool = True,
     progress: Progress | None = None,
@@ -48,7 +49,7 @@ def plan(
         accumulate: gradients are added to existing ones (accumulation, or zero_grad(set_to_none=False)).
         release_outputs: the caller drops the outputs before the backward, all but the loss.
         outside: bytes on the device beside model, batch and optimizer (a second model, an average of weights).
-        solver: a name in `keepless.solve.SOLVERS`.
+        solver: a name in `keepless.solve.SOLVERS`, or an object like those there.
         seed: of the solver.
         cache: remember measured costs of ops on disk.
         progress: called with (stage, done, total).

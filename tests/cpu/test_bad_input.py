@@ -33,6 +33,28 @@ def test_budgets_that_cannot_be_read(budget: Any) -> None:
     assert same(before, everything(model))
 
 
+@pytest.mark.parametrize("budget", [np.int64(2**40), np.float64(0.9), np.int32(2**30), torch.tensor(2**40)])
+def test_numbers_of_numpy_are_budgets(budget: Any) -> None:
+    """A number is a number."""
+    assert keepless.plan(zoo.mlp(), X, budget, cache=False).num_replays == 0
+
+
+@pytest.mark.parametrize("wrong", [None, "step.plan", 3, lambda x: x])
+def test_what_is_no_model_and_no_plan(wrong: Any) -> None:
+    """A path for a plan, a function for a model: typed errors that say what was given."""
+    model = zoo.mlp()
+    plan = keepless.plan(model, X, 2**40, cache=False)
+    name = type(wrong).__name__
+    with pytest.raises(ParameterError, match=f"The model is a {name}"):
+        keepless.plan(wrong, X, 2**40)
+    with pytest.raises(ParameterError, match=f"The model is a {name}"):
+        keepless.apply(wrong, plan)
+    for use in (keepless.apply, lambda model, plan: keepless.verify(model, X, plan)):
+        with pytest.raises(keepless.PlanError, match=f"The plan is a {name}"):
+            use(model, wrong)
+    assert "forward" not in model.__dict__
+
+
 def test_huge_and_tiny_budgets() -> None:
     """A budget beyond any device plans for everything kept; one byte is infeasible, with the smallest that works."""
     model = zoo.mlp()

@@ -46,6 +46,10 @@ def own_loss():
     return torch.nn.Linear(8, 8), torch.randn(4, 8), loss_of
 
 
+def frozen():
+    return torch.nn.Linear(8, 1).requires_grad_(False), torch.randn(4, 8), loss_of
+
+
 def noisy():
     print("a factory that prints")
     return tiny()
@@ -161,6 +165,7 @@ def test_infeasible_is_exit_code_3(invoke: Invoke) -> None:
         ["plan", "hf:factories.py", "-b", "1GiB"],
         ["plan", "hf:config.json", "-b", "1GiB", "--dtype", "int3"],
         ["plan", "hf:config.json", "-b", "1GiB", "--batch-size", "0"],
+        ["plan", "hf:config.json", "-b", "1GiB", "--seq-len", "33"],
         ["train", "factories:tiny"],
         ["train", "factories:tiny", "-b", "1GiB", "--plan", "absent.plan"],
         ["train", "factories:tiny", "--plan", "absent.plan"],
@@ -189,6 +194,7 @@ def test_other_errors_are_exit_code_1(invoke: Invoke) -> None:
     assert done.exit_code == 1
     assert done.stderr == "Error: RuntimeError: the factory is broken\n"
     assert "Traceback" in invoke("plan", "factories:broken", "-b", "1GiB", "--debug").stderr
+    assert "no trainable parameter" in invoke("plan", "factories:frozen", "-b", "1GiB").stderr
     answer = json.loads(invoke("plan", "factories:broken", "-b", "1GiB", "--json").stdout)
     assert answer["error"] == {"type": "RuntimeError", "message": "the factory is broken"}
 

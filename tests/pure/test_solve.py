@@ -14,7 +14,7 @@ from keepless.errors import InfeasibleBudget, SolverError
 from keepless.ir import Budget, Effect, Graph, Kind, Phase, Run, Status
 from keepless.machine import simulate, verify
 from keepless.passes import evaluate
-from keepless.solve import SOLVERS, floor_bound, smallest, solve
+from keepless.solve import SOLVERS, Search, Standing, floor_bound, smallest, solve
 from keepless.solve.baselines import EveryK
 from keepless.solve.bound import seconds_bound
 from keepless.solve.planner import Planner, plan
@@ -271,3 +271,33 @@ def test_forward_only_and_empty_graphs() -> None:
     assert solve(forward, kept, Budget({"device": full.peak})).peak <= full.peak
     empty = Graph((), (), frozenset(), frozenset())
     assert solve(empty, CostModel((), ()), Budget({"device": 1})).peak == 0
+
+
+def test_a_solver_is_a_name_or_an_object() -> None:
+    """An object with a solve method is taken as it is; what is neither is refused, and so is a wrong program."""
+    graph, cost = gpt(2, 64, 32, 2)
+    budget = Budget({"device": 2**40})
+    found = solve(graph, cost, budget, EveryK(1))
+    assert found.order == EveryK(1).solve(graph, cost, 2**40).order != tuple(range(len(graph.ops)))
+    with pytest.raises(SolverError, match="neither a name nor an object"):
+        solve(graph, cost, budget, 3)  # type: ignore[arg-type]
+    with pytest.raises(SolverError, match="There is no solver 'magic'"):
+        solve(graph, cost, budget, "magic")
+
+
+def test_a_search_counts_work_and_says_when_the_clock_ends_it() -> None:
+    """Work is counted; a clock that runs out and an interrupt end the search, and only the first is said."""
+    search = Search(work=3)
+    assert [search.spend() for _ in range(4)] == [True, True, True, False]
+    assert (search.spent, search.is_cut_by_clock) == (3, False)
+    late = Search(seconds=0.0)
+    assert not late.spend()
+    assert late.is_cut_by_clock
+    assert late.seconds_left == 0
+    told: list[Standing] = []
+    stopped = Search(tell=told.append)
+    stopped.report(Standing("s", 2.0, 10, 1.0, 0))
+    stopped.interrupt()
+    assert not stopped.spend()
+    assert not stopped.is_cut_by_clock
+    assert [standing.gap for standing in told] == [1.0]

@@ -84,9 +84,10 @@ def build(recipe: Recipe) -> Built:
     else:
         model, batch, loss_fn = _factory(recipe.spec, device)
     optimizer = None
-    if recipe.optimizer != "none":
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    if recipe.optimizer != "none" and trainable:  # planning says what is wrong where nothing can be trained
         kind: Any = OPTIMIZERS[recipe.optimizer]
-        optimizer = kind([p for p in model.parameters() if p.requires_grad], lr=recipe.learning_rate)
+        optimizer = kind(trainable, lr=recipe.learning_rate)
     return Built(model, batch, loss_fn, optimizer)
 
 
@@ -156,6 +157,10 @@ def _hugging_face(recipe: Recipe, device: torch.device) -> tuple[torch.nn.Module
     with device:
         model = kind(config) if kind is not None else causal.from_config(config)
     model = model.to(DTYPES[recipe.dtype]).train()
+    longest: int = getattr(config, "max_position_embeddings", None) or 0
+    is_learned = any(isinstance(m, torch.nn.Embedding) and m.num_embeddings == longest for m in model.modules())
+    if is_learned and recipe.seq_len > longest:
+        raise UsageError(f"--seq-len {recipe.seq_len} is more than the {longest} positions of the config {path!r}.")
     return model, _random_batch(model, config, recipe, device), None
 
 

@@ -10,7 +10,7 @@ import torch
 
 from keepless._compat import tree_flatten
 from keepless.capture import FlatInputs, Inputs, flatten_inputs
-from keepless.control.planning import Capture, make_like, recapture
+from keepless.control.planning import Capture, check_module, check_plan, make_like, recapture
 from keepless.control.signature import batch_signature, check_signature, model_signature
 from keepless.errors import InfeasibleBudget, PlanError
 from keepless.execute import Entry, PlannedForward, make_entry
@@ -25,6 +25,8 @@ MAX_ENTRIES = 8
 
 def apply(model: M, plan: Plan) -> M:
     """See `keepless.apply`."""
+    check_module(model)
+    check_plan(plan)
     check_signature(plan.signature, model_signature(model), "model")
     planned = PlannedForward(remove(model), [], None)
     capture = plan.capture

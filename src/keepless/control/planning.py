@@ -18,7 +18,7 @@ from keepless.capture import FlatInputs, Inputs, StepShape, flatten_inputs, lowe
 from keepless.control.signature import batch_signature, model_signature
 from keepless.control.trials import cost_model, measure_costs, measure_loss
 from keepless.cost import CostModel
-from keepless.errors import BatchError, BudgetError, InfeasibleBudget, MeasureError, ParameterError
+from keepless.errors import BatchError, BudgetError, InfeasibleBudget, MeasureError, ParameterError, PlanError
 from keepless.ir import Budget, Graph, Phase, format_bytes, parse_bytes
 from keepless.ir.text import fingerprint
 from keepless.machine import Baseline, Plan, make_plan
@@ -32,7 +32,7 @@ from keepless.measure import (
 )
 from keepless.passes import evaluate
 from keepless.report.floor import describe_floor, find_floor
-from keepless.solve import SOLVERS, smallest, solve
+from keepless.solve import SOLVERS, Solver, named_solver, smallest, solve
 
 Progress = Callable[[str, int, int], None]
 """Called with (stage, done, total); stages are "capture", "measure" and "solve"."""
@@ -48,7 +48,7 @@ class Settings:
     accumulate: bool
     release_outputs: bool
     outside: int
-    solver: str
+    solver: str | Solver
     seed: int
     cache: CostCache | None
     own_loss: bool = True
@@ -105,12 +105,14 @@ def make(
     accumulate: bool,
     release_outputs: bool,
     outside: object,
-    solver: str,
+    solver: str | Solver,
     seed: int,
     cache: bool,
     progress: Progress | None,
 ) -> Plan:
     """See `keepless.plan`."""
+    check_module(model)
+    named_solver(solver)
     device = planned_device(model) if any(True for _ in model.parameters()) else torch.device("cpu")
     nbytes = read_budget(budget, device)
     footprint = None
@@ -130,6 +132,28 @@ def make(
         own_loss=loss_fn is None,
     )
     return make_with(model, batch, settings, progress)
+
+
+def check_module(model: object) -> None:
+    """Refuses what is not a module.
+
+    Raises:
+        ParameterError: it is something else.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise ParameterError(f"The model is a {type(model).__name__}, not a torch.nn.Module.")
+
+
+def check_plan(plan: object) -> None:
+    """Refuses what is not a plan; a path to one, say.
+
+    Raises:
+        PlanError: it is something else.
+    """
+    if not isinstance(plan, Plan):
+        raise PlanError(
+            f"The plan is a {type(plan).__name__}, not a keepless.Plan; keepless.load reads one from a file."
+        )
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> None:
@@ -224,7 +248,7 @@ def _capture(
         "state_nbytes": shape.state_nbytes,
         "outside_nbytes": shape.outside_nbytes,
         "has_optimizer": shape.has_optimizer,
-        "solver": settings.solver,
+        "solver": settings.solver if isinstance(settings.solver, str) else type(settings.solver).__name__,
     }
     return Capture(
         binding, flat.without_tensors(), settings, traced.as_compiled, weakref.ref(model), _refs(model)

@@ -16,7 +16,7 @@ import torch
 from keepless._compat import ambient_state
 from keepless.capture import Inputs, flatten_inputs
 from keepless.control.applying import apply, bind_loaded, planned_forward, remove
-from keepless.control.planning import Capture
+from keepless.control.planning import Capture, check_module, check_plan
 from keepless.errors import PlanError
 from keepless.execute import PlannedForward, make_entry
 from keepless.ir import Phase, Run, format_bytes
@@ -91,6 +91,8 @@ class _Outcome:
 
 def verify(model: torch.nn.Module, batch: Any, plan: Plan, *, loss_fn: Any, repeats: int) -> Verification:
     """See `keepless.verify`."""
+    check_module(model)
+    check_plan(plan)
     inputs = Inputs.of(batch)
     flat = flatten_inputs(inputs)
     before = planned_forward(model)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -43,8 +44,6 @@ def parse_bytes(budget: object, *, device_nbytes: int | None = None) -> int:
         raise BudgetError(f"The budget {budget!r} is a bool, not a number of bytes. {_HELP}")
     if isinstance(budget, str):
         nbytes = _parse_text(budget)
-    elif isinstance(budget, int):
-        nbytes = budget
     elif isinstance(budget, float):
         if not (math.isfinite(budget) and 0 < budget <= 1):
             raise BudgetError(f"The budget {budget!r} is a float outside (0, 1]. {_HELP}")
@@ -52,7 +51,12 @@ def parse_bytes(budget: object, *, device_nbytes: int | None = None) -> int:
             raise BudgetError(f"The budget {budget!r} is a share of the device, and the device's size is not known.")
         nbytes = int(budget * device_nbytes)
     else:
-        raise BudgetError(f"The budget {budget!r} is a {type(budget).__name__}, not a number of bytes. {_HELP}")
+        try:
+            nbytes = operator.index(budget)  # type: ignore[arg-type]  # ints, numpy's too; whatever else has one
+        except TypeError:
+            raise BudgetError(
+                f"The budget {budget!r} is a {type(budget).__name__}, not a number of bytes. {_HELP}"
+            ) from None
     if not 0 < nbytes <= MAX_NBYTES:
         raise BudgetError(f"The budget {budget!r} is {nbytes} bytes; it must be between 1 and 2**60. {_HELP}")
     return nbytes

@@ -15,6 +15,8 @@ from keepless.solve.baselines import EveryK, KeepAll, RecomputeAll
 from keepless.solve.floor import floor_bound as floor_bound
 from keepless.solve.planner import SPACE, Keepless, Planner
 from keepless.solve.planner import plan as _plan
+from keepless.solve.search import Search as Search
+from keepless.solve.search import Standing as Standing
 from keepless.solve.solution import Solution as Solution
 from keepless.solve.solution import Solver as Solver
 from keepless.solve.solution import solution as _solution
@@ -28,28 +30,53 @@ SOLVERS: Mapping[str, Solver] = {
 """Solvers by name. A new solver is one file and one line here."""
 
 
-def solve(graph: Graph, cost: CostModel, budget: Budget, solver: str = "keepless", seed: int = 0) -> Solution:
+def named_solver(solver: str | Solver) -> Solver:
+    """A solver by its name in `SOLVERS`; a solver is given back as it is.
+
+    Raises:
+        SolverError: there is no such solver, or the object cannot solve.
+    """
+    if isinstance(solver, str):
+        if solver not in SOLVERS:
+            raise SolverError(f"There is no solver {solver!r}. Solvers: {', '.join(sorted(SOLVERS))}.")
+        return SOLVERS[solver]
+    if not callable(getattr(solver, "solve", None)):
+        raise SolverError(f"The solver is a {type(solver).__name__}, neither a name nor an object with a solve method.")
+    return solver
+
+
+def solve(
+    graph: Graph,
+    cost: CostModel,
+    budget: Budget,
+    solver: str | Solver = "keepless",
+    seed: int = 0,
+    search: Search | None = None,
+) -> Solution:
     """A verified program within the budget.
 
     Arguments:
         budget: its device limit less the reserve bounds the peak.
-        solver: a name in `SOLVERS`.
+        solver: a name in `SOLVERS`, or an object like those there.
+        seed: of the solver.
+        search: its limits; None for the solver's own.
 
     Raises:
         InfeasibleBudget: no order within the budget was found; says the smallest that was, and what is proven.
         SolverError: there is no such solver.
+        ProgramError: the solver's program breaks a rule.
     """
-    if solver not in SOLVERS:
-        raise SolverError(f"There is no solver {solver!r}. Solvers: {', '.join(sorted(SOLVERS))}.")
+    chosen = named_solver(solver)
     limit = budget.device
+    own = isinstance(chosen, Keepless)
     planner = Planner(graph, cost)
-    found = _plan(planner, limit, seed) if solver == "keepless" else SOLVERS[solver].solve(graph, cost, limit, seed)
-    low = planner.smallest.peak if solver == "keepless" else found.peak
+    found = _plan(planner, limit, seed) if own else chosen.solve(graph, cost, limit, seed, search)
+    low = planner.smallest.peak if own else found.peak
     bound, where = floor_bound(graph, cost)
     # What is stated must be found again: the search for a lower limit may miss the peak that this one reached.
     found = found.stating(min(low, limit) if found.peak <= limit else low, bound)
     if found.peak > limit:
-        raise _infeasible(graph, found, limit, where, solver)
+        raise _infeasible(graph, found, limit, where, found.certificate.solver)
     verify(graph, found.program, cost=cost, budget=budget)
     return found
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from keepless.cost import CostModel
 from keepless.ir import Certificate, Graph, Status
 from keepless.solve.min_cut import MinCut
+from keepless.solve.search import Search
 from keepless.solve.segments import cut_at, families, find_cuts
 from keepless.solve.solution import Solution, solution
 from keepless.solve.tables import Tables
@@ -28,7 +29,9 @@ _CHAIN_BLOCKS = 64
 class KeepAll:
     """Every op runs once."""
 
-    def solve(self, graph: Graph, cost: CostModel, limit_nbytes: int, seed: int = 0) -> Solution:
+    def solve(
+        self, graph: Graph, cost: CostModel, limit_nbytes: int, seed: int = 0, search: Search | None = None
+    ) -> Solution:
         """The captured order."""
         return _claim(graph, cost, list(range(len(graph.ops))), "keep_all", limit_nbytes, seed)
 
@@ -37,7 +40,9 @@ class KeepAll:
 class RecomputeAll:
     """Keeps borders only, and recomputes each segment lazily; of all families of borders the lowest peak."""
 
-    def solve(self, graph: Graph, cost: CostModel, limit_nbytes: int, seed: int = 0) -> Solution:
+    def solve(
+        self, graph: Graph, cost: CostModel, limit_nbytes: int, seed: int = 0, search: Search | None = None
+    ) -> Solution:
         """The lowest of the lazy orders that keep borders only."""
         tables = Tables(graph, cost)
         orders = [lazy_order(tables, MinCut(tables, kept).everything()) for kept in families(tables, find_cuts(tables))]
@@ -55,7 +60,9 @@ class EveryK:
 
     k: int = 0
 
-    def solve(self, graph: Graph, cost: CostModel, limit_nbytes: int, seed: int = 0) -> Solution:
+    def solve(
+        self, graph: Graph, cost: CostModel, limit_nbytes: int, seed: int = 0, search: Search | None = None
+    ) -> Solution:
         """The best checkpointed order."""
         tables = Tables(graph, cost)
         best = list(range(len(graph.ops)))

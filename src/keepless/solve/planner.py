@@ -23,6 +23,7 @@ from keepless.solve.floor import floor_bound
 from keepless.solve.gaps import Gaps
 from keepless.solve.lagrange import Relaxation, Woven, base_profile
 from keepless.solve.min_cut import MinCut
+from keepless.solve.search import Search
 from keepless.solve.segments import families, find_cuts
 from keepless.solve.solution import Solution, solution
 from keepless.solve.tables import Ints, Tables
@@ -138,7 +139,9 @@ class Planner:
 class Keepless:
     """The planner as a solver."""
 
-    def solve(self, graph: Graph, cost: CostModel, limit_nbytes: int, seed: int = 0) -> Solution:
+    def solve(
+        self, graph: Graph, cost: CostModel, limit_nbytes: int, seed: int = 0, search: Search | None = None
+    ) -> Solution:
         """The fastest order that was found within the limit."""
         return plan(Planner(graph, cost), limit_nbytes, seed)
 

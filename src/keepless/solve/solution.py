@@ -8,6 +8,7 @@ from typing import Protocol
 from keepless.cost import CostModel
 from keepless.ir import Certificate, Graph, Program
 from keepless.passes import evaluate, from_order, reuse_storage
+from keepless.solve.search import Search
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,16 @@ class Solver(Protocol):
     A solver does not raise where nothing fits: the solution's peak is then above the limit and its status says so.
     """
 
-    def solve(self, graph: Graph, cost: CostModel, limit_nbytes: int, seed: int = 0) -> Solution:
-        """The solver's best order."""
+    def solve(
+        self, graph: Graph, cost: CostModel, limit_nbytes: int, seed: int = 0, search: Search | None = None
+    ) -> Solution:
+        """The solver's best order.
+
+        Arguments:
+            limit_nbytes: of the peak.
+            seed: the same one gives the same order.
+            search: limits of work; None for the solver's own.
+        """
 
 
 def solution(graph: Graph, cost: CostModel, order: list[int], certificate: Certificate) -> Solution:
