@@ -48,8 +48,8 @@ def section(rows: list[Row]) -> str:
         f"{BEGIN}\n{table(rows)}\n\n"
         f"Peak of the whole AdamW step and median time of a step, both over plain eager's, dropout on; {first.device}, "
         f"{first.threads} threads,\ntorch {first.torch}, {' and '.join(dates)}. Every loss and all final parameters of "
-        f"every Keepless column are plain eager's,\nbit for bit; no peak is above its budget; predicted peaks are within "
-        f"{max(errors):.2%} of measured ones.\n{END}"
+        f"every Keepless column are plain eager's,\nbit for bit; no peak is above its budget; predicted peaks are "
+        f"within {max(errors):.2%} of measured ones.\n{END}"
     )
 
 
