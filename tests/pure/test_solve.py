@@ -14,10 +14,11 @@ from keepless.errors import InfeasibleBudget, SolverError
 from keepless.ir import Budget, Effect, Graph, Kind, Phase, Run, Status
 from keepless.machine import simulate, verify
 from keepless.passes import evaluate
-from keepless.solve import SOLVERS, Search, Standing, floor_bound, smallest, solve
+from keepless.solve import SOLVERS, Search, Standing, floor_bound, recheck, smallest, solve
+from keepless.solve.anytime import plan
 from keepless.solve.baselines import EveryK
-from keepless.solve.bound import seconds_bound
-from keepless.solve.planner import Planner, plan
+from keepless.solve.moments import Relaxation
+from keepless.solve.planner import Planner
 from keepless.solve.tables import Tables
 
 SMALL = {"gpt": lambda: gpt(2, 64, 32, 2), "unet": lambda: unet(2), "dense": lambda: dense(5), "bn": batch_norm_net}
@@ -124,7 +125,7 @@ def test_bounds_on_time_are_below_the_optimum(seed: int) -> None:
     tables = Tables(graph, cost)
     full, low = tables.lives(tables.base).peak, smallest(graph, cost).peak
     for limit in (low, (low + full) // 2, full - 1, full):
-        bound, _ = seconds_bound(tables, limit, [tables.loss])
+        bound = float(tables.seconds.sum()) + Relaxation(tables).bound(limit, [tables.loss]).seconds
         best = least_seconds(graph, cost, limit)
         assert best is not None
         assert bound <= best * (1 + 1e-9)
@@ -301,3 +302,72 @@ def test_a_search_counts_work_and_says_when_the_clock_ends_it() -> None:
     assert not stopped.spend()
     assert not stopped.is_cut_by_clock
     assert [standing.gap for standing in told] == [1.0]
+
+
+@pytest.mark.parametrize("build", [lambda: gpt(3), lambda: unet(), lambda: dense(8)], ids=["gpt", "unet", "dense"])
+def test_certificates_are_checked_from_their_witness(build) -> None:
+    """The bound follows from the witness alone; a larger claim, another limit or another witness does not hold."""
+    graph, cost = build()
+    full, low = evaluate(graph, cost, range(len(graph.ops))).peak, smallest(graph, cost).peak
+    for limit in (low, (low + full) // 2):
+        found = SOLVERS["keepless"].solve(graph, cost, limit)
+        claim = found.certificate
+        assert claim.bound_seconds > sum(cost.seconds)
+        checked = recheck(graph, cost, limit, claim)
+        assert checked.holds
+        assert checked.bound_seconds == pytest.approx(claim.bound_seconds, rel=1e-6)
+        assert not recheck(graph, cost, limit, replace(claim, bound_seconds=1.01 * claim.bound_seconds)).holds
+        assert not recheck(graph, cost, limit, replace(claim, bound_bytes=claim.bound_bytes + 1)).holds
+        assert not recheck(graph, cost, limit, replace(claim, witness="moments none; bytes at op 0")).holds
+        assert not recheck(graph, cost, 2 * full, claim).holds
+
+
+@pytest.mark.parametrize("witness", ["moments x:1", "moments 3", "moments 0:1.0", "moments 99999:1", "moments 70:nan"])
+def test_a_witness_that_cannot_be_read(witness: str) -> None:
+    """A typed error that names the moment."""
+    graph, cost = gpt(2, 64, 32, 2)
+    claim = SOLVERS["keep_all"].solve(graph, cost, 0).certificate
+    with pytest.raises(SolverError, match="witness's moment"):
+        recheck(graph, cost, 10**9, replace(claim, witness=witness))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_bounds_of_many_moments_hold(seed: int) -> None:
+    """No program is faster than the bound of any set of moments: against exhaustive search."""
+    graph, cost = tiny(seed, layers=5)
+    tables = Tables(graph, cost)
+    relaxation = Relaxation(tables)
+    full, low = tables.lives(tables.base).peak, smallest(graph, cost).peak
+    after = range(tables.loss, tables.num_ops)
+    for limit in (low, (2 * low + full) // 3, (low + full) // 2):
+        best = least_seconds(graph, cost, limit)
+        assert best is not None
+        everything = relaxation.bound(limit, after)
+        one = max(relaxation.bound(limit, [op]).seconds for op in after)
+        assert max(everything.seconds, one) + float(tables.seconds.sum()) <= best * (1 + 1e-9)
+        assert relaxation.bound(limit, after, everything.prices).seconds == pytest.approx(everything.seconds, abs=1e-9)
+
+
+def test_a_search_ends_early_and_says_so() -> None:
+    """Work, a clock and Ctrl-C end the search with a plan that fits; only the last two are called TIME_LIMITED."""
+    graph, cost = gpt(6)
+    limit = int(1.15 * smallest(graph, cost).peak)
+    told: list[Standing] = []
+    free = SOLVERS["keepless"].solve(graph, cost, limit, search=Search(tell=told.append))
+    assert free.certificate.status is Status.FEASIBLE
+    assert [s.seconds for s in told] == sorted((s.seconds for s in told), reverse=True)
+    assert told[-1].seconds == pytest.approx(free.seconds)
+    some = Search(work=40)
+    short = SOLVERS["keepless"].solve(graph, cost, limit, search=some)
+    assert some.spent <= 40
+    assert short.seconds >= free.seconds
+    late = SOLVERS["keepless"].solve(graph, cost, limit, search=Search(seconds=0.0))
+    assert late.certificate.status in (Status.TIME_LIMITED, Status.NOT_FOUND)
+
+    def stop(standing: Standing) -> None:
+        if standing.bound_seconds > sum(cost.seconds):
+            raise KeyboardInterrupt
+
+    stopped = SOLVERS["keepless"].solve(graph, cost, limit, search=Search(tell=stop))
+    assert stopped.certificate.status is Status.TIME_LIMITED
+    assert stopped.peak <= limit

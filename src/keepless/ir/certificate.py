@@ -26,7 +26,7 @@ class Certificate:
         space: what it searched, in words: the order, recomputes per op.
         bound_seconds: no plan in that space has a faster step (0 where nothing is proven).
         bound_bytes: no plan at all has a lower peak.
-        witness: what the bounds rest on, in words.
+        witness: what the bounds rest on: "moments OP:PRICE ...; bytes at op OP" (see `keepless.solve.bound`).
         solve_seconds: time of the search.
         seed: of the search.
     """

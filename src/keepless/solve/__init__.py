@@ -11,10 +11,13 @@ from keepless.cost import CostModel
 from keepless.errors import InfeasibleBudget, SolverError
 from keepless.ir import Budget, Certificate, Graph, Status, format_bytes
 from keepless.machine import verify
+from keepless.solve.anytime import Keepless
+from keepless.solve.anytime import plan as _plan
 from keepless.solve.baselines import EveryK, KeepAll, RecomputeAll
+from keepless.solve.bound import Recheck as Recheck
+from keepless.solve.bound import recheck as recheck
 from keepless.solve.floor import floor_bound as floor_bound
-from keepless.solve.planner import SPACE, Keepless, Planner
-from keepless.solve.planner import plan as _plan
+from keepless.solve.planner import SPACE, Planner
 from keepless.solve.search import Search as Search
 from keepless.solve.search import Standing as Standing
 from keepless.solve.solution import Solution as Solution
@@ -70,7 +73,7 @@ def solve(
     limit = budget.device
     own = isinstance(chosen, Keepless)
     planner = Planner(graph, cost)
-    found = _plan(planner, limit, seed) if own else chosen.solve(graph, cost, limit, seed, search)
+    found = _plan(planner, limit, seed, search) if own else chosen.solve(graph, cost, limit, seed, search)
     low = planner.smallest.peak if own else found.peak
     bound, where = floor_bound(graph, cost)
     # What is stated must be found again: the search for a lower limit may miss the peak that this one reached.

@@ -1,128 +1,133 @@
-"""A lower bound on the step's time under a limit: minimum cuts at single positions, and their Lagrangian dual.
+"""Which moments a certificate rests on, how they are written down, and how a reader checks them.
 
-Take the moment when op t runs for the first time. Whatever later ops read is then either resident or made after t;
-the inputs of what is made after t are again resident or made after t. So the bytes resident at t and the seconds of
-runs after t are a cut as in `min_cut`, whatever the plan does and however often it recomputes. With price l per byte,
-
-    seconds >= sum of all ops' seconds + min over cuts (l * bytes + seconds again) - l * (limit - other bytes at t),
-
-and the best l is found by a ternary search over a concave function. "Other bytes" are there in any case: static
-values, what t itself reads and makes, gradients that were made before t and are needed after it.
-
-For the LOSS op this holds for every program, in any order. For a backward op it holds where backward ops run once,
-in the captured order.
+`moments.Relaxation` gives a bound for any set of moments; more of them make it better only where they bind, and the
+linear program larger in any case. So moments join one or two at a time, and those with a price stay.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
-from scipy.sparse import csr_matrix
-from scipy.sparse.csgraph import maximum_flow
 
-from keepless.machine import reuse_pairs
+from keepless.cost import CostModel
+from keepless.errors import SolverError
+from keepless.ir import Certificate, Graph
+from keepless.solve.floor import floor_bound
+from keepless.solve.lagrange import Woven, base_profile
+from keepless.solve.moments import Bound, Relaxation
 from keepless.solve.tables import Tables
 
-_INFINITE = 2**30
-_TOTAL = 2**29
-_STEPS = 18
+_TIGHTEST = 6
+_WINDOWS = 8
+_MAX_PRICED = 5
+"""Moments in one linear program; more make it slow and rarely better."""
+_TOLERANCE = 1e-6
+"""Relative: what a check may fall short of a claim by, for rounding."""
 
 
-def seconds_bound(tables: Tables, limit: int, positions: Iterable[int]) -> tuple[float, int]:
-    """The best bound over the positions (op ids from the LOSS op on), and the position that gives it."""
-    base = float(tables.seconds.sum())
-    best, where = base, -1
-    for t in positions:
-        gain = _CutAt(tables, t).gain(limit)
-        if base + gain > best:
-            best, where = base + gain, t
-    return best, where
+def candidates(tables: Tables, woven: Woven) -> list[int]:
+    """Ops at whose first runs an order holds the most bytes: the tightest, and the tightest of each stretch."""
+    if tables.loss >= tables.num_ops:
+        return []
+    order = np.array(woven.order, np.int64)
+    profile = base_profile(tables, order, tables.lives(order).profile)
+    after = np.arange(tables.loss + 1, tables.num_ops)
+    ranked = after[np.argsort(-profile[after], kind="stable")]
+    windows = [w for w in np.array_split(after, _WINDOWS) if len(w)]
+    peaks = sorted((int(w[np.argmax(profile[w])]) for w in windows), key=lambda t: (-profile[t], t))
+    return list(dict.fromkeys([*ranked[:_TIGHTEST].tolist(), *peaks]))
 
 
-class _CutAt:
-    """The cut's graph at one position."""
+def best_bound(relaxation: Relaxation, limit: int, ops: Sequence[int], enough: float = float("inf")) -> Bound:
+    """The best bound that sets of these moments and the LOSS op's give.
 
-    def __init__(self, tables: Tables, t: int) -> None:
-        loss, num = tables.loss, tables.num_ops
-        graph = tables.graph
-        reads_t = set(tables.reads[t])
-        forward = {v for p in range(loss) for v in tables.writes[p] if v not in tables.static}
-        later = {v for p in range(t + 1, num) for v in tables.reads[p]}
-        made = {v for p in range(loss, t) for v in tables.writes[p]} - tables.static
-        held = {v for v in made if v in later or v in graph.pinned} | (graph.pinned & forward)
-        taken = sum(tables.sizes[out] for out, _ in reuse_pairs(graph, graph.ops[t]))
-        here = held | reads_t | {v for v in tables.writes[t] if v not in tables.static}
-        self.other = tables.static_nbytes + sum(tables.sizes[v] for v in here) - taken + tables.cost.scratch[t]
-        # Forward ops that the loss does not depend on may run for the first time after it, at no extra cost.
-        free = _unneeded(tables)
-        node = {v: i for i, v in enumerate(sorted(forward))}
-        self.num_values = len(node)
-        source, sink, op0 = len(node) + loss, len(node) + loss + 1, len(node)
-        self.source, self.sink = source, sink
-        rows, cols, keep, again = [], [], [], []
-        for v, i in node.items():
-            rows.append(i)
-            cols.append(op0 + tables.producer[v] if tables.replayable[tables.producer[v]] else sink)
-            # A value that another op can make too costs nothing: the bound stays true.
-            free_value = v in here or len(graph.producers[v]) > 1
-            keep.append(0 if free_value else tables.sizes[v])
-        for p in range(loss):
-            if tables.replayable[p]:
-                rows.append(op0 + p)
-                cols.append(sink)
-                again.append(0.0 if p in free else float(tables.seconds[p]))
-        for p in range(loss):
-            if tables.replayable[p]:
-                inner = [node[u] for u in tables.reads[p] if u in node]
-                rows.extend([op0 + p] * len(inner))
-                cols.extend(inner)
-        heads = [node[v] for v in sorted(later & forward)]
-        rows.extend([source] * len(heads))
-        cols.extend(heads)
-        self.rows, self.cols = np.array(rows, np.int64), np.array(cols, np.int64)
-        self.keep, self.again = np.array(keep, np.float64), np.array(again, np.float64)
-
-    def gain(self, limit: int) -> float:
-        """Seconds that the limit costs at least."""
-        slack = limit - self.other
-        if slack < 0 or not self.keep.sum():
-            return 0.0
-        low, high, best = -9.0, 3.0, 0.0
-        unit = float(self.again.sum() + 1e-12) / max(float(self.keep.sum()), 1.0)
-        ratio = (5**0.5 - 1) / 2
-        inner = [high - ratio * (high - low), low + ratio * (high - low)]
-        values = [self._dual(unit * 10**x, slack) for x in inner]
-        for _ in range(_STEPS):
-            best = max(best, *values)
-            if values[0] >= values[1]:
-                high, inner[1], values[1] = inner[1], inner[0], values[0]
-                inner[0] = high - ratio * (high - low)
-                values[0] = self._dual(unit * 10 ** inner[0], slack)
-            else:
-                low, inner[0], values[0] = inner[0], inner[1], values[1]
-                inner[1] = low + ratio * (high - low)
-                values[1] = self._dual(unit * 10 ** inner[1], slack)
-        return max(best, *values)
-
-    def _dual(self, price: float, slack: int) -> float:
-        keep = np.minimum(self.keep * price, self.again.sum())
-        scale = _TOTAL / max(float(keep.sum() + self.again.sum()), 1e-30)
-        caps = np.full(len(self.rows), _INFINITE, np.int32)
-        caps[: len(keep)] = (keep * scale).astype(np.int32)
-        caps[len(keep) : len(keep) + len(self.again)] = (self.again * scale).astype(np.int32)
-        network = csr_matrix((caps, (self.rows, self.cols)), shape=(self.sink + 1, self.sink + 1))
-        return float(maximum_flow(network, self.source, self.sink, method="dinic").flow_value / scale - price * slack)
+    Arguments:
+        limit: bytes.
+        ops: candidates, the most promising first.
+        enough: seconds of recomputation at which the bound need not become better.
+    """
+    tables = relaxation.tables
+    if tables.loss >= tables.num_ops:
+        return Bound(0.0, {})
+    best = relaxation.bound(limit, [tables.loss])
+    rest = list(ops)
+    for number in range(_rounds(tables)):
+        if not rest or best.seconds >= enough:
+            break
+        step = 2 if number == 0 else 1
+        joined, rest = rest[:step], rest[step:]
+        priced = sorted((op for op, price in best.prices.items() if price > 0), key=lambda op: -best.prices[op])
+        found = relaxation.bound(limit, sorted({*priced[: _MAX_PRICED - step], *joined}))
+        if found.seconds > best.seconds:
+            best = found
+    return best
 
 
-def _unneeded(tables: Tables) -> set[int]:
-    """Forward ops that the LOSS op does not depend on."""
-    needed: set[int] = set()
-    stack = [tables.loss] if tables.loss < tables.num_ops else []
-    while stack:
-        for v in tables.reads[stack.pop()]:
-            p = tables.producer[v]
-            if p >= 0 and p not in needed:
-                needed.add(p)
-                stack.append(p)
-    return {p for p in range(tables.loss) if p not in needed}
+def _rounds(tables: Tables) -> int:
+    size = sum(map(len, tables.reads[: tables.loss]))
+    return 12 if size <= 3000 else 6 if size <= 6000 else 2 if size <= 20_000 else 0
+
+
+def witness_text(bound: Bound, floor_op: int) -> str:
+    """What a certificate's bounds rest on: moments with the price of a byte (seconds), and the op of the floor."""
+    moments = " ".join(f"{op}:{price!r}" for op, price in sorted(bound.prices.items()))
+    return f"moments {moments or 'none'}; bytes at op {floor_op}"
+
+
+@dataclass(frozen=True)
+class Recheck:
+    """A certificate beside what its witness gives.
+
+    Arguments:
+        bound_seconds: recomputed from the witness's moments and prices.
+        bound_bytes: recomputed floor.
+        claimed_seconds, claimed_bytes: what the certificate says.
+    """
+
+    bound_seconds: float
+    bound_bytes: int
+    claimed_seconds: float
+    claimed_bytes: int
+
+    @property
+    def holds(self) -> bool:
+        """Whether nothing more is claimed than is proven."""
+        return self.claimed_seconds <= self.bound_seconds * (1 + _TOLERANCE) and self.claimed_bytes <= self.bound_bytes
+
+
+def recheck(graph: Graph, cost: CostModel, limit: int, certificate: Certificate) -> Recheck:
+    """Recomputes a certificate's bounds from its witness, without the search that found it.
+
+    Arguments:
+        limit: bytes that the bound on seconds is for.
+
+    Raises:
+        SolverError: the witness cannot be read, or names what the graph does not have.
+    """
+    tables = Tables(graph, cost)
+    seconds = float(tables.seconds.sum())
+    prices = _prices(certificate.witness, tables)
+    if prices:
+        seconds += Relaxation(tables).bound(limit, list(prices), prices).seconds
+    return Recheck(seconds, floor_bound(graph, cost)[0], certificate.bound_seconds, certificate.bound_bytes)
+
+
+def _prices(witness: str, tables: Tables) -> dict[int, float]:
+    head, _, _ = witness.partition(";")
+    words = head.split()
+    if words[:1] != ["moments"] or words == ["moments", "none"]:
+        return {}
+    prices: dict[int, float] = {}
+    for word in words[1:]:
+        op, colon, price = word.partition(":")
+        try:
+            prices[int(op)] = float(price)
+        except ValueError:
+            raise SolverError(f"The witness's moment {word[:40]!r} is not an op and a price.") from None
+        if not colon or not tables.loss <= int(op) < tables.num_ops or not 0 <= float(price) < 1e9:
+            raise SolverError(f"The witness's moment {word[:40]!r} is no op from the LOSS op on with a price.")
+    if len(prices) > 64:
+        raise SolverError(f"The witness has {len(prices)} moments; at most 64 are checked.")
+    return prices

@@ -60,8 +60,13 @@ class Woven:
         return (mine, self.seconds, self.peak) < (theirs, other.seconds, other.peak)
 
 
+def better(first: Woven, second: Woven, limit: int) -> Woven:
+    """The one that beats the other; the second where neither does."""
+    return first if first.beats(second, limit) else second
+
+
 @dataclass
-class Relaxation:
+class PriceSearch:
     """The search for one limit, over families of values that are kept in any case."""
 
     tables: Tables

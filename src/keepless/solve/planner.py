@@ -1,40 +1,41 @@
-"""The default planner: prices and minimum cuts for the broad choice, local search on exact profiles for the rest.
+"""A graph prepared for planning: prices and minimum cuts for the broad choice, local search for the rest.
 
 1. Cut the forward into segments, in families from coarse to fine (`segments`).
 2. For each family find the prices of memory at which the minimum cut just fits (`lagrange`, `min_cut`).
 3. Where nothing fits, evict over gaps at the peak (`gaps`); where memory is left, take replays out.
 
 The smallest peak starts from the lowest order of step 1 and evicts until nothing helps. Ops keep the captured order
-of their first runs.
+of their first runs. `anytime` goes on from there: a bound, and better orders until the gap is small.
 """
 
 from __future__ import annotations
 
-import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-import numpy as np
-
 from keepless.cost import CostModel
-from keepless.ir import Certificate, Graph, Status
-from keepless.solve.bound import seconds_bound
-from keepless.solve.floor import floor_bound
+from keepless.ir import Graph
+from keepless.solve.bound import best_bound, candidates
 from keepless.solve.gaps import Gaps
-from keepless.solve.lagrange import Relaxation, Woven, base_profile
+from keepless.solve.lagrange import PriceSearch, Woven, better
 from keepless.solve.min_cut import MinCut
+from keepless.solve.moments import Bound, Relaxation
 from keepless.solve.search import Search
 from keepless.solve.segments import families, find_cuts
-from keepless.solve.solution import Solution, solution
 from keepless.solve.tables import Ints, Tables
 from keepless.solve.weave import lazy_order
 
 SPACE = "first runs in the captured order, backward ops once, any number of recomputations of forward ops"
 _SMALLEST_STARTS = 3
-_LOOSENINGS = (1.04, 1.12, 1.25, 1.5)
-_BOUND_POSITIONS = 6
+_LOOSENINGS = (1.12, 1.25, 1.04, 1.5, 1.2, 2.0)
+"""Limits, over the one that is asked for, for which orders are found and then evicted down."""
 _WORK_OPS = 4_000_000
 """Work of one local search: evaluated orders times their ops."""
+_IMPROVE_OPS = 5_000_000
+"""The same for the rounds after it."""
+ENOUGH = 0.005
+"""A certified gap at which an order is left as it is."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,21 @@ class Planner:
     def work(self) -> int:
         """Orders that one local search may evaluate."""
         return max(200, min(4000, _WORK_OPS // max(self.tables.num_ops, 1)))
+
+    @cached_property
+    def improvement_work(self) -> int:
+        """Orders that the search for better ones may evaluate."""
+        return max(200, min(10_000, _IMPROVE_OPS // max(self.tables.num_ops, 1)))
+
+    @cached_property
+    def relaxation(self) -> Relaxation:
+        """What bounds rest on."""
+        return Relaxation(self.tables)
+
+    def bound(self, limit: int, woven: Woven) -> Bound:
+        """Seconds of recomputation that every order within the limit has, from the moments where this one is tight."""
+        enough = woven.seconds / (1 + ENOUGH) - float(self.tables.seconds.sum())
+        return best_bound(self.relaxation, limit, candidates(self.tables, woven), enough)
 
     @cached_property
     def smallest(self) -> Woven:
@@ -108,77 +124,37 @@ class Planner:
         gaps.fill(low.peak)
         return Woven(gaps.order, gaps.seconds, gaps.peak) if gaps.peak <= low.peak else low
 
-    def within(self, limit: int) -> Woven:
-        """The fastest order that was found within the limit, or the lowest where none was."""
+    def within(self, limit: int, search: Search | None = None) -> Woven:
+        """A first fast order within the limit, or the lowest where none was found."""
         found = self._relaxed(limit)
-        best = self._refined(found, limit)
-        if best.peak <= limit and len(best.order) == self.tables.num_ops:
-            return best
-        # Prices cannot express recomputation within recomputation: plans for more memory, evicted down, can be better.
-        fits = 2 if self.tables.num_ops <= 6000 else 1
-        for loosening in _LOOSENINGS[: fits if found.peak <= limit else fits + 2]:
-            start = self._relaxed(int(limit * loosening))
-            woven = self._refined(start, limit)
-            best = woven if woven.beats(best, limit) else best
+        best = self._refined(found, limit, search)
+        for loosening in _LOOSENINGS:
+            if best.peak <= limit or (search is not None and search.is_over):
+                break
+            best = better(self._refined(self._relaxed(int(limit * loosening)), limit, search), best, limit)
         if best.peak > limit or found.peak > limit:
-            woven = self._refined(self.smallest, limit)
-            best = woven if woven.beats(best, limit) else best
+            best = better(self._refined(self.smallest, limit, search), best, limit)
         return best
 
-    def _relaxed(self, limit: int) -> Woven:
-        return Relaxation(self.tables, limit, seen=self.seen).run(self.cuts)
+    def others(self, limit: int, search: Search) -> Iterator[Woven]:
+        """More orders for the limit: plans for more memory, evicted down.
 
-    def _refined(self, start: Woven, limit: int) -> Woven:
-        gaps = Gaps(self.tables, start.order, self.work)
+        Prices cannot express recomputation within recomputation: these can be better than the first.
+        """
+        size = self.tables.num_ops
+        for loosening in _LOOSENINGS[: 6 if size <= 1500 else 3 if size <= 3000 else 2 if size <= 6000 else 1]:
+            if search.is_over:
+                return
+            yield self._refined(self._relaxed(int(limit * loosening)), limit, search)
+
+    def _relaxed(self, limit: int) -> Woven:
+        return PriceSearch(self.tables, limit, seen=self.seen).run(self.cuts)
+
+    def _refined(self, start: Woven, limit: int, search: Search | None = None) -> Woven:
+        gaps = Gaps(self.tables, start.order, self.work, search=search)
         if gaps.evict(limit):
             gaps.fill(limit)
         return Woven(gaps.order, gaps.seconds, gaps.peak)
-
-
-@dataclass(frozen=True)
-class Keepless:
-    """The planner as a solver."""
-
-    def solve(
-        self, graph: Graph, cost: CostModel, limit_nbytes: int, seed: int = 0, search: Search | None = None
-    ) -> Solution:
-        """The fastest order that was found within the limit."""
-        return plan(Planner(graph, cost), limit_nbytes, seed)
-
-
-def plan(planner: Planner, limit_nbytes: int, seed: int = 0) -> Solution:
-    """The planner's solution for one limit."""
-    begin = time.perf_counter()
-    woven = planner.within(limit_nbytes)
-    graph, cost = planner.graph, planner.cost
-    bound, where = floor_bound(graph, cost)
-    fastest, at = float(planner.tables.seconds.sum()), -1
-    if woven.peak <= limit_nbytes and len(woven.order) > len(graph.ops):
-        fastest, at = seconds_bound(planner.tables, limit_nbytes, _tight_positions(planner.tables, woven))
-    if woven.peak <= limit_nbytes:
-        status = Status.OPTIMAL if woven.seconds <= fastest * (1 + 1e-9) else Status.FEASIBLE
-    else:
-        status = Status.PROVEN_INFEASIBLE if limit_nbytes < bound else Status.NOT_FOUND
-    moment = f"minimum cut at {graph.where(graph.ops[at])}" if at >= 0 else "every op runs once"
-    certificate = Certificate(
-        "keepless",
-        status,
-        space=SPACE,
-        bound_seconds=fastest,
-        bound_bytes=bound,
-        witness=f"seconds: {moment}; bytes: {graph.where(graph.ops[where])}" if graph.ops else "",
-        solve_seconds=time.perf_counter() - begin,
-        seed=seed,
-    )
-    return solution(graph, cost, woven.order, certificate)
-
-
-def _tight_positions(tables: Tables, woven: Woven) -> list[int]:
-    """The LOSS op and the backward ops whose first runs see the most bytes."""
-    order = np.array(woven.order, np.int64)
-    profile = base_profile(tables, order, tables.lives(order).profile)
-    top = [int(t) for t in np.argsort(-profile, kind="stable") if t > tables.loss]
-    return [t for t in [tables.loss, *top[: _BOUND_POSITIONS - 1]] if t < tables.num_ops]
 
 
 def proxy_cost(graph: Graph, cost: CostModel) -> CostModel:

@@ -82,6 +82,13 @@ class Search:
         self.spent += units
         return True
 
+    @property
+    def is_over(self) -> bool:
+        """Whether a limit is reached or somebody ended it; counts nothing."""
+        if self.seconds is not None and self.elapsed > self.seconds:
+            self.is_cut_by_clock = True
+        return self.is_interrupted or self.is_cut_by_clock or (self.work is not None and self.spent >= self.work)
+
     def interrupt(self) -> None:
         """Ends the search at its next unit of work: what Ctrl-C does."""
         self.is_interrupted = True

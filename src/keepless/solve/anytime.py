@@ -1,0 +1,146 @@
+"""The default solver: a first order at once, its bound, then better orders until the gap is small or the work is done.
+
+Ctrl-C, a clock or a limit of work end it at any time with the best order so far. Work is counted in evaluated orders.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from keepless.cost import CostModel
+from keepless.ir import Certificate, Graph, Status
+from keepless.solve.bound import witness_text
+from keepless.solve.floor import floor_bound
+from keepless.solve.improve import improve
+from keepless.solve.lagrange import Woven
+from keepless.solve.moments import Bound
+from keepless.solve.planner import ENOUGH, SPACE, Planner
+from keepless.solve.search import Search, Standing
+from keepless.solve.solution import Solution, solution
+
+NAME = "keepless"
+_STARTS = 2
+"""Orders that are improved, the fastest first."""
+
+
+@dataclass(frozen=True)
+class Keepless:
+    """The planner as a solver."""
+
+    def solve(
+        self, graph: Graph, cost: CostModel, limit_nbytes: int, seed: int = 0, search: Search | None = None
+    ) -> Solution:
+        """The fastest order that was found within the limit."""
+        return plan(Planner(graph, cost), limit_nbytes, seed, search)
+
+
+def plan(planner: Planner, limit_nbytes: int, seed: int = 0, search: Search | None = None) -> Solution:
+    """The planner's solution for one limit."""
+    return _Course(planner, limit_nbytes, seed, search or Search()).run()
+
+
+@dataclass
+class _Course:
+    """One search on its way."""
+
+    planner: Planner
+    limit: int
+    seed: int
+    search: Search
+    bound: Bound = field(default_factory=lambda: Bound(0.0, {}))
+
+    def __post_init__(self) -> None:
+        self._begin = time.perf_counter()
+        tables = self.planner.tables
+        self.base = float(tables.seconds.sum())
+        everything = tables.lives(tables.base)
+        self.best = Woven(tables.base.tolist(), everything.seconds, everything.peak)
+
+    @property
+    def fastest(self) -> float:
+        """No order within the limit is faster."""
+        return self.base + self.bound.seconds
+
+    @property
+    def is_enough(self) -> bool:
+        """Whether the best order need not become better."""
+        return self.best.seconds <= self.fastest * (1 + ENOUGH)
+
+    def run(self) -> Solution:
+        """The whole search."""
+        try:
+            self._first()
+            if self.best.peak <= self.limit and len(self.best.order) > self.planner.tables.num_ops:
+                self._improve()
+        except KeyboardInterrupt:
+            self.search.interrupt()
+        return self._solution()
+
+    def _take(self, woven: Woven) -> None:
+        if woven.beats(self.best, self.limit):
+            self.best = woven
+            self._tell()
+
+    def _tell(self) -> None:
+        seconds = self.best.seconds if self.best.peak <= self.limit else float("inf")
+        self.search.report(Standing(NAME, seconds, self.best.peak, self.fastest, self.search.spent))
+
+    def _first(self) -> None:
+        if self.best.peak > self.limit:
+            self.best = self.planner.within(self.limit, self.search)
+        self._tell()
+
+    def _improve(self) -> None:
+        self._certify()
+        pool = [self.best]
+        if not self.is_enough:
+            for woven in self.planner.others(self.limit, self.search):
+                pool.append(woven)
+                self._take(woven)
+                if self.is_enough:
+                    break
+        fitting = sorted({w.seconds: w for w in pool if w.peak <= self.limit}.items())[:_STARTS]
+        for number, (_, woven) in enumerate(fitting):
+            if not self.is_enough:
+                improve(
+                    self.planner.tables,
+                    woven,
+                    self.limit,
+                    work=self.planner.improvement_work // len(fitting),
+                    seed=self.seed + number,
+                    enough=self.fastest * (1 + ENOUGH),
+                    search=self.search,
+                    tell=self._take,
+                )
+        if not self.is_enough and not self.search.is_over:
+            self._certify()
+
+    def _certify(self) -> None:
+        found = self.planner.bound(self.limit, self.best)
+        if found.seconds > self.bound.seconds:
+            self.bound = found
+            self._tell()
+
+    def _status(self, floor: int) -> Status:
+        if self.best.peak > self.limit:
+            return Status.PROVEN_INFEASIBLE if self.limit < floor else Status.NOT_FOUND
+        if self.best.seconds <= self.fastest * (1 + 1e-9):
+            return Status.OPTIMAL
+        is_cut = self.search.is_cut_by_clock or self.search.is_interrupted
+        return Status.TIME_LIMITED if is_cut else Status.FEASIBLE
+
+    def _solution(self) -> Solution:
+        graph, cost = self.planner.graph, self.planner.cost
+        floor, where = floor_bound(graph, cost)
+        certificate = Certificate(
+            NAME,
+            self._status(floor),
+            space=SPACE,
+            bound_seconds=self.fastest,
+            bound_bytes=floor,
+            witness=witness_text(self.bound, where),
+            solve_seconds=time.perf_counter() - self._begin,
+            seed=self.seed,
+        )
+        return solution(graph, cost, self.best.order, certificate)
