@@ -179,16 +179,17 @@ def _draft(row: dict[str, Any], place: str, own: str, known: dict[str, int]) -> 
     """The op, with its number in the list still to come."""
     inputs = read.references(row.get("inputs", []), f"{place}.inputs", known, "value")
     outputs = read.references(row.get("outputs", []), f"{place}.outputs", known, "value")
-    if len(set(outputs)) < len(outputs):
+    made, wanted = set(outputs), set(inputs)
+    if len(made) < len(outputs):
         read.refuse(f"{place}.outputs", "it names a value twice")
-    if not set(inputs).isdisjoint(outputs):
+    if not made.isdisjoint(wanted):
         read.refuse(
             place, "the op makes a value that it reads; a changed value is a new value (see 'reuses' for its storage)"
         )
     pairs = []
     for at, entry in enumerate(read.rows(row.get("reuses", []), f"{place}.reuses", MAX_VALUES)):
         pair = read.references(entry, f"{place}.reuses[{at}]", known, "value")
-        if len(pair) != 2 or pair[0] not in outputs or pair[1] not in inputs:
+        if len(pair) != 2 or pair[0] not in made or pair[1] not in wanted:
             read.refuse(f"{place}.reuses[{at}]", "it is not a pair of an output and an input of the op")
         pairs.append((pair[0], pair[1]))
     effects = read.rows(row.get("effects", []), f"{place}.effects", len(_EFFECTS))

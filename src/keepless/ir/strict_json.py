@@ -34,6 +34,8 @@ def refuse(place: str, why: str) -> NoReturn:
 
 def shown(found: object) -> str:
     """A value of a file as an error message shows it, cut to a line."""
+    if isinstance(found, (list, dict)):
+        return "a list" if isinstance(found, list) else "an object"
     text = repr(found)
     return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
 
@@ -89,9 +91,11 @@ def load(data: bytes) -> dict[str, Any]:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        refuse("", f"an object has the key {shown(twice)} twice")
+        met: set[str] = set()
+        for key, _ in pairs:
+            if key in met:
+                refuse("", f"an object has the key {shown(key)} twice")
+            met.add(key)
     return table
 
 
