@@ -13,7 +13,7 @@ import typer
 from keepless.cli.searching import ended_by_ctrl_c, searching
 from keepless.cli.session import Session, UsageError, read_budget, session
 from keepless.cost import CostModel, GraphFile, read_graph
-from keepless.errors import BudgetError, GraphError, PlanError, ProgramError
+from keepless.errors import BudgetError, GraphError, InfeasibleBudget, PlanError, ProgramError
 from keepless.ir import DEVICE, Budget, Graph, Program, Run, Timeline, format_bytes, parse_bytes
 from keepless.ir.budget import MAX_NBYTES
 from keepless.ir.order_text import format_order, looks_like_program, parse_order
@@ -75,8 +75,13 @@ def solve_command(
         given = evaluate(file.graph, file.cost, list(range(len(file.graph.ops))))
         limit = _limit(budget, given.peak)
         search = solvers.Search(work=work_limit, seconds=time_limit)
-        with searching(search), ended_by_ctrl_c(search):
-            found = solvers.solve(file.graph, file.cost, _budget(limit, file.cost), solver, seed, search)
+        try:
+            with searching(search), ended_by_ctrl_c(search):
+                found = solvers.solve(file.graph, file.cost, _budget(limit, file.cost), solver, seed, search)
+        except InfeasibleBudget as error:
+            if search.is_interrupted or search.is_cut_by_clock:
+                error.args = (f"{error} The search was ended early; a longer one may find less.",)
+            raise
         if output is not None:
             output.write_text(format_program(found.program), encoding="utf-8")
         if order is not None:
@@ -178,7 +183,9 @@ def _load(path: Path) -> Plan:
     except PlanError as error:
         if isinstance(error.__cause__, ProgramError):
             raise error.__cause__ from None
-        raise PlanError(f"{error}. To check a program, give a graph and the program: GRAPH.json PROGRAM.txt.") from error
+        raise PlanError(
+            f"{error}. To check a program, give a graph and the program: GRAPH.json PROGRAM.txt."
+        ) from error
 
 
 def _recheck(current: Session, plan: Plan) -> None:

@@ -80,7 +80,7 @@ def _runs_as_listed(reads: Sequence[Sequence[int]], makes: Sequence[Sequence[int
 
 
 def _cycle(reads: Sequence[Sequence[int]], makes: Sequence[Sequence[int]], there: bytearray, stuck: int) -> list[int]:
-    """Ops of which each makes what the next one reads, and the last what the first one reads."""
+    """Ops of which each makes what the next one reads, and the last what the first one reads; the lowest is first."""
     maker: dict[int, int] = {}
     for op, values in enumerate(makes):
         for value in values:
@@ -92,4 +92,6 @@ def _cycle(reads: Sequence[Sequence[int]], makes: Sequence[Sequence[int]], there
         met[op] = len(trail)
         trail.append(op)
         op = maker[next(value for value in reads[op] if not there[value])]
-    return trail[met[op] :][::-1]
+    found = trail[met[op] :][::-1]
+    first = found.index(min(found))
+    return found[first:] + found[:first]
