@@ -87,6 +87,16 @@ def test_a_graph_is_solved_and_its_program_checks(invoke: Invoke, graph: str) ->
         assert timeline.events[found["peak_instruction"]].peak == timeline.peak
 
 
+def test_the_worked_example_of_the_format(invoke: Invoke) -> None:
+    """The page's graph solves to the page's order."""
+    text = (EXAMPLES.parent / "graph-format.md").read_text()
+    Path("skip.json").write_text(text.split("```json")[1].split("```")[0])
+    done = invoke("solve", "skip.json", "--budget", "20", "--order", "order.txt", "--json")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["plan"] == {"peak": 20, "seconds": 8.0, "num_replays": 1}
+    assert Path("order.txt").read_text() == text.split("cat order.txt\n")[1].split("```")[0]
+
+
 def test_the_same_seed_gives_the_same_files(invoke: Invoke) -> None:
     """Program and order are byte for byte the same in two runs."""
     files = []

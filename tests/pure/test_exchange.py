@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -191,6 +192,20 @@ def test_the_examples_are_graphs(path: Path) -> None:
     """The files in docs/examples can be read, and their given order runs."""
     found = read_graph(path)
     assert evaluate(found.graph, found.cost, list(range(len(found.graph.ops)))).peak > 0
+
+
+def test_the_documents_graphs_are_graphs() -> None:
+    """Both worked examples of the format's page can be read, and the first costs what the page says."""
+    text = (EXAMPLES.parent / "graph-format.md").read_text()
+    blocks = re.findall(r"```json\n(.*?)```", text, re.DOTALL)
+    plain_form, full_form = (parse_graph(block.encode()) for block in blocks)
+    listed = evaluate(plain_form.graph, plain_form.cost, list(range(5)))
+    assert (listed.seconds, listed.peak, listed.peak_position) == (7, 24, 3)
+    order = parse_order(re.findall(r"cat order.txt\n(.*?)```", text, re.DOTALL)[0], plain_form.graph, plain_form.op_ids)
+    again = evaluate(plain_form.graph, plain_form.cost, order)
+    assert (again.seconds, again.peak) == (8, 20)
+    assert full_form.graph.loss_op == 2
+    assert len(from_order(full_form.graph, range(5)))
 
 
 def change(where: list[Any], to: Any) -> Callable[[dict[str, Any]], None]:
