@@ -239,6 +239,36 @@ def test_every_instruction_counts(invoke: Invoke) -> None:
         assert invoke("check", CHAIN, "less.txt").exit_code == 1
 
 
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("run 1 keep 20000\n" * 100_000, "reads and makes"),
+        ("wide\n" * 10_000, "reads and makes"),
+        ("run 1\n" * 10_000, "reads and makes"),
+        ("\n" * 6_000_000, "lines"),
+        ("a" * 2_000_000, "there is no op"),
+        ("run 0 keep " + "0 " * 2_000_000, "characters"),
+        ("wait 0 host\n" * 1_000_000, "R5"),
+    ],
+)
+def test_hostile_programs_are_refused(invoke: Invoke, text: str, match: str) -> None:
+    """Megabytes of program or order end in a short error."""
+    num = 20_000
+    values = [{"id": f"v{n}", "bytes": 1} for n in range(num + 1)]
+    names = [value["id"] for value in values]
+    ops = [
+        {"id": "make", "seconds": 1, "outputs": names[:num]},
+        {"id": "wide", "seconds": 1, "inputs": names[:num], "outputs": names[num:]},
+    ]
+    head = {"format": "keepless-graph", "version": 1, "inputs": [], "pinned": []}
+    Path("wide.json").write_text(json.dumps(head | {"values": values, "ops": ops}))
+    Path("program.txt").write_text(text)
+    done = invoke("check", "wide.json", "program.txt")
+    assert done.exit_code in (1, 2)
+    assert match in done.stderr
+    assert len(done.stderr) < 2000
+
+
 def test_copies_are_checked_where_the_graph_has_links(invoke: Invoke) -> None:
     """A program that sends a value away and fetches it back is simulated with its links' speed."""
     document = {

@@ -457,6 +457,39 @@ def test_hostile_files_are_refused_in_bounded_time_and_memory(kind: str) -> None
     assert done.stdout.strip()
 
 
+WIDE = """
+import resource
+resource.setrlimit(resource.RLIMIT_CPU, (30, 30))
+from keepless.cost import parse_graph
+from keepless.ir import Budget
+from keepless.ir.text import format_program, parse_program
+from keepless.machine import simulate
+from keepless.passes import evaluate, from_order, insert_drops, reuse_storage
+num = 100_000
+values = ", ".join('{"id": %d, "bytes": 1}' % n for n in range(2 * num))
+ids, made = ", ".join(map(str, range(num))), ", ".join(map(str, range(num, 2 * num)))
+pairs = ", ".join("[%d, %d]" % (num + n, n) for n in range(num))
+text = (
+    '{"format": "keepless-graph", "version": 1, "values": [' + values + '], "ops": [{"id": "make", "seconds": 1, '
+    '"outputs": [' + ids + ']}, {"id": "wide", "seconds": 1, "inputs": [' + ids + '], "outputs": [' + made + '], '
+    '"reuses": [' + pairs + ']}], "inputs": [], "pinned": [' + made + ']}'
+)
+file = parse_graph(text.encode())
+found = evaluate(file.graph, file.cost, [0, 1])
+program = reuse_storage(file.graph, from_order(file.graph, [0, 1]))
+assert insert_drops(file.graph, program) == program
+assert parse_program(format_program(program)) == program
+assert simulate(file.graph, program, file.cost, budget=Budget({"device": num})).peak == found.peak == num
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits of a process are POSIX")
+def test_a_wide_op_takes_linear_time() -> None:
+    """An op that takes over a hundred thousand storages is evaluated and simulated in 30 s of processor."""
+    done = subprocess.run([sys.executable, "-c", WIDE], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, (done.returncode, done.stderr[-2000:])
+
+
 def test_a_file_of_more_bytes_than_are_read_is_refused_unread(tmp_path: Path) -> None:
     """A sparse file of 64 MiB and a byte is refused."""
     path = tmp_path / "graph.json"
