@@ -10,6 +10,7 @@
     |   |-- DataDependentError  the forward needs a tensor's data in Python
     |   |-- LossError        the loss is not a scalar, or has no gradient
     |   `-- ParameterError   nothing to train, or parameters that cannot be planned for
+    |-- GraphError           a graph file that cannot be read, or a graph that cannot be run
     |-- GuardError           a planned model was called in a way that its plan does not cover
     |-- StepError            a training step cannot go on (used twice, changed in between)
     |   |-- StaleTensorError a parameter or input was changed between forward and backward
@@ -67,6 +68,10 @@ class LossError(CaptureError):
 
 class ParameterError(CaptureError):
     """Nothing to train, or parameters that cannot be planned for."""
+
+
+class GraphError(KeeplessError, ValueError):
+    """A graph file that cannot be read, or a graph that cannot be run; says the place in the file."""
 
 
 class GuardError(KeeplessError):

@@ -1,4 +1,4 @@
-"""The commands: plan, train, verify, show, demo, env."""
+"""The commands: plan, train, verify, show, demo, env; and those of `graphs`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from keepless.cli import graphs
 from keepless.cli.session import FAILED, Session, UsageError, planning, read_budget, session
 from keepless.ir import format_bytes
 from keepless.machine import Plan, load_plan
@@ -219,6 +220,9 @@ def env(as_json: Json = False, debug: Debug = False) -> None:
             current.show(f"{name}: {'' if isinstance(fact, (dict, list)) else fact}")
             for key, item in rows:
                 current.show(f"  {key}: {item if item is not None else 'not installed'}")
+
+
+graphs.register(app)
 
 
 def _recipe(

@@ -1,7 +1,7 @@
 """What all commands share: where output goes, what errors become, how progress is shown.
 
-Exit codes: 0 it fits; 3 the budget is infeasible; 2 bad usage, which includes a budget, a model's name or a plan file
-that cannot be read; 1 anything else. With `--json` stdout is one JSON object, errors included.
+Exit codes: 0 it fits; 3 the budget is infeasible; 2 bad usage, which includes a budget, a model's name, a plan file or
+a graph file that cannot be read; 1 anything else. With `--json` stdout is one JSON object, errors included.
 """
 
 from __future__ import annotations
@@ -16,7 +16,15 @@ from typing import Any
 import typer
 from rich.console import Console
 
-from keepless.errors import BudgetError, InfeasibleBudget, KeeplessError, PlanError, SolverError
+from keepless.errors import (
+    BudgetError,
+    GraphError,
+    InfeasibleBudget,
+    KeeplessError,
+    PlanError,
+    ProgramError,
+    SolverError,
+)
 
 FAILED, BAD_USAGE, INFEASIBLE = 1, 2, 3
 
@@ -79,6 +87,8 @@ def session(as_json: bool, debug: bool) -> Iterator[Session]:
                     "bound": error.bound,
                     "blocking": error.blocking,
                 }
+            if isinstance(error, ProgramError):
+                facts |= {"rule": error.rule, "index": error.index}
             print(json.dumps({"error": facts, "exit_code": current.code}, indent=1))
         raise typer.Exit(current.code) from None
     current.finish()
@@ -89,7 +99,9 @@ def session(as_json: bool, debug: bool) -> Iterator[Session]:
 def _code(error: Exception) -> int:
     if isinstance(error, InfeasibleBudget):
         return INFEASIBLE
-    if isinstance(error, (UsageError, BudgetError, PlanError, SolverError, FileNotFoundError, IsADirectoryError)):
+    if isinstance(
+        error, (UsageError, BudgetError, GraphError, PlanError, SolverError, FileNotFoundError, IsADirectoryError)
+    ):
         return BAD_USAGE
     return FAILED
 

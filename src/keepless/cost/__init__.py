@@ -1,5 +1,9 @@
-"""Costs: seconds and scratch per op, links between tiers."""
+"""Costs: seconds and scratch per op, links between tiers; and graphs with their costs as JSON."""
 
+from keepless.cost.exchange import GraphFile as GraphFile
+from keepless.cost.exchange import parse_graph as parse_graph
+from keepless.cost.exchange import read_graph as read_graph
+from keepless.cost.graph_text import format_graph as format_graph
 from keepless.cost.model import CostModel as CostModel
 from keepless.cost.model import Link as Link
 from keepless.cost.model import Origin as Origin

@@ -18,6 +18,7 @@ import json
 import math
 import os
 import secrets
+from collections.abc import Sequence
 from typing import Any, NoReturn, TypeVar
 
 from keepless.cost import CostModel, Link, Origin
@@ -25,7 +26,7 @@ from keepless.errors import PlanError, ProgramError
 from keepless.ir.budget import MAX_NBYTES, Budget
 from keepless.ir.certificate import Certificate, Status
 from keepless.ir.graph import Graph
-from keepless.ir.program import DEVICE, Program, Run
+from keepless.ir.program import DEVICE, Run
 from keepless.ir.text import format_graph, format_program, parse_graph, parse_program
 from keepless.machine.plan import Baseline, Plan, make_plan
 
@@ -187,7 +188,7 @@ def _payload(plan: Plan) -> dict[str, object]:
 def _plan(payload: dict[str, object]) -> Plan:
     graph = parse_graph(_lines(payload, "graph"))
     program = parse_program(_lines(payload, "program"))
-    _check_work(graph, program)
+    check_work(graph, [instr.op for instr in program if isinstance(instr, Run)])
     cost = _cost(_table(payload, "cost"), len(graph.ops))
     budget = _budget(_table(payload, "budget"))
     baseline = _table(payload, "baseline")
@@ -206,10 +207,17 @@ def _plan(payload: dict[str, object]) -> Plan:
     )
 
 
-def _check_work(graph: Graph, program: Program) -> None:
-    """Refuse programs that run ops with very many values very often: they would take minutes to verify."""
+def check_work(graph: Graph, runs: Sequence[int]) -> None:
+    """Refuse programs that run ops with very many values very often: they would take minutes to verify.
+
+    Arguments:
+        runs: op ids, one per run; ids that are not in the graph are left to the verifier.
+
+    Raises:
+        PlanError: the runs read and make more than `MAX_EDGES` values together.
+    """
     sizes = [len(op.inputs) + len(op.outputs) + len(op.reuses) for op in graph.ops]
-    work = sum(sizes[instr.op] for instr in program if isinstance(instr, Run) and instr.op < len(sizes))
+    work = sum(sizes[op] for op in runs if op < len(sizes))
     if work > MAX_EDGES:
         _refuse(f"its program reads and makes {work} values; at most {MAX_EDGES} are checked")
 

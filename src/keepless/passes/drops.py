@@ -33,7 +33,8 @@ def insert_drops(graph: Graph, program: Program) -> Program:
             if instr.replay and op.id in states:
                 used = (*used, states[op.id])
             if instr.reuse:
-                consumed = {source for out, source in reuse_pairs(graph, op) if out in made}
+                kept = frozenset(made)
+                consumed = {source for out, source in reuse_pairs(graph, op) if out in kept}
         elif isinstance(instr, Wait) and instr.tier == DEVICE:
             made = (instr.value,)
         elif (isinstance(instr, Wait) and index in from_device) or (isinstance(instr, Copy) and instr.src == DEVICE):

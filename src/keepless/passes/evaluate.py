@@ -101,18 +101,18 @@ def evaluate(
         if special & 2 and remaining[op] > 1:
             state = states[op]
             remaining[op] -= 1
-        kept = []
+        kept = set()
         for value in outputs:
             if needed[value] and value != state:
                 needed[value] = False
                 resident -= nbytes[value]
-                kept.append(value)
-        dying = []
+                kept.add(value)
+        dying = set()
         for value in inputs:
             if not needed[value]:
                 needed[value] = True
                 resident += nbytes[value]
-                dying.append(value)
+                dying.add(value)
         if state >= 0 and not needed[state]:
             needed[state] = True
             resident += nbytes[state]

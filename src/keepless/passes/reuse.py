@@ -26,7 +26,8 @@ def reuse_storage(graph: Graph, program: Program) -> Program:
         if not isinstance(instr, Run) or instr.reuse or instr.op not in pairs_of:
             out.append(instr)
             continue
-        sources = {source for made, source in pairs_of[instr.op] if made in instr.keep}
+        kept = frozenset(instr.keep)
+        sources = {source for made, source in pairs_of[instr.op] if made in kept}
         drops: list[Drop] = []
         while index < len(instrs):
             follower = instrs[index]

@@ -102,8 +102,9 @@ def holdings(graph: Graph, program: Program, timeline: Timeline) -> Iterator[Hol
         dropped: int | None = None
         if isinstance(instr, Run):
             if instr.reuse:
+                kept = frozenset(instr.keep)
                 for out, source in reuse_pairs(graph, graph.ops[instr.op]):
-                    if out in instr.keep:
+                    if out in kept:
                         remove(source)
             for value in instr.keep:
                 add(value)

@@ -156,7 +156,8 @@ class _Seen:
         for value in op.outputs:
             self.first_made.setdefault(value, index)
         if run.reuse:
-            present -= {source for out, source in reuse_pairs(graph, op) if out in run.keep}
+            kept = frozenset(run.keep)
+            present -= {source for out, source in reuse_pairs(graph, op) if out in kept}
         present.update(run.keep)
 
     def would_stand_at_peak(self, value: int) -> bool:
