@@ -297,14 +297,27 @@ def test_copies_are_checked_where_the_graph_has_links(invoke: Invoke) -> None:
     assert invoke("check", "links.json", "p.txt", "-b", "299").exit_code == 1
 
 
-def test_a_saved_plan_is_checked_again(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A plan file checks under its own budget, fails under a smaller one, and its claims go to the planner."""
+def _signed(document: dict[str, Any]) -> str:
+    text = json.dumps(document["plan"], sort_keys=True, separators=(",", ":"))
+    document["digest"] = hashlib.sha256(text.encode()).hexdigest()
+    return json.dumps(document)
+
+
+def test_a_saved_plan_is_checked_again(invoke: Invoke) -> None:
+    """A plan file checks under its own budget, fails under a smaller one, and its claims are proven again."""
     assert invoke("solve", CHAIN, "-b", "0.7", "--save", "s.plan").exit_code == 0
-    monkeypatch.setattr(solvers, "recheck", lambda plan: f"bound {plan.certificate.bound_bytes} holds", raising=False)
     done = invoke("check", "s.plan")
     assert done.exit_code == 0, done.output
-    assert "bound 22000000 holds" in done.stdout
+    assert "claims   hold: no plan is faster than" in done.stdout
     assert json.loads(invoke("check", "s.plan", "--json").stdout)["rechecked"] is True
+    document = json.loads(Path("s.plan").read_text())
+    document["plan"]["certificate"]["bound_seconds"] *= 1.001
+    Path("boast.plan").write_text(_signed(document))
+    boast = invoke("check", "boast.plan")
+    assert boast.exit_code == 2
+    assert "claims a bound of" in boast.stderr
+    assert invoke("solve", CHAIN, "-b", "1.0", "--solver", "keep_all", "--save", "k.plan").exit_code == 0
+    assert json.loads(invoke("check", "k.plan", "--json").stdout)["rechecked"] is False
     error = json.loads(invoke("check", "s.plan", "-b", "0.4", "--json").stdout)["error"]
     assert error["rule"] == "R7"
 
@@ -315,9 +328,7 @@ def test_a_plan_file_whose_program_breaks_a_rule(invoke: Invoke) -> None:
     document = json.loads(Path("s.plan").read_text())
     del document["plan"]["program"][5]
     Path("damaged.plan").write_text(json.dumps(document))
-    text = json.dumps(document["plan"], sort_keys=True, separators=(",", ":"))
-    document["digest"] = hashlib.sha256(text.encode()).hexdigest()
-    Path("forged.plan").write_text(json.dumps(document))
+    Path("forged.plan").write_text(_signed(document))
     done = invoke("check", "forged.plan", "--json")
     assert done.exit_code == 1
     assert json.loads(done.stdout)["error"]["rule"] in RULES
