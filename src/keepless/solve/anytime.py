@@ -15,7 +15,7 @@ from keepless.solve.floor import floor_bound
 from keepless.solve.improve import improve
 from keepless.solve.lagrange import Woven
 from keepless.solve.moments import Bound
-from keepless.solve.planner import ENOUGH, SPACE, Planner
+from keepless.solve.planner import SPACE, Planner
 from keepless.solve.search import Search, Standing
 from keepless.solve.solution import Solution, solution
 
@@ -65,7 +65,7 @@ class _Course:
     @property
     def is_enough(self) -> bool:
         """Whether the best order need not become better."""
-        return self.best.seconds <= self.fastest * (1 + ENOUGH)
+        return self.best.seconds <= self.fastest * (1 + self.planner.enough)
 
     def run(self) -> Solution:
         """The whole search."""
@@ -109,7 +109,7 @@ class _Course:
                     self.limit,
                     work=self.planner.improvement_work // len(fitting),
                     seed=self.seed + number,
-                    enough=self.fastest * (1 + ENOUGH),
+                    enough=self.fastest * (1 + self.planner.enough),
                     search=self.search,
                     tell=self._take,
                 )

@@ -67,7 +67,7 @@ def best_bound(relaxation: Relaxation, limit: int, ops: Sequence[int], enough: f
 
 def _rounds(tables: Tables) -> int:
     size = sum(map(len, tables.reads[: tables.loss]))
-    return 12 if size <= 3000 else 6 if size <= 6000 else 2 if size <= 20_000 else 0
+    return 8 if size <= 3000 else 4 if size <= 6000 else 2 if size <= 20_000 else 0
 
 
 def witness_text(bound: Bound, floor_op: int) -> str:

@@ -176,8 +176,8 @@ class Gaps:
             if self.work <= 0:
                 break
             without = [*self.order[:position], *self.order[position + 1 :]]
-            kept = useful(self.tables, without)
-            candidate = [without[p] for p in kept]
+            kept = useful(self.tables, without) if self._orphans(position) else range(len(without))
+            candidate = [without[p] for p in kept] if len(kept) < len(without) else without
             lives = self._try(candidate)
             if lives.peak <= limit and lives.seconds < self.lives.seconds:
                 old = np.array(kept, np.int64)
@@ -187,6 +187,14 @@ class Gaps:
                 self._take(candidate, lives)
                 changed = True
         return changed
+
+    def _orphans(self, position: int) -> bool:
+        """Whether a replay serves only the run at this position."""
+        for u in self.tables.reads[self.order[position]]:
+            born, end = self.lives.instance(u, position)
+            if born >= 0 and end == position and self.order.index(self.order[born]) < born:
+                return True
+        return False
 
     def _room(self, position: int, limit: int) -> tuple[int, int]:
         """Bytes below the limit if the run at `position` were taken out, and the bytes of its outputs."""

@@ -41,7 +41,9 @@ class Effort:
         """Some hundred cuts for ordinary graphs, some dozens for very large ones: seconds either way."""
         if num_ops <= 2000:
             return Effort(24, 4, 4, 14)
-        return Effort(8, 3, 3, 10) if num_ops <= 6000 else Effort(5, 2, 2, 8)
+        if num_ops <= 6000:
+            return Effort(8, 3, 3, 10)
+        return Effort(5, 2, 2, 8) if num_ops <= 15_000 else Effort(2, 1, 1, 6)
 
 
 @dataclass(frozen=True)

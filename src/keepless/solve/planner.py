@@ -34,8 +34,11 @@ _WORK_OPS = 4_000_000
 """Work of one local search: evaluated orders times their ops."""
 _IMPROVE_OPS = 5_000_000
 """The same for the rounds after it."""
-ENOUGH = 0.005
-"""A certified gap at which an order is left as it is."""
+_ENOUGH = 0.005
+_HUGE = 10_000
+"""Ops beyond which one start must do for the smallest peak."""
+_LARGE = 3000
+"""Ops beyond which twice the gap is enough."""
 
 
 @dataclass(frozen=True)
@@ -64,12 +67,17 @@ class Planner:
     @cached_property
     def work(self) -> int:
         """Orders that one local search may evaluate."""
-        return max(200, min(4000, _WORK_OPS // max(self.tables.num_ops, 1)))
+        return max(60, min(4000, _WORK_OPS // max(self.tables.num_ops, 1)))
 
     @cached_property
     def improvement_work(self) -> int:
         """Orders that the search for better ones may evaluate."""
-        return max(200, min(10_000, _IMPROVE_OPS // max(self.tables.num_ops, 1)))
+        return max(60, min(10_000, _IMPROVE_OPS // max(self.tables.num_ops, 1)))
+
+    @property
+    def enough(self) -> float:
+        """A certified gap at which an order is left as it is."""
+        return _ENOUGH if self.tables.num_ops <= _LARGE else 2 * _ENOUGH
 
     @cached_property
     def relaxation(self) -> Relaxation:
@@ -78,7 +86,7 @@ class Planner:
 
     def bound(self, limit: int, woven: Woven) -> Bound:
         """Seconds of recomputation that every order within the limit has, from the moments where this one is tight."""
-        enough = woven.seconds / (1 + ENOUGH) - float(self.tables.seconds.sum())
+        enough = woven.seconds / (1 + self.enough) - float(self.tables.seconds.sum())
         return best_bound(self.relaxation, limit, candidates(self.tables, woven), enough)
 
     @cached_property
@@ -106,7 +114,7 @@ class Planner:
         starts.sort(key=lambda w: (w.peak, w.seconds))
         base = tables.lives(tables.base)
         best = Woven(tables.base.tolist(), base.seconds, base.peak)
-        for start in starts[:_SMALLEST_STARTS]:
+        for start in starts[: _SMALLEST_STARTS if tables.num_ops <= _HUGE else 1]:
             low = self.lower(start)
             if (low.peak, low.seconds) < (best.peak, best.seconds):
                 best = low
