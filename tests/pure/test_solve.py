@@ -17,6 +17,7 @@ from keepless.passes import evaluate
 from keepless.solve import SOLVERS, Search, Standing, floor_bound, recheck, smallest, solve
 from keepless.solve.anytime import plan
 from keepless.solve.baselines import EveryK
+from keepless.solve.moment_cut import cut_bound
 from keepless.solve.moments import Relaxation
 from keepless.solve.planner import Planner
 from keepless.solve.tables import Tables
@@ -344,6 +345,11 @@ def test_bounds_of_many_moments_hold(seed: int) -> None:
         assert best is not None
         everything = relaxation.bound(limit, after)
         one = max(relaxation.bound(limit, [op]).seconds for op in after)
+        for op in after:
+            cut = cut_bound(relaxation, limit, op)
+            assert cut.seconds <= relaxation.bound(limit, [op]).seconds * (1 + 1e-6) + 1e-12
+            assert cut.seconds >= 0.99 * relaxation.bound(limit, [op]).seconds
+            assert cut_bound(relaxation, limit, op, cut.prices.get(op, 0.0)).seconds == cut.seconds
         assert max(everything.seconds, one) + float(tables.seconds.sum()) <= best * (1 + 1e-9)
         assert relaxation.bound(limit, after, everything.prices).seconds == pytest.approx(everything.seconds, abs=1e-9)
 

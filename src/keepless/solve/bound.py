@@ -16,11 +16,14 @@ from keepless.errors import SolverError
 from keepless.ir import Certificate, Graph
 from keepless.solve.floor import floor_bound
 from keepless.solve.lagrange import Woven, base_profile
+from keepless.solve.moment_cut import cut_bound
 from keepless.solve.moments import Bound, Relaxation
 from keepless.solve.tables import Tables
 
 _TIGHTEST = 6
 _WINDOWS = 8
+_HUGE = 5_000
+"""Forward ops beyond which each moment is bounded alone, by minimum cuts."""
 _MAX_PRICED = 5
 """Moments in one linear program; more make it slow and rarely better."""
 _TOLERANCE = 1e-6
@@ -51,6 +54,9 @@ def best_bound(relaxation: Relaxation, limit: int, ops: Sequence[int], enough: f
     tables = relaxation.tables
     if tables.loss >= tables.num_ops:
         return Bound(0.0, {})
+    if _is_huge(tables):
+        bounds = (cut_bound(relaxation, limit, op) for op in [tables.loss, *ops[:2]])
+        return max(bounds, key=lambda bound: bound.seconds)
     best = relaxation.bound(limit, [tables.loss])
     rest = list(ops)
     for number in range(_rounds(tables)):
@@ -67,7 +73,12 @@ def best_bound(relaxation: Relaxation, limit: int, ops: Sequence[int], enough: f
 
 def _rounds(tables: Tables) -> int:
     size = sum(map(len, tables.reads[: tables.loss]))
-    return 8 if size <= 3000 else 4 if size <= 6000 else 2 if size <= 20_000 else 0
+    return 8 if size <= 3000 else 4 if size <= 6000 else 2
+
+
+def _is_huge(tables: Tables) -> bool:
+    """Whether one linear program would take minutes."""
+    return tables.loss > _HUGE
 
 
 def witness_text(bound: Bound, floor_op: int) -> str:
@@ -110,7 +121,11 @@ def recheck(graph: Graph, cost: CostModel, limit: int, certificate: Certificate)
     seconds = float(tables.seconds.sum())
     prices = _prices(certificate.witness, tables)
     if prices:
-        seconds += Relaxation(tables).bound(limit, list(prices), prices).seconds
+        relaxation = Relaxation(tables)
+        if _is_huge(tables):
+            seconds += max(cut_bound(relaxation, limit, op, price).seconds for op, price in prices.items())
+        else:
+            seconds += relaxation.bound(limit, list(prices), prices).seconds
     return Recheck(seconds, floor_bound(graph, cost)[0], certificate.bound_seconds, certificate.bound_bytes)
 
 

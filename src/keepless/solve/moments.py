@@ -66,6 +66,24 @@ class Moment:
     here: frozenset[int]
 
 
+@dataclass(frozen=True)
+class Network:
+    """One moment as a cut: source, a node per forward value, a node per forward op, sink.
+
+    Arguments:
+        rows, cols: the edges: first those that `keep` prices, then those of `again`, then infinite ones.
+        keep: bytes of each value; 0 for what counts already.
+        again: seconds of each op that may run again.
+    """
+
+    rows: Ints
+    cols: Ints
+    keep: Floats
+    again: Floats
+    source: int
+    sink: int
+
+
 class Relaxation:
     """The linear program of a graph, for any moments and limit."""
 
@@ -96,6 +114,22 @@ class Relaxation:
         taken = sum(tables.sizes[out] for out, _ in reuse_pairs(graph, graph.ops[op]))
         other = tables.static_nbytes + sum(tables.sizes[v] for v in here) - taken + tables.cost.scratch[op]
         return Moment(op, other, frozenset(here))
+
+    def network(self, op: int) -> Network:
+        """The cut of one moment: what is read after it is kept, or its producer runs again."""
+        num, loss = len(self.values), self.tables.loss
+        source, sink = num + loss, num + loss + 1
+        ops = np.flatnonzero(self._can)
+        head = self._read_between(op, self.tables.num_ops - 1)
+        parts = [
+            (np.arange(num), np.where(self._can[self._maker], num + self._maker, sink)),
+            (num + ops, np.full(len(ops), sink)),
+            (num + self._edges[:, 0], self._edges[:, 1]),
+            (np.full(len(head), source), head),
+        ]
+        rows, cols = (np.concatenate(side) for side in zip(*parts, strict=True))
+        keep = np.round(self._weights(self.moment(op)) * _MIB)
+        return Network(rows, cols, keep, self._seconds[ops], source, sink)
 
     def bound(self, limit: int, ops: Sequence[int], prices: Mapping[int, float] | None = None) -> Bound:
         """The best bound of these moments; moments that the limit excludes in any case are left out.
