@@ -66,11 +66,13 @@ class Chain:
 def chains(tables: Tables) -> list[Chain]:
     """Chains of the graph from fine to coarse, each length once; none where the forward has no op that may run again.
 
-    The finest has a stage between any two neighbouring cut positions, at most `MOST_STAGES`.
+    The finest is cut at all of `find_cuts`' positions and wherever a single value is alive; it has at most
+    `MOST_STAGES` stages.
     """
     cuts = find_cuts(tables, MOST_STAGES - 1)
     positions = cuts.positions.tolist()
-    found: list[list[int]] = [positions[1:]]
+    finest = sorted({*positions[1:], *_single(tables)})
+    found: list[list[int]] = [finest if len(finest) < MOST_STAGES else positions[1:]]
     for grain in reversed(_GRAINS):
         if grain < len(positions):
             ends = [int(positions[i]) for i in cut_at(cuts, float(cuts.work[-1]) / grain)]
@@ -157,6 +159,20 @@ def order_of(tables: Tables, chain: Chain, schedule: Iterable[int], most_runs: i
             stage -= 1
         order.append(p)
     return strip(tables, order)
+
+
+def _single(tables: Tables) -> list[int]:
+    """Forward positions at which one value alone is alive."""
+    num = tables.loss
+    moves = np.zeros(num + 2, np.int64)
+    for p in range(num):
+        for v in _made(tables, p):
+            last = _last_forward(tables, v)
+            if tables.producer[v] == p and last > p:
+                moves[p] += 1
+                moves[last] -= 1
+    found: list[int] = np.flatnonzero(np.cumsum(moves)[:num] == 1).tolist()
+    return found
 
 
 def _empty() -> Chain:

@@ -94,7 +94,7 @@ class ByteCut:
         num = len(self._node)
         self._op0, self._source, self._sink = num, num + loss, num + loss + 1
         self._fusible = [base_name(op.name) in FUSIBLE for op in tables.graph.ops]
-        self._weights = self._priced()
+        self.weights = self._priced()
         self._needed = [i for v, i in self._node.items() if self._readers(v, after=True)]
         pairs = [(num + p, self._node[u]) for p in range(loss) for u in tables.reads[p] if u in self._node]
         self._rows = np.array([*(r for r, _ in pairs), *([self._source] * len(self._needed))], np.int64)
@@ -126,8 +126,8 @@ class ByteCut:
         rows = np.concatenate([np.arange(num), self._rows])
         cols = np.concatenate([np.where(free, self._op0 + makers, self._sink), self._cols])
         caps = np.full(len(rows), _INFINITE, np.int32)
-        scale = _TOTAL / max(float(self._weights.sum()), 1.0)
-        caps[:num] = np.clip(self._weights * min(scale, 1.0), 1, _TOTAL).astype(np.int32)
+        scale = _TOTAL / max(float(self.weights.sum()), 1.0)
+        caps[:num] = np.clip(self.weights * min(scale, 1.0), 1, _TOTAL).astype(np.int32)
         network = csr_matrix((caps, (rows, cols)), shape=(size, size))
         residual = network - maximum_flow(network, self._source, self._sink, method="dinic").flow
         residual.data = np.maximum(residual.data, 0)

@@ -23,7 +23,7 @@ from keepless.solve.solution import Solution
 from keepless.solve.tables import Tables
 
 _SPACE = "persistent schedules of stages: all of a stage or its input is kept"
-_CELLS = 400_000_000
+_CELLS = 250_000_000
 """Largest table: the sum over rows of length times slots. Some seconds."""
 _FEWEST_SLOTS = 100
 _FINEST = 4

@@ -134,6 +134,7 @@ class RotorTable:
         self._sizes, self._rows, self.slots = sizes, rows, slots
         self._width = slots + 1
         self._cost = np.full((len(rows.first), 2 * self._width), np.inf)
+        self._windows = np.lib.stride_tricks.sliding_window_view(self._cost.reshape(-1), self._width)
         self._choice = np.full((len(rows.first), self._width), _NONE, np.int16)
         self._until = np.concatenate([[0.0], np.cumsum(sizes.seconds)])
         self.is_complete = True
@@ -190,9 +191,10 @@ class RotorTable:
         total += (self._until[cuts] - self._until[s - 1])[:, None]
         need = np.maximum.accumulate(sizes.passing[s - 1 : t - 1] + sizes.fresh[s - 1, s - 1 : t - 1])
         need = need + sizes.grads[t - 1]
-        total[memory[None, :] < need[:, None]] = np.inf
-        best = total.argmin(axis=0)
-        cost = total[best, memory]
+        few = min(int(need[-1]), width)
+        total[:, :few][memory[None, :few] < need[:, None]] = np.inf
+        cost = total.min(axis=0)
+        best = (total == cost).argmax(axis=0)
         keep = self._shifted(rows.of[s + 1 : s + 2, t], np.minimum(sizes.saved[s - 1 : s], width))[0]
         keep = keep + sizes.seconds[s - 1]
         floor = max(int(sizes.saving[s - 1] + sizes.grads[t - 1]), int(sizes.back[s - 1]))
@@ -205,5 +207,5 @@ class RotorTable:
     def _shifted(self, row: npt.NDArray[np.int32], shift: Ints) -> Floats:
         """Rows of the table with `shift` fewer slots: entry m of the result is entry m - shift."""
         at = row.astype(np.int64) * (2 * self._width) + self._width - shift
-        found: Floats = self._cost.reshape(-1)[at[:, None] + np.arange(self._width)]
+        found: Floats = self._windows[at]
         return found
