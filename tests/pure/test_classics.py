@@ -19,6 +19,7 @@ from keepless.cost import CostModel
 from keepless.errors import SolverError
 from keepless.ir import Budget, Effect, Graph, Kind, Op, Phase, Status, Value
 from keepless.machine import simulate, verify
+from keepless.passes import evaluate
 from keepless.solve import SOLVERS, Search, solve
 from keepless.solve.classics import binomial_cost
 from keepless.solve.classics.chain import chain_at, chains, order_of
@@ -336,20 +337,36 @@ def test_dtr_keeps_its_own_limit(share: float, plain: bool) -> None:
     assert replay(Tables(graph, cost), 45_000) is not None
 
 
-def test_dtr_evicts_what_is_cheap_large_and_stale() -> None:
-    """Of three values that wait for the backward, the one of the least cost per byte and staleness runs again."""
-    values = [Value(0, "x", 8, Kind.INPUT)]
-    values += [Value(i, f"v{i}", n, Kind.ACTIVATION) for i, n in ((1, 100), (2, 100), (3, 100), (4, 100))]
-    values += [Value(i, f"out{i}", 8, Kind.OUTPUT) for i in (5, 6, 7)]
-    reads = [(0,), (0,), (0,), (0,), (4,), (3,), (2,)]
-    ops = [Op(i, "op", reads[i], (i + 1,), Phase.FORWARD) for i in range(7)]
-    ops[4:] = [Op(i, "op", (*reads[i], 1), (i + 1,), Phase.FORWARD) for i in (4, 5, 6)]
-    ops = [replace(op, inputs=tuple(sorted(op.inputs))) for op in ops]
-    graph = Graph(tuple(ops), tuple(values), frozenset({0}), frozenset({0, 5, 6, 7}))
-    cost = CostModel((9.0, 1.0, 8.0, 8.0, 1.0, 1.0, 1.0), (0,) * 7)
-    order = replay(Tables(graph, cost), 400)
+def replayed(sizes: dict[str, int], seconds: dict[str, float], big: int, room: int, wait: float = 1e6) -> set[str]:
+    """Which of a, b (made from a) and d run again: all wait, `big` bytes pass by, and then each is read."""
+    names = ["x", "a", "b", "d", "w", "big", *(f"out{i}" for i in range(4))]
+    nbytes = {"x": 8, "big": big, **sizes}
+    reads = [("x",), ("a",), ("x",), ("x",), ("w",), ("big",), ("b",), ("a",), ("d",)]
+    number = {name: i for i, name in enumerate(names)}
+    values = tuple(Value(i, name, nbytes.get(name, 0), Kind.ACTIVATION) for name, i in number.items())
+    ops = tuple(Op(i, "op", tuple(number[r] for r in row), (i + 1,), Phase.FORWARD) for i, row in enumerate(reads))
+    graph = Graph(ops, values, frozenset({0}), frozenset({0, *range(6, 10)}))
+    cost = CostModel((seconds["a"], seconds["b"], seconds["d"], wait, *[1e-3] * 5), (0,) * 9)
+    order = replay(Tables(graph, cost), room)
     assert order is not None
-    assert sorted(op for op in range(7) if order.count(op) > 1) == [1]
+    assert evaluate(graph, cost, order).peak <= room
+    return {names[op + 1] for op in set(order) if order.count(op) > 1}
+
+
+def test_dtr_evicts_what_is_cheap_large_and_stale() -> None:
+    """One value has to go: the least cost per byte and staleness."""
+    same, ones = {"a": 100, "b": 100, "d": 100}, {"a": 1.0, "b": 1.0, "d": 1.0}
+    assert replayed(same, {**ones, "b": 0.5}, 100, 308) == {"b"}
+    assert replayed({**same, "d": 150}, ones, 100, 358) == {"d"}
+    assert replayed(same, {**ones, "d": 0.9}, 100, 308, wait=0.1) == {"a"}
+    assert replayed(same, {**ones, "d": 0.9}, 100, 308) == {"d"}
+
+
+def test_dtr_counts_what_was_evicted_nearby() -> None:
+    """Two values have to go. When b is gone, a costs b's seconds, too: a little more than d, or less."""
+    same = {"a": 100, "b": 100, "d": 100}
+    assert replayed(same, {"a": 1.0, "b": 0.5, "d": 1.4}, 200, 308) == {"b", "d"}
+    assert replayed(same, {"a": 1.0, "b": 0.5, "d": 1.6}, 200, 308) == {"a", "b"}
 
 
 @pytest.mark.parametrize("name", CLASSICS)
