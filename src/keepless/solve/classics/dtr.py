@@ -107,7 +107,7 @@ class _Runtime:
         self._free[list(self._keep)] = False
         self._evicted: set[int] = set()
         self._done = bytearray(tables.num_ops)
-        self._component = _Components(num)
+        self._component = Components(num)
         self._uses = [0] * num
         self._expires: list[list[int]] = [[] for _ in range(tables.num_ops)]
         for op in range(tables.num_ops):
@@ -249,7 +249,7 @@ def _needed_until(tables: Tables) -> list[int]:
     return until
 
 
-class _Components:
+class Components:
     """Connected sets of evicted values with their costs; sets never split, as in the paper's approximation."""
 
     def __init__(self, num: int) -> None:
