@@ -36,7 +36,7 @@ class Net(nn.Module):
 
 @pytest.mark.parametrize("solver", ["sqrt_n", "revolve", "rotor", "dtr", "knapsack"])
 def test_classic_plans_train_bit_for_bit(solver: str) -> None:
-    """At three fifths of the memory: replays, the same gradients as the engine that keeps everything, and the budget kept."""
+    """At three fifths of the memory: replays, the gradients of the engine that keeps everything, the budget kept."""
     torch.manual_seed(0)
     model, batch = Net(), (torch.randn(1024, 32),)
     limit = int(0.6 * keepless.plan(model, batch, "1TiB", solver="keep_all", cache=False).predicted_peak)
