@@ -16,6 +16,7 @@ from keepless.solve.anytime import plan as _plan
 from keepless.solve.baselines import EveryK, KeepAll, RecomputeAll
 from keepless.solve.bound import Recheck as Recheck
 from keepless.solve.bound import recheck as recheck
+from keepless.solve.classics import Dtr, Knapsack, MinCutByBytes, Revolve, Rotor, SqrtN
 from keepless.solve.floor import floor_bound as floor_bound
 from keepless.solve.planner import SPACE, Planner
 from keepless.solve.search import Search as Search
@@ -28,6 +29,12 @@ SOLVERS: Mapping[str, Solver] = {
     "keep_all": KeepAll(),
     "recompute_all": RecomputeAll(),
     "every_k": EveryK(),
+    "sqrt_n": SqrtN(),
+    "revolve": Revolve(),
+    "rotor": Rotor(),
+    "dtr": Dtr(),
+    "min_cut": MinCutByBytes(),
+    "knapsack": Knapsack(),
     "keepless": Keepless(),
 }
 """Solvers by name. A new solver is one file and one line here."""
