@@ -6,22 +6,30 @@ Ctrl-C, a clock or a limit of work end it at any time with the best order so far
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from itertools import chain
 
 from keepless.cost import CostModel
 from keepless.ir import Certificate, Graph, Status
 from keepless.solve.bound import witness_text
+from keepless.solve.classics import Dtr, Revolve, Rotor, SqrtN
 from keepless.solve.floor import floor_bound
 from keepless.solve.improve import improve
-from keepless.solve.lagrange import Woven
+from keepless.solve.lagrange import Woven, better
 from keepless.solve.moments import Bound
 from keepless.solve.planner import SPACE, Planner
 from keepless.solve.search import Search, Standing
 from keepless.solve.solution import Solution, solution
 
 NAME = "keepless"
+FREE_SPACE = "ops in any order, any number of recomputations"
 _STARTS = 2
 """Orders that are improved, the fastest first."""
+_CLASSICS = (Revolve(), Rotor(), Dtr(), SqrtN())
+"""Their orders are starts, too: on chains some of them are optimal."""
+_CLASSICS_OPS = 4000
+"""Ops beyond which they take too long."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +44,28 @@ class Keepless:
 
 
 def plan(planner: Planner, limit_nbytes: int, seed: int = 0, search: Search | None = None) -> Solution:
-    """The planner's solution for one limit."""
-    return _Course(planner, limit_nbytes, seed, search or Search()).run()
+    """The planner's solution for one limit.
+
+    Where ops may run in any order, an order of first runs with a lower peak is planned for first: a plan that needs no
+    recomputation there is optimal.
+    """
+    course = _Course(planner, limit_nbytes, seed, search or Search())
+    other = planner.reordered if course.best.peak > limit_nbytes else None
+    if other is None:
+        return course.run()
+    there = _Course(other, limit_nbytes, seed, course.search).run()
+    if there.certificate.status is Status.OPTIMAL:
+        return _renumbered(planner, other, there)
+    here = course.run()
+    fits = [s for s in (there, here) if s.peak <= limit_nbytes]
+    chosen = min(fits or (there, here), key=lambda s: (s.seconds, s.peak) if fits else (s.peak, s.seconds))
+    return _renumbered(planner, other, there) if chosen is there else here
+
+
+def _renumbered(planner: Planner, other: Planner, found: Solution) -> Solution:
+    """The solution of the reordered graph as one of the graph that was asked about."""
+    claim = replace(found.certificate, space=FREE_SPACE)
+    return solution(planner.graph, planner.cost, other.own(found.order), claim)
 
 
 @dataclass
@@ -89,13 +117,16 @@ class _Course:
     def _first(self) -> None:
         if self.best.peak > self.limit:
             self.best = self.planner.within(self.limit, self.search)
+        if self.best.peak > self.limit:
+            for woven in self._classics():
+                self.best = better(woven, self.best, self.limit)
         self._tell()
 
     def _improve(self) -> None:
         self._certify()
         pool = [self.best]
         if not self.is_enough:
-            for woven in self.planner.others(self.limit, self.search):
+            for woven in chain(self.planner.others(self.limit, self.search), self._classics()):
                 pool.append(woven)
                 self._take(woven)
                 if self.is_enough:
@@ -115,6 +146,17 @@ class _Course:
                 )
         if not self.is_enough and not self.search.is_over:
             self._certify()
+
+    def _classics(self) -> Iterator[Woven]:
+        planner = self.planner
+        if planner.tables.num_ops > _CLASSICS_OPS:
+            return
+        for solver in _CLASSICS:
+            if self.search.is_over:
+                return
+            found = solver.solve(planner.graph, planner.cost, self.limit, self.seed)
+            if found.peak <= self.limit:
+                yield Woven(list(found.order), found.seconds, found.peak)
 
     def _certify(self) -> None:
         found = self.planner.bound(self.limit, self.best)

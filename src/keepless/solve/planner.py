@@ -10,7 +10,7 @@ of their first runs. `anytime` goes on from there: a bound, and better orders un
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -21,6 +21,7 @@ from keepless.solve.gaps import Gaps
 from keepless.solve.lagrange import PriceSearch, Woven, better
 from keepless.solve.min_cut import MinCut
 from keepless.solve.moments import Bound, Relaxation
+from keepless.solve.reorder import is_free, low_order, permuted
 from keepless.solve.search import Search
 from keepless.solve.segments import families, find_cuts
 from keepless.solve.tables import Ints, Tables
@@ -43,11 +44,19 @@ _LARGE = 3000
 
 @dataclass(frozen=True)
 class Planner:
-    """One graph with its costs, prepared for any number of budgets."""
+    """One graph with its costs, prepared for any number of budgets.
+
+    Arguments:
+        graph: the step.
+        cost: of its ops.
+        is_proxy: the costs stand for others (see `smallest`).
+        first_runs: where the graph's ops are those of another graph in another order: their ids there.
+    """
 
     graph: Graph
     cost: CostModel
     is_proxy: bool = False
+    first_runs: tuple[int, ...] | None = None
 
     @cached_property
     def tables(self) -> Tables:
@@ -90,7 +99,29 @@ class Planner:
         return best_bound(self.relaxation, limit, candidates(self.tables, woven), enough)
 
     @cached_property
+    def reordered(self) -> Planner | None:
+        """The planner of the same graph in an order of first runs with a lower peak, where ops may run in any order."""
+        if self.is_proxy or self.first_runs is not None or not is_free(self.graph):
+            return None
+        order = low_order(self.tables)
+        if self.tables.lives(order).peak >= self.tables.lives(self.tables.base).peak:
+            return None
+        return Planner(*permuted(self.graph, self.cost, order), first_runs=tuple(order))
+
+    def own(self, order: Sequence[int]) -> list[int]:
+        """An order of this planner in the numbers of the graph that was asked about."""
+        return list(order) if self.first_runs is None else [self.first_runs[op] for op in order]
+
+    @cached_property
     def smallest(self) -> Woven:
+        """The lowest order that was found, also over orders of first runs where they are free."""
+        low = self._smallest()
+        if self.reordered is None:
+            return low
+        other = self.reordered.smallest
+        return Woven(self.reordered.own(other.order), other.seconds, other.peak) if other.peak < low.peak else low
+
+    def _smallest(self) -> Woven:
         """The lowest order that was found.
 
         The search weighs ops by the bytes that they move, not by measured seconds, so that the smallest budget of a
