@@ -21,7 +21,7 @@ $(VENV)/.ready: pyproject.toml $(CONSTRAINTS)
 $(PURE)/.ready: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(PURE)
 	$(PURE)/bin/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) \
-		numpy scipy pytest pytest-timeout hypothesis
+		numpy scipy ortools pytest pytest-timeout hypothesis
 	@touch $@
 
 demo: $(VENV)/.ready

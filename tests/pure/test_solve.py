@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import random
 from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 from test_solve_models import Tape, batch_norm_net, chain, dense, gpt, unet
@@ -22,6 +23,11 @@ from keepless.solve.moments import Relaxation
 from keepless.solve.planner import Planner
 from keepless.solve.tables import Tables
 
+NEEDS = {"intervals": "ortools"}
+NAMES = [
+    pytest.param(name, marks=pytest.mark.skipif(find_spec(NEEDS.get(name, "numpy")) is None, reason="not installed"))
+    for name in sorted(SOLVERS)
+]
 SMALL = {"gpt": lambda: gpt(2, 64, 32, 2), "unet": lambda: unet(2), "dense": lambda: dense(5), "bn": batch_norm_net}
 
 
@@ -71,7 +77,7 @@ def least_seconds(graph: Graph, cost: CostModel, limit: int) -> float | None:
     return None
 
 
-@pytest.mark.parametrize("solver", sorted(SOLVERS))
+@pytest.mark.parametrize("solver", NAMES)
 @pytest.mark.parametrize("model", sorted(SMALL))
 def test_solutions_are_legal_and_say_the_truth(solver: str, model: str) -> None:
     """Every solver's program passes the verifier, and its seconds and peak are the simulator's."""
@@ -91,7 +97,7 @@ def test_solutions_are_legal_and_say_the_truth(solver: str, model: str) -> None:
         assert first_runs == list(range(len(graph.ops)))
 
 
-@pytest.mark.parametrize("solver", sorted(SOLVERS))
+@pytest.mark.parametrize("solver", NAMES)
 @pytest.mark.parametrize("seed", range(4))
 def test_no_solver_beats_exhaustive_search(solver: str, seed: int) -> None:
     """On tiny graphs without storage reuse, nobody is faster than the exhaustive search at the same peak."""

@@ -17,6 +17,7 @@ from keepless.solve.baselines import EveryK, KeepAll, RecomputeAll
 from keepless.solve.bound import Recheck as Recheck
 from keepless.solve.bound import recheck as recheck
 from keepless.solve.classics import Dtr, Knapsack, MinCutByBytes, Revolve, Rotor, SqrtN
+from keepless.solve.exact import Checkmate, Exhaustive, Intervals
 from keepless.solve.floor import floor_bound as floor_bound
 from keepless.solve.planner import SPACE, Planner
 from keepless.solve.search import Search as Search
@@ -36,6 +37,9 @@ SOLVERS: Mapping[str, Solver] = {
     "min_cut": MinCutByBytes(),
     "knapsack": Knapsack(),
     "keepless": Keepless(),
+    "exhaustive": Exhaustive(),
+    "checkmate": Checkmate(),
+    "intervals": Intervals(),
 }
 """Solvers by name. A new solver is one file and one line here."""
 

@@ -1,0 +1,65 @@
+"""What exact solvers answer where their search does not: the planner's order, and a claim that its peak bears out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from keepless.cost import CostModel
+from keepless.errors import SolverError
+from keepless.ir import Certificate, Graph, Status
+from keepless.passes import evaluate
+from keepless.solve.bound import seconds_bound
+from keepless.solve.planner import Planner
+from keepless.solve.search import Search, Standing
+from keepless.solve.solution import Solution, solution
+from keepless.solve.tables import Tables
+
+
+def captured_order(graph: Graph) -> list[int]:
+    """Every op once, as captured."""
+    return list(range(len(graph.ops)))
+
+
+def known_order(graph: Graph, cost: CostModel, limit_nbytes: int) -> list[int]:
+    """The captured order if it fits, else the planner's: the fastest within the limit, or the lowest that it finds."""
+    order = captured_order(graph)
+    fits = evaluate(graph, cost, order).peak <= limit_nbytes
+    return order if fits else Planner(graph, cost).within(limit_nbytes).order
+
+
+def cut_seconds(tables: Tables, limit_nbytes: int) -> float:
+    """Seconds of replays that every order needs: the minimum cut at the LOSS op (`bound`); 0 where there is none."""
+    if tables.loss >= tables.num_ops:
+        return 0.0
+    least, _ = seconds_bound(tables, limit_nbytes, [tables.loss])
+    return max(0.0, least - float(tables.seconds.sum()))
+
+
+def settle(
+    graph: Graph, cost: CostModel, order: Sequence[int], claim: Certificate, limit_nbytes: int, search: Search
+) -> Solution:
+    """The solution of an order, with a status that its peak bears out; told to the search.
+
+    Arguments:
+        claim: FEASIBLE becomes NOT_FOUND where the order does not fit, and TIME_LIMITED where the clock ended the
+            search before.
+
+    Raises:
+        SolverError: a proof and the order contradict each other.
+    """
+    found = solution(graph, cost, list(order), claim)
+    fits = found.peak <= limit_nbytes
+    if (claim.status is Status.OPTIMAL and not fits) or (claim.status is Status.PROVEN_INFEASIBLE and fits):
+        raise SolverError(
+            f"The solver {claim.solver!r} says {claim.status.value!r} for {limit_nbytes} bytes, and the order has a "
+            f"peak of {found.peak} bytes: its model of the graph is wrong. Use another solver, and report the graph."
+        )
+    status = claim.status
+    if status is Status.FEASIBLE and not fits:
+        status = Status.NOT_FOUND
+    if status is Status.FEASIBLE and search.is_cut_by_clock:
+        status = Status.TIME_LIMITED
+    seconds = found.seconds if fits else float("inf")
+    search.report(Standing(claim.solver, seconds, found.peak, claim.bound_seconds, search.spent))
+    return replace(found, certificate=replace(claim, status=status))
