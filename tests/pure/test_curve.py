@@ -1,0 +1,347 @@
+"""The whole curve: points on a front, bounds below them, plans between them, the knee, strategies, the picture."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_solve import SMALL, least_seconds, tiny
+from test_solve_models import batch_norm_net, chain, dense, gpt, unet
+
+import keepless.solve.curve as curve_module
+import keepless.solve.planner as planner_module
+from keepless.cost import CostModel
+from keepless.errors import InfeasibleBudget, SolverError
+from keepless.ir import Budget, Graph, Kind, Op, Phase, Status, Value
+from keepless.machine import simulate, verify
+from keepless.report.curve_table import curve_text
+from keepless.solve import SOLVERS, Search, Standing, solve
+from keepless.solve.curve import MAX_LIMITS, Curve, trace_curve
+from keepless.solve.front import Bound, Point, front_of, next_limit
+from keepless.solve.solution import Solution
+
+
+def check(curve: Curve) -> None:
+    """Whatever holds for every curve."""
+    graph, cost = curve.graph, curve.cost
+    peaks = [point.peak for point in curve.points]
+    seconds = [point.seconds for point in curve.points]
+    assert peaks == sorted(set(peaks))
+    assert all(a > b for a, b in itertools.pairwise(seconds))
+    assert seconds[-1] <= curve.baseline_seconds
+    assert peaks[0] <= curve.smallest_nbytes
+    for point in curve.points:
+        found = point.solution
+        verify(graph, found.program, cost=cost, budget=Budget({"device": point.peak}))
+        timeline = simulate(graph, found.program, cost)
+        assert timeline.peak == found.peak <= point.limit_nbytes
+        assert timeline.seconds == pytest.approx(found.seconds)
+        assert point.bound_seconds <= point.seconds * (1 + 1e-9)
+        assert curve.floor_nbytes <= found.peak
+    limits = [bound.limit_nbytes for bound in curve.bounds]
+    bounds = [bound.seconds for bound in curve.bounds]
+    assert limits == sorted(set(limits))
+    assert bounds == sorted(bounds, reverse=True)
+
+
+@pytest.mark.parametrize("model", sorted(SMALL))
+def test_every_point_is_what_it_claims(model: str) -> None:
+    """Points are a front, verify, simulate to their claims, and are at least as fast as the planner at one limit."""
+    graph, cost = SMALL[model]()
+    curve = trace_curve(graph, cost, points=6)
+    check(curve)
+    for limit in (curve.smallest_nbytes, (curve.smallest_nbytes + curve.baseline_peak) // 2):
+        alone = SOLVERS["keepless"].solve(graph, cost, limit)
+        assert curve.at(limit).peak <= limit
+        if any(bound.limit_nbytes == limit for bound in curve.bounds):
+            assert curve.at(limit).seconds <= alone.seconds * (1 + 1e-9)
+
+
+@given(st.integers(0, 10**6), st.integers(2, 5))
+@settings(max_examples=25, deadline=None)
+def test_random_graphs_have_honest_curves(seed: int, layers: int) -> None:
+    """On tiny random graphs no bound on the curve is above the exhaustive optimum, and no plan below it."""
+    graph, cost = tiny(seed, layers)
+    curve = trace_curve(graph, cost, points=4)
+    check(curve)
+    for limit in sorted({curve.points[0].peak, curve.knee.peak, curve.baseline_peak}):
+        best = least_seconds(graph, cost, limit)
+        assert best is not None
+        assert curve.at(limit).seconds >= best * (1 - 1e-9)
+    assert least_seconds(graph, cost, curve.floor_nbytes - 1) is None
+
+
+def test_at_never_solves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans at any limit come from the curve, fit, are verified, and get faster with the limit; nothing is searched."""
+    graph, cost = gpt(2, 64, 32, 2)
+    curve = trace_curve(graph, cost, points=5)
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError("at() solved again")
+
+    monkeypatch.setattr(planner_module.Planner, "within", refuse)
+    monkeypatch.setattr(planner_module.Planner, "_lowest", refuse)
+    monkeypatch.setattr(curve_module, "plan", refuse)
+    before = float("inf")
+    low, high = curve.points[0].peak, curve.baseline_peak
+    for step in range(41):
+        limit = low + step * (high + 1000 - low) // 40
+        found = curve.at(limit)
+        verify(graph, found.program, cost=cost, budget=Budget({"device": limit}))
+        assert found.peak <= limit
+        assert found.seconds <= before * (1 + 1e-9)
+        assert found.certificate.bound_seconds == curve.bound_at(limit) <= found.seconds * (1 + 1e-9)
+        assert found.certificate.bound_bytes == found.smallest_bound == curve.floor_nbytes
+        assert found.smallest_nbytes <= limit
+        before = found.seconds
+    assert curve.at(high).certificate.status is Status.OPTIMAL
+    assert curve.at(1 << 50).seconds == curve.points[-1].seconds
+
+
+def test_orders_between_the_points_are_used() -> None:
+    """Somewhere between two points an order that the searches met is faster than the point below."""
+    graph, cost = gpt(3)
+    curve = trace_curve(graph, cost, points=4)
+    assert curve.between
+    faster = 0
+    for woven in curve.between:
+        below = [point for point in curve.points if point.peak <= woven.peak][-1]
+        found = curve.at(woven.peak)
+        assert found.seconds <= below.seconds
+        faster += found.seconds < below.seconds
+        assert found.certificate.status in (Status.FEASIBLE, Status.OPTIMAL)
+    assert faster > 0
+
+
+def test_below_the_curve_is_an_answer() -> None:
+    """A limit below the curve says the smallest peak, the proven bound and the op, and whether that is proven."""
+    graph, cost = unet(2)
+    curve = trace_curve(graph, cost, points=3)
+    with pytest.raises(InfeasibleBudget, match="no plan exists") as caught:
+        curve.at(curve.floor_nbytes - 1)
+    assert caught.value.smallest_budget == curve.smallest_nbytes
+    assert caught.value.bound == curve.floor_nbytes
+    assert caught.value.blocking == curve.blocking != ""
+    assert curve.at(caught.value.smallest_budget).peak <= caught.value.smallest_budget
+    assert solve(graph, cost, Budget({"device": caught.value.smallest_budget})).peak <= caught.value.smallest_budget
+
+
+def stub(peak: int, seconds: float) -> Point:
+    """A point without a program."""
+    some = SOLVERS["keep_all"].solve(*chain(1), 1 << 40)
+    return Point(peak, replace(some, peak=peak, seconds=seconds), 0.0)
+
+
+def curve_of(*pairs: tuple[int, float]) -> Curve:
+    """A curve through given points."""
+    graph, cost = chain(1)
+    points = tuple(stub(peak, seconds) for peak, seconds in pairs)
+    low, last = points[0].peak, points[-1]
+    return Curve(graph, cost, points, (Bound(last.peak, last.seconds),), (), (), low, low, 0, last.peak, last.seconds)
+
+
+def test_the_knee_of_known_curves() -> None:
+    """1 / x bends where slopes of the scaled curve are -1; a straight and a hollow curve have none before the end."""
+    hyperbola = curve_of(*((x, 1 + 100 / x) for x in range(1, 101)))
+    assert hyperbola.knee.peak == 10  # x with 100 / x**2 = 99 / 99
+    two_lines = curve_of((0, 10.0), (2, 4.0), (4, 2.0), (6, 1.5), (10, 1.0))
+    assert two_lines.knee.peak == 4
+    line = curve_of((0, 3.0), (1, 2.0), (2, 1.0))
+    assert line.knee.peak == 2
+    hollow = curve_of((0, 3.0), (2, 2.9), (3, 1.0))
+    assert hollow.knee.peak == 3
+    assert curve_of((5, 1.0)).knee.peak == 5
+
+
+def test_the_front_keeps_what_nothing_beats() -> None:
+    """Pairs that another one is below in bytes and seconds go; ties go too."""
+    pairs = [(5, 1.0), (3, 2.0), (4, 2.0), (4, 1.5), (9, 0.9), (10, 0.9), (2, 7.0), (2, 6.0)]
+    assert front_of(pairs, lambda pair: pair) == [(2, 6.0), (3, 2.0), (4, 1.5), (5, 1.0), (9, 0.9)]
+
+
+@given(st.lists(st.tuples(st.integers(0, 20), st.floats(0.5, 20.0)), min_size=1, max_size=30))
+def test_the_front_dominates_everything(pairs: list[tuple[int, float]]) -> None:
+    """For each pair there is one on the front with no more bytes and (to rounding) no more seconds."""
+    front = front_of(pairs, lambda pair: pair)
+    assert set(front) <= set(pairs)
+    for nbytes, seconds in pairs:
+        assert any(n <= nbytes and s <= seconds * (1 + 1e-8) for n, s in front)
+
+
+def test_the_next_limit_is_in_the_widest_gap() -> None:
+    """Bytes times seconds decide; a plan below its own limit shortens the gap; without a gap there is no next limit."""
+
+    def solved(peak: int, seconds: float) -> Solution:
+        return stub(peak, seconds).solution
+
+    assert next_limit({10: solved(10, 5.0), 20: solved(20, 4.0), 40: solved(40, 1.0)}) == 30
+    assert next_limit({10: solved(10, 5.0), 20: solved(20, 1.0), 40: solved(21, 0.9)}) == 15
+    assert next_limit({10: solved(10, 5.0), 11: solved(11, 1.0)}) is None
+    assert next_limit({10: solved(10, 5.0), 50: solved(50, 5.0)}) is None
+    assert next_limit({10: solved(12, 5.0), 50: solved(50, 1.0)}) is None
+
+
+def test_limits_that_are_asked_for_are_solved() -> None:
+    """With budgets given, those between the ends are solved for, and no others."""
+    graph, cost = dense(5)
+    ends = trace_curve(graph, cost, points=2)
+    low, high = ends.smallest_nbytes, ends.baseline_peak
+    wanted = [high + 5, (low + high) // 2, 1, (3 * low + high) // 4]
+    curve = trace_curve(graph, cost, budgets=iter(wanted))
+    assert [bound.limit_nbytes for bound in curve.bounds] == [low, wanted[3], wanted[1], high]
+    check(curve)
+
+
+def test_a_search_counts_limits_and_hears_of_each() -> None:
+    """The work of a curve is the limits that it is solved for; the two ends are always there."""
+    graph, cost = gpt(2, 64, 32, 2)
+    heard: list[Standing] = []
+    search = Search(work=4, tell=heard.append)
+    curve = trace_curve(graph, cost, points=9, search=search)
+    assert len(curve.bounds) == len(heard) == search.spent == 4
+    assert [standing.work for standing in heard] == [1, 2, 3, 4]
+    late = trace_curve(graph, cost, points=9, search=Search(seconds=0.0))
+    assert len(late.bounds) == 2
+    assert late.is_cut_by_clock
+    assert late.at(late.smallest_nbytes).certificate.status in (Status.TIME_LIMITED, Status.OPTIMAL)
+    check(late)
+
+
+def test_the_same_input_gives_the_same_curve() -> None:
+    """Two runs agree in every point, order and bound."""
+    one, two = (trace_curve(*unet(2), points=5) for _ in range(2))
+    assert [p.solution.order for p in one.points] == [p.solution.order for p in two.points]
+    assert one.as_dict() == two.as_dict()
+    assert [w.order for w in one.between] == [w.order for w in two.between]
+
+
+def test_the_smallest_budget_does_not_follow_measured_seconds() -> None:
+    """Measured seconds differ from run to run; the end of the curve does not."""
+    graph, cost = dense(6)
+    low = trace_curve(graph, cost, points=2).smallest_nbytes
+    for seed in range(2):
+        noise = random.Random(seed)
+        noisy = replace(cost, seconds=tuple(s * noise.uniform(0.5, 2.0) for s in cost.seconds))
+        assert trace_curve(graph, noisy, points=2).smallest_nbytes == low
+
+
+def test_named_strategies_are_beside_the_curve() -> None:
+    """Cheap strategies are there by default, block lengths apart; others come by request; the curve is never worse."""
+    graph, cost = gpt(4)
+    curve = trace_curve(graph, cost, points=4)
+    names = {one.name for one in curve.strategies}
+    assert {"keep_all", "recompute_all", "every_k(1)", "every_k(2)"} <= names
+    assert not any(name.startswith("keepless") for name in names)
+    for one in curve.strategies:
+        if one.peak >= curve.points[0].peak:
+            assert curve.at(one.peak).seconds <= one.seconds * (1 + 1e-9)
+    asked = trace_curve(graph, cost, points=2, strategies=["keepless", "keep_all"])
+    assert {one.name for one in asked.strategies} == {"keepless", "keep_all"}
+    kept = next(one for one in asked.strategies if one.name == "keep_all")
+    assert (kept.peak, kept.seconds) == (curve.baseline_peak, curve.baseline_seconds)
+    assert trace_curve(graph, cost, points=2, strategies=()).strategies == ()
+
+
+def test_a_strategy_that_beats_the_planner_is_on_the_curve(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a named solver's plan dominates a point, it takes that point's place."""
+    graph, cost = gpt(2, 64, 32, 2)
+    good = trace_curve(graph, cost, points=6).points[2].solution
+
+    class Better:
+        def solve(self, graph: Graph, cost: CostModel, limit: int, seed: int = 0, search: object = None) -> Solution:
+            return replace(good, certificate=replace(good.certificate, solver="better"))
+
+    monkeypatch.setitem(SOLVERS, "better", Better())  # type: ignore[arg-type]
+    curve = trace_curve(graph, cost, points=2, strategies=["better"])
+    assert good.order in [point.solution.order for point in curve.points]
+    assert "by better" in curve_text(curve)
+    check(curve)
+
+
+def test_bad_requests_are_refused() -> None:
+    """Numbers of points, limits and names that cannot be are typed errors before any work."""
+    graph, cost = chain(4)
+    for points in (1, 0, -3, True, 2.5, MAX_LIMITS + 1, "12", None):
+        with pytest.raises(SolverError, match="points"):
+            trace_curve(graph, cost, points=points)  # type: ignore[arg-type]
+    for limit in (True, 0, -1, 1.5, 2**61, "1GiB"):
+        with pytest.raises(SolverError, match="number of bytes"):
+            trace_curve(graph, cost, budgets=[limit])  # type: ignore[list-item]
+    with pytest.raises(SolverError, match="at most"):
+        trace_curve(graph, cost, budgets=(n + 1 for n in range(10**12)))
+    with pytest.raises(SolverError, match="There is no solver 'magic'"):
+        trace_curve(graph, cost, strategies=["magic"])
+    with pytest.raises(SolverError, match="list of names"):
+        trace_curve(graph, cost, strategies="keep_all")
+    with pytest.raises(SolverError, match="not a int"):
+        trace_curve(graph, cost, strategies=[3])  # type: ignore[list-item]
+
+
+def odd_graphs() -> dict[str, tuple[Graph, CostModel]]:
+    """No ops, one op, a plain DAG, nothing to recompute, costs of zero."""
+    values = (Value(0, "x", 8, Kind.INPUT), Value(1, "y", 8, Kind.ACTIVATION), Value(2, "z", 8, Kind.OUTPUT))
+    one = Graph((Op(0, "f", (0,), (1,), Phase.FORWARD),), values[:2], frozenset({0}), frozenset({0, 1}))
+    two = (Op(0, "f", (0,), (1,), Phase.FORWARD), Op(1, "g", (0, 1), (2,), Phase.FORWARD))
+    free, _ = chain(6)
+    return {
+        "empty": (Graph((), (), frozenset(), frozenset()), CostModel((), ())),
+        "one op": (one, CostModel((1.0,), (0,))),
+        "plain dag": (Graph(two, values, frozenset({0}), frozenset({2})), CostModel((1.0, 2.0), (0, 4))),
+        "no costs": (free, CostModel((0.0,) * len(free.ops), (0,) * len(free.ops))),
+    }
+
+
+@pytest.mark.parametrize("name", sorted(odd_graphs()))
+def test_odd_graphs_have_curves(name: str, tmp_path: Path) -> None:
+    """Each has at least one point, a knee, a table, and JSON."""
+    graph, cost = odd_graphs()[name]
+    curve = trace_curve(graph, cost, points=4)
+    check(curve)
+    assert curve.knee in curve.points
+    assert curve_text(curve)
+    json.dumps(curve.as_dict(), allow_nan=False)
+    assert curve.at(1 << 40).peak == curve.points[-1].peak
+
+
+def test_json_and_text_say_the_same() -> None:
+    """Every point is a row; the budget of a peak includes a reserve where there is one; the knee is marked."""
+    graph, cost = batch_norm_net()
+    curve = trace_curve(graph, cost, points=6)
+    facts = json.loads(json.dumps(curve.as_dict(lambda peak: peak + 1000), allow_nan=False))
+    assert [row["peak"] for row in facts["points"]] == [point.peak for point in curve.points]
+    assert all(row["budget"] == row["peak"] + 1000 for row in (*facts["points"], *facts["strategies"]))
+    assert facts["points"][facts["knee"]]["peak"] == curve.knee.peak
+    assert facts["smallest_budget"] == curve.smallest_nbytes + 1000
+    assert facts["floor"] == {"nbytes": curve.floor_nbytes, "op": curve.blocking}
+    lines = curve_text(curve).splitlines()
+    rows = lines[1 : len(curve.points) + 1]
+    assert rows[0].endswith("smallest") or "smallest, " in rows[0]
+    assert "everything kept" in rows[-1]
+    assert sum("knee" in row for row in rows) == (len(curve.points) > 2)
+    bars = [row.count("#") for row in rows]
+    assert bars == sorted(bars, reverse=True)
+    assert bars[0] > bars[-1] == 0
+    assert any(line.strip().startswith("every_k(1)") for line in lines)
+
+
+def test_the_picture_is_drawn(tmp_path: Path) -> None:
+    """For an ordinary curve, a curve of one point and one without costs, as a raster and as text."""
+    pytest.importorskip("matplotlib")
+    from keepless.report.curve_picture import draw_curve
+
+    graph, cost = gpt(2, 64, 32, 2)
+    curve = trace_curve(graph, cost, points=5)
+    draw_curve(curve, tmp_path / "curve.svg", budget=curve.knee.peak + 10, budget_of=lambda peak: peak + 10)
+    text = (tmp_path / "curve.svg").read_text()
+    assert text.count("<path") > 20
+    draw_curve(curve, tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").stat().st_size > 10_000
+    for name, (graph, cost) in odd_graphs().items():
+        draw_curve(trace_curve(graph, cost, points=3), tmp_path / f"{name}.png", budget=7)
+        assert (tmp_path / f"{name}.png").stat().st_size > 5000
