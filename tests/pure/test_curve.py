@@ -18,12 +18,13 @@ import keepless.solve.curve as curve_module
 import keepless.solve.planner as planner_module
 from keepless.cost import CostModel
 from keepless.errors import InfeasibleBudget, SolverError
-from keepless.ir import Budget, Graph, Kind, Op, Phase, Status, Value
+from keepless.ir import Budget, Effect, Graph, Kind, Op, Phase, Status, Value
 from keepless.machine import simulate, verify
 from keepless.report.curve_table import curve_text
 from keepless.solve import SOLVERS, Search, Standing, solve
+from keepless.solve.bound import Line
 from keepless.solve.curve import MAX_LIMITS, Curve, trace_curve
-from keepless.solve.front import Bound, Point, front_of, next_limit
+from keepless.solve.front import Point, front_of, next_limit
 from keepless.solve.solution import Solution
 
 
@@ -45,9 +46,13 @@ def check(curve: Curve) -> None:
         assert point.bound_seconds <= point.seconds * (1 + 1e-9)
         assert curve.floor_nbytes <= found.peak
     limits = [bound.limit_nbytes for bound in curve.bounds]
-    bounds = [bound.seconds for bound in curve.bounds]
     assert limits == sorted(set(limits))
+    grid = [peaks[0] + (curve.baseline_peak - peaks[0]) * step // 30 for step in range(31)]
+    bounds = [curve.bound_at(limit) for limit in grid]
     assert bounds == sorted(bounds, reverse=True)
+    assert bounds[-1] == pytest.approx(sum(cost.seconds))
+    for limit, bound in zip(grid, bounds, strict=True):
+        assert bound <= curve.seconds_at(limit) * (1 + 1e-9)
 
 
 @pytest.mark.parametrize("model", sorted(SMALL))
@@ -66,13 +71,21 @@ def test_every_point_is_what_it_claims(model: str) -> None:
 @given(st.integers(0, 10**6), st.integers(2, 5))
 @settings(max_examples=25, deadline=None)
 def test_random_graphs_have_honest_curves(seed: int, layers: int) -> None:
-    """On tiny random graphs no bound on the curve is above the exhaustive optimum, and no plan below it."""
+    """On tiny random graphs no bound on the curve is above the exhaustive optimum, and no plan below it.
+
+    Ops of the backward run once, as the bounds suppose.
+    """
     graph, cost = tiny(seed, layers)
+    once = frozenset({Effect.OPAQUE})
+    ops = tuple(replace(op, effects=once) if op.phase is Phase.BACKWARD else op for op in graph.ops)
+    graph = replace(graph, ops=ops)
     curve = trace_curve(graph, cost, points=4)
     check(curve)
-    for limit in sorted({curve.points[0].peak, curve.knee.peak, curve.baseline_peak}):
+    low, high = curve.points[0].peak, curve.baseline_peak
+    for limit in sorted({low, (2 * low + high) // 3, (low + 2 * high) // 3, high}):
         best = least_seconds(graph, cost, limit)
         assert best is not None
+        assert curve.bound_at(limit) <= best * (1 + 1e-9)
         assert curve.at(limit).seconds >= best * (1 - 1e-9)
     assert least_seconds(graph, cost, curve.floor_nbytes - 1) is None
 
@@ -143,7 +156,9 @@ def curve_of(*pairs: tuple[int, float]) -> Curve:
     graph, cost = chain(1)
     points = tuple(stub(peak, seconds) for peak, seconds in pairs)
     low, last = points[0].peak, points[-1]
-    return Curve(graph, cost, points, (Bound(last.peak, last.seconds),), (), (), low, low, 0, last.peak, last.seconds)
+    return Curve(
+        graph, cost, points, (Line(last.peak, last.seconds, 0.0, -1),), (), (), low, low, 0, last.peak, last.seconds
+    )
 
 
 def test_the_knee_of_known_curves() -> None:
@@ -328,6 +343,8 @@ def test_json_and_text_say_the_same() -> None:
     assert bars == sorted(bars, reverse=True)
     assert bars[0] > bars[-1] == 0
     assert any(line.strip().startswith("every_k(1)") for line in lines)
+    assert "too long" not in curve_text(curve)
+    assert "20% of the step's seconds" in curve_text(replace(curve, cost=replace(cost, disturbed=0.2)))
 
 
 def test_the_picture_is_drawn(tmp_path: Path) -> None:

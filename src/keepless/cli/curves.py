@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -66,20 +66,18 @@ def curve_command(
         from keepless.cli.models import Recipe, build
 
         built = build(Recipe(model, batch_size, seq_len, dtype, optimizer, device, 1e-3, seed))
+        options: dict[str, Any] = {
+            "optimizer": built.optimizer,
+            "loss_fn": built.loss_fn,
+            "accumulate": accumulate,
+            "release_outputs": release_outputs,
+            "outside": read_budget(outside),
+            "points": points,
+            "strategies": strategy or None,
+            "cache": cache,
+        }
         with planning("curve") as progress:
-            found = api.curve(
-                built.model,
-                built.batch,
-                optimizer=built.optimizer,
-                loss_fn=built.loss_fn,
-                accumulate=accumulate,
-                release_outputs=release_outputs,
-                outside=read_budget(outside),
-                points=points,
-                strategies=strategy or None,
-                cache=cache,
-                progress=progress,
-            )
+            found = api.curve(built.model, built.batch, progress=progress, **options)
         chosen = None if wanted is None else found.plan(wanted)
         if chosen is not None and save is not None:
             chosen.save(save)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,8 @@ if TYPE_CHECKING:
 _INK, _PALE, _CURVE, _KNEE, _BUDGET = "#222222", "#777777", "#0072B2", "#009E73", "#B00020"
 _MARKS = ("s", "^", "D", "v", "P", "X", "<", ">", "*")
 _COLOURS = ("#E69F00", "#CC79A7", "#D55E00", "#56B4E9", "#999999", "#004D7A")
+_STEPS = 200
+"""Pieces in which the bound is drawn."""
 _ROOM = 0.06
 """Share of the curve's width that is shown on either side."""
 
@@ -98,7 +99,7 @@ def _highest(curve: Curve, right: float, budget_of: Callable[[int], int]) -> flo
 
 
 def _heights(curve: Curve, top: float) -> tuple[float, float]:
-    low = min([curve.points[-1].seconds, *(bound.seconds for bound in curve.bounds)])
+    low = curve.points[-1].seconds
     room = (top - low) or 0.1 * top or 1.0
     return low - 0.1 * room, top + 0.15 * room
 
@@ -121,62 +122,63 @@ def _shade(axes: Axes, curve: Curve, x: Callable[[int], float]) -> None:
 
 
 def _lines(axes: Axes, curve: Curve, x: Callable[[int], float], right: float, scale: float) -> None:
-    xs = [x(point.peak) for point in curve.points]
-    ys = [scale * point.seconds for point in curve.points]
-    axes.step([*xs, right], [*ys, ys[-1]], where="post", color=_CURVE, linewidth=2.2, label="fastest found", zorder=4)
-    axes.plot(xs, ys, "o", color=_CURVE, markersize=5, zorder=5)
-    stairs = _between(curve)
-    if stairs:
-        axes.plot([x(p) for p, _ in stairs], [scale * s for _, s in stairs], ".", color=_CURVE, markersize=3, zorder=4)
-    limits = [x(bound.limit_nbytes) for bound in curve.bounds]
-    bounds = [scale * bound.seconds for bound in curve.bounds]
-    axes.step(
-        [*limits, right],
-        [*bounds, bounds[-1]],
-        where="pre",
+    stairs = sorted([*((p.peak, p.seconds) for p in curve.points), *((w.peak, w.seconds) for w in curve.between)])
+    xs = [x(peak) for peak, _ in stairs]
+    ys = [scale * curve.seconds_at(peak) for peak, _ in stairs]
+    axes.step([*xs, right], [*ys, ys[-1]], where="post", color=_CURVE, linewidth=1.8, label="fastest found", zorder=4)
+    axes.plot(
+        [x(point.peak) for point in curve.points],
+        [scale * point.seconds for point in curve.points],
+        "o",
+        color=_CURVE,
+        markersize=5,
+        zorder=5,
+    )
+    limits = _bound_limits(curve)
+    axes.plot(
+        [*map(x, limits), right],
+        [scale * curve.bound_at(limit) for limit in [*limits, limits[-1]]],
         color=_INK,
         linewidth=1.3,
         linestyle="--",
-        label="no plan is faster (bound)",
+        label="no plan of its kind is faster",
         zorder=3,
     )
 
 
-def _between(curve: Curve) -> list[tuple[int, float]]:
-    """Bytes and seconds of the orders between the points that are faster than the point before them."""
-    peaks = [point.peak for point in curve.points]
-    return [
-        (woven.peak, woven.seconds)
-        for woven in curve.between
-        if woven.seconds < curve.points[bisect_right(peaks, woven.peak) - 1].seconds
-    ]
+def _bound_limits(curve: Curve) -> list[int]:
+    """Limits from the floor to everything kept, close enough to draw the bound's bends."""
+    first = min(curve.floor_nbytes, curve.points[0].peak)
+    last = max(curve.baseline_peak, first + 1)
+    return [first + (last - first) * step // _STEPS for step in range(_STEPS + 1)]
 
 
 def _strategies(axes: Axes, shown: Sequence[Strategy], x: Callable[[int], float], scale: float) -> None:
-    families = list(dict.fromkeys(one.name.partition("(")[0] for one in shown))
+    families: dict[str, list[Strategy]] = {}
     for one in shown:
-        number = families.index(one.name.partition("(")[0])
-        colour = _COLOURS[number % len(_COLOURS)]
+        families.setdefault(one.name.partition("(")[0], []).append(one)
+    for number, (family, members) in enumerate(families.items()):
         axes.plot(
-            [x(one.peak)],
-            [scale * one.seconds],
+            [x(one.peak) for one in members],
+            [scale * one.seconds for one in members],
             _MARKS[number % len(_MARKS)],
-            color=colour,
+            color=_COLOURS[number % len(_COLOURS)],
             markeredgecolor="white",
             markersize=8,
+            label=f"{family}(k)" if "(" in members[0].name else family,
             zorder=6,
         )
-        beyond = x(one.peak) > 0.8 * axes.get_xlim()[1]
-        axes.annotate(
-            one.name,
-            (x(one.peak), scale * one.seconds),
-            xytext=(-7 if beyond else 7, 4),
-            ha="right" if beyond else "left",
-            textcoords="offset points",
-            fontsize=8.5,
-            color=_INK,
-            zorder=7,
-        )
+        for one in members:
+            axes.annotate(
+                one.name.partition("(")[2].rstrip(")"),
+                (x(one.peak), scale * one.seconds),
+                xytext=(0, 6),
+                ha="center",
+                textcoords="offset points",
+                fontsize=8.5,
+                color=_INK,
+                zorder=7,
+            )
 
 
 def _knee(axes: Axes, curve: Curve, x: Callable[[int], float], scale: float, budget_of: Callable[[int], int]) -> None:

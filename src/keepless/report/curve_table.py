@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import isfinite
 
 from keepless.ir import format_bytes
 from keepless.report.decisions import format_seconds
@@ -17,6 +18,8 @@ from keepless.report.tables import format_percent
 from keepless.solve.curve import Curve
 from keepless.solve.front import Point
 
+_DISTURBED = 0.05
+"""Share of the seconds above which they are in doubt."""
 _BAR = 30
 """Characters of the longest bar."""
 
@@ -37,6 +40,11 @@ def curve_text(curve: Curve, budget_of: Callable[[int], int] = int) -> str:
         f"smallest budget found {format_bytes(budget_of(curve.smallest_nbytes))}; "
         f"no plan needs less than {format_bytes(curve.floor_nbytes)}, at {curve.blocking or 'no op'}"
     )
+    if curve.cost.disturbed >= _DISTURBED:
+        lines.append(
+            f"other processes had the cores while ops were timed: {curve.cost.disturbed:.0%} of the step's seconds are "
+            "too long; ask again when the machine is idle (bytes do not depend on it)"
+        )
     if curve.is_cut_by_clock:
         lines.append("a limit of time ended the search: another run may find other plans")
     lines.append("named strategies, each at the smallest budget that it needs:")
@@ -83,5 +91,5 @@ def _remark(curve: Curve, point: Point) -> str:
 
 def _beside(curve: Curve, peak: int) -> str:
     """What the curve reaches at a strategy's peak."""
-    points = [point for point in curve.points if point.peak <= peak]
-    return f"(the curve there: {format_percent(curve.overhead(points[-1].seconds))})" if points else ""
+    seconds = curve.seconds_at(peak)
+    return f"(the curve there: {format_percent(curve.overhead(seconds))})" if isfinite(seconds) else ""

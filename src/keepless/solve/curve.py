@@ -10,12 +10,13 @@ of the widest rectangle between neighbours, bytes times seconds. A worked use::
     curve.floor_nbytes        # no plan is below; between here and points[0].peak none was found
 
 A plan for less memory is a plan for more, too, so that what is dominated is replaced by what dominates it: along
-`Curve.points` peaks rise and seconds fall. Bounds are monotone for the same reason: a bound for a limit holds below it.
+`Curve.points` peaks rise and seconds fall. A bound's price per byte gives a line that is below the time of every plan
+at every limit (`bound.Line`), so that the lines of all limits together bound the whole curve from below.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -25,10 +26,11 @@ from keepless.cost import CostModel
 from keepless.errors import InfeasibleBudget, SolverError
 from keepless.ir import Certificate, Graph, Status, format_bytes
 from keepless.ir.budget import MAX_NBYTES
+from keepless.solve.bound import Line, seconds_line
 from keepless.solve.floor import floor_bound
-from keepless.solve.front import LESS, Bound, Point, bounds_of, front_of, next_limit
+from keepless.solve.front import LESS, Point, front_of, next_limit
 from keepless.solve.lagrange import Woven
-from keepless.solve.planner import SPACE, Planner, plan
+from keepless.solve.planner import SPACE, Planner, plan, tight_positions
 from keepless.solve.search import Search, Standing
 from keepless.solve.solution import Solution, solution
 from keepless.solve.strategies import Strategy, check_strategies, named_strategies
@@ -47,7 +49,7 @@ class Curve:
         graph: the step.
         cost: what the predictions rest on.
         points: ascending in peak, falling in seconds; the first is the lowest peak met, the last the fastest step.
-        bounds: ascending in limit, falling in seconds.
+        bounds: one per limit that was solved for, ascending; each says something of all limits.
         strategies: what named solvers reach, whether it is on the curve or not.
         between: orders met on the way that are better than the points below them, ascending in peak.
         smallest_nbytes: the smallest peak that the planner finds again whenever it is asked.
@@ -61,7 +63,7 @@ class Curve:
     graph: Graph = field(repr=False)
     cost: CostModel = field(repr=False)
     points: tuple[Point, ...]
-    bounds: tuple[Bound, ...]
+    bounds: tuple[Line, ...]
     strategies: tuple[Strategy, ...]
     between: tuple[Woven, ...] = field(repr=False)
     smallest_nbytes: int
@@ -87,22 +89,29 @@ class Curve:
         if inner >= 0 and self.between[inner].seconds < found.seconds * LESS:
             claim = Certificate("keepless", Status.FEASIBLE, space=SPACE, seed=self.seed)
             found = solution(self.graph, self.cost, self.between[inner].order, claim)
-        bound = self._bound(limit_nbytes)
+        bound, witness = self._bound(limit_nbytes)
         status = Status.TIME_LIMITED if self.is_cut_by_clock else Status.FEASIBLE
         certificate = replace(
             found.certificate,
-            status=Status.OPTIMAL if found.seconds * LESS <= bound.seconds else status,
+            status=Status.OPTIMAL if found.seconds * LESS <= bound else status,
             space=SPACE,
-            bound_seconds=bound.seconds,
+            bound_seconds=bound,
             bound_bytes=self.floor_nbytes,
-            witness=bound.witness,
+            witness=witness,
         )
         stated = min(self.smallest_nbytes, limit_nbytes)
         return replace(found, certificate=certificate).stating(stated, self.floor_nbytes)
 
+    def seconds_at(self, limit_nbytes: int) -> float:
+        """Of the step of `at(limit_nbytes)`; infinite where there is none."""
+        index = bisect_right(self._peaks, limit_nbytes) - 1
+        inner = bisect_right(self._between_peaks, limit_nbytes) - 1
+        found = self.points[index].seconds if index >= 0 else float("inf")
+        return min(found, self.between[inner].seconds) if inner >= 0 else found
+
     def bound_at(self, limit_nbytes: int) -> float:
         """No plan of the planner's space within this limit has a step of fewer seconds."""
-        return self._bound(limit_nbytes).seconds
+        return self._bound(limit_nbytes)[0]
 
     @cached_property
     def knee(self) -> Point:
@@ -160,7 +169,14 @@ class Curve:
                 for point in self.points
             ],
             "knee": self.points.index(self.knee),
-            "bounds": [{"limit": bound.limit_nbytes, "seconds": bound.seconds} for bound in self.bounds],
+            "bounds": [
+                {
+                    "limit": line.limit_nbytes,
+                    "seconds": self.bound_at(line.limit_nbytes),
+                    "seconds_per_byte": line.price,
+                }
+                for line in self.bounds
+            ],
             "strategies": [
                 {"name": one.name, "budget": of(one.peak), "peak": one.peak, "seconds": one.seconds}
                 for one in self.strategies
@@ -177,15 +193,15 @@ class Curve:
     def _between_peaks(self) -> list[int]:
         return [woven.peak for woven in self.between]
 
-    @cached_property
-    def _bound_limits(self) -> list[int]:
-        return [bound.limit_nbytes for bound in self.bounds]
-
-    def _bound(self, limit_nbytes: int) -> Bound:
-        index = bisect_left(self._bound_limits, limit_nbytes)
-        if index < len(self.bounds):
-            return self.bounds[index]
-        return Bound(limit_nbytes, sum(self.cost.seconds), "seconds: every op runs once")
+    def _bound(self, limit_nbytes: int) -> tuple[float, str]:
+        best = max(self.bounds, key=lambda line: line.at(limit_nbytes))
+        base = sum(self.cost.seconds)
+        ops = self.graph.ops
+        bytes_text = f"; bytes: {self.blocking}" if ops else ""
+        if best.position < 0 or best.at(limit_nbytes) <= base:
+            return base, f"seconds: every op runs once{bytes_text}"
+        moment = self.graph.where(ops[best.position])
+        return best.at(limit_nbytes), f"seconds: minimum cut at {moment}{bytes_text}"
 
     def _infeasible(self, limit: int) -> InfeasibleBudget:
         low = self.smallest_nbytes
@@ -232,9 +248,11 @@ def trace_curve(
     search = search or Search()
     base = tables.lives(tables.base)
     solved: dict[int, Solution] = {}
+    lines: dict[int, Line] = {}
 
     def solve_for(limit: int) -> None:
         solved[limit] = found = plan(planner, limit, seed)
+        lines[limit] = seconds_line(tables, limit, tight_positions(tables, found.order))
         search.report(Standing("curve", found.seconds, found.peak, found.certificate.bound_seconds, search.spent))
 
     for limit in sorted({base.peak, planner.smallest.peak}, reverse=True):
@@ -258,7 +276,7 @@ def trace_curve(
         graph=graph,
         cost=cost,
         points=(),
-        bounds=bounds_of(solved),
+        bounds=tuple(lines[limit] for limit in sorted(lines)),
         strategies=tuple(one for one, _ in named),
         between=(),
         smallest_nbytes=low,

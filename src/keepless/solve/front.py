@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import TypeVar
 
@@ -45,19 +45,6 @@ class Point:
         return self.solution.program.num_replays
 
 
-@dataclass(frozen=True)
-class Bound:
-    """No plan of the planner's space whose peak is at most `limit_nbytes` has a step below `seconds`.
-
-    Arguments:
-        witness: what it rests on, in words.
-    """
-
-    limit_nbytes: int
-    seconds: float
-    witness: str = ""
-
-
 def front_of(items: Iterable[T], key: Callable[[T], tuple[int, float]]) -> list[T]:
     """Items by (bytes, seconds) that no other item is below in both, ascending in bytes, falling in seconds."""
     kept: list[T] = []
@@ -68,16 +55,6 @@ def front_of(items: Iterable[T], key: Callable[[T], tuple[int, float]]) -> list[
             kept.append(item)
             fastest = seconds
     return kept
-
-
-def bounds_of(solved: Mapping[int, Solution]) -> tuple[Bound, ...]:
-    """The certificates' bounds, each at least that of any larger limit."""
-    found: list[Bound] = []
-    for limit in sorted(solved, reverse=True):
-        claim = solved[limit].certificate
-        bound = Bound(limit, claim.bound_seconds, claim.witness)
-        found.append(replace(found[-1], limit_nbytes=limit) if found and found[-1].seconds > bound.seconds else bound)
-    return tuple(reversed(found))
 
 
 def next_limit(solved: Mapping[int, Solution]) -> int | None:
