@@ -132,6 +132,26 @@ def test_orders_between_the_points_are_used() -> None:
     assert faster > 0
 
 
+def test_shared_orders_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the searches met too many orders, those that another beats are forgotten, and the curve is the same."""
+    graph, cost = unet(2)
+    whole = trace_curve(graph, cost, points=5)
+    sizes: list[int] = []
+    planners: list[planner_module.Planner] = []
+
+    class Watched(planner_module.Planner):
+        def __init__(self, graph: Graph, cost: CostModel) -> None:
+            super().__init__(graph, cost)
+            planners.append(self)
+
+    monkeypatch.setattr(curve_module, "Planner", Watched)
+    monkeypatch.setattr(curve_module, "_MOST_SEEN", 0)
+    pruned = trace_curve(graph, cost, points=5, search=Search(tell=lambda _: sizes.append(len(planners[0].seen))))
+    assert max(sizes) < 60
+    assert pruned.as_dict() == whole.as_dict()
+    assert [woven.order for woven in pruned.between] == [woven.order for woven in whole.between]
+
+
 def test_below_the_curve_is_an_answer() -> None:
     """A limit below the curve says the smallest peak, the proven bound and the op, and whether that is proven."""
     graph, cost = unet(2)

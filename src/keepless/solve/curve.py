@@ -35,10 +35,12 @@ from keepless.solve.search import Search, Standing
 from keepless.solve.solution import Solution, solution
 from keepless.solve.strategies import Strategy, check_strategies, named_strategies
 
-MAX_LIMITS = 1000
+MAX_LIMITS = 200
 """Limits that one curve may be solved for."""
 _BETWEEN = 64
 """Orders between the points that a curve keeps."""
+_MOST_SEEN = 3_000_000
+"""Op ids in the orders that the searches share, about 60 bytes each; beyond it only the best orders stay."""
 
 
 @dataclass(frozen=True)
@@ -252,6 +254,7 @@ def trace_curve(
 
     def solve_for(limit: int) -> None:
         solved[limit] = found = plan(planner, limit, seed)
+        _forget(planner)
         lines[limit] = seconds_line(tables, limit, tight_positions(tables, found.order))
         search.report(Standing("curve", found.seconds, found.peak, found.certificate.bound_seconds, search.spent))
 
@@ -314,6 +317,15 @@ def _checked(budgets: Iterable[int] | None) -> list[int] | None:
         if isinstance(limit, bool) or not isinstance(limit, int) or not 0 < limit <= MAX_NBYTES:
             raise SolverError(f"The limit {limit!r} is not a number of bytes between 1 and 2**60.")
     return sorted(set(wanted))
+
+
+def _forget(planner: Planner) -> None:
+    """Of the orders that the searches share only those stay that no other beats, where there are too many."""
+    seen = planner.seen
+    if len(seen) * planner.tables.num_ops > _MOST_SEEN:
+        best = front_of(seen.items(), lambda item: (item[1][0].peak, item[1][0].seconds))
+        seen.clear()
+        seen.update(best)
 
 
 def _between(planner: Planner, points: Sequence[Point]) -> tuple[Woven, ...]:
