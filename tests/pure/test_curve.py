@@ -6,13 +6,14 @@ import itertools
 import json
 import random
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_solve import SMALL, least_seconds, tiny
-from test_solve_models import batch_norm_net, chain, dense, gpt, unet
+from test_solve_models import chain, dense
 
 import keepless.solve.curve as curve_module
 import keepless.solve.planner as planner_module
@@ -21,11 +22,16 @@ from keepless.errors import InfeasibleBudget, SolverError
 from keepless.ir import Budget, Effect, Graph, Kind, Op, Phase, Status, Value
 from keepless.machine import simulate, verify
 from keepless.report.curve_table import curve_text
-from keepless.solve import SOLVERS, Search, Standing, solve
-from keepless.solve.bound import Line
+from keepless.solve import SOLVERS, Search, Standing, recheck, solve
 from keepless.solve.curve import MAX_LIMITS, Curve, trace_curve
-from keepless.solve.front import Point, front_of, next_limit
+from keepless.solve.front import Line, Point, front_of, next_limit
 from keepless.solve.solution import Solution
+
+
+@cache
+def traced(model: str) -> Curve:
+    """The curve of a small model, solved for six limits."""
+    return trace_curve(*SMALL[model](), points=6)
 
 
 def check(curve: Curve) -> None:
@@ -59,14 +65,12 @@ def check(curve: Curve) -> None:
 @pytest.mark.parametrize("model", sorted(SMALL))
 def test_every_point_is_what_it_claims(model: str) -> None:
     """Points are a front, verify, simulate to their claims, and are at least as fast as the planner at one limit."""
-    graph, cost = SMALL[model]()
-    curve = trace_curve(graph, cost, points=6)
+    curve = traced(model)
     check(curve)
-    for limit in (curve.smallest_nbytes, (curve.smallest_nbytes + curve.baseline_peak) // 2):
-        alone = SOLVERS["keepless"].solve(graph, cost, limit)
-        assert curve.at(limit).peak <= limit
-        if any(bound.limit_nbytes == limit for bound in curve.bounds):
-            assert curve.at(limit).seconds <= alone.seconds * (1 + 1e-9)
+    middle = curve.bounds[len(curve.bounds) // 2].limit_nbytes
+    alone = SOLVERS["keepless"].solve(curve.graph, curve.cost, middle)
+    assert curve.at(middle).peak <= middle
+    assert curve.at(middle).seconds <= alone.seconds * (1 + 1e-9)
 
 
 @given(st.integers(0, 10**6), st.integers(2, 5))
@@ -93,8 +97,8 @@ def test_random_graphs_have_honest_curves(seed: int, layers: int) -> None:
 
 def test_at_never_solves(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plans at any limit come from the curve, fit, are verified, and get faster with the limit; nothing is searched."""
-    graph, cost = gpt(2, 64, 32, 2)
-    curve = trace_curve(graph, cost, points=5)
+    curve = traced("gpt")
+    graph, cost = curve.graph, curve.cost
 
     def refuse(*args: object, **kwargs: object) -> None:
         raise AssertionError("at() solved again")
@@ -114,14 +118,15 @@ def test_at_never_solves(monkeypatch: pytest.MonkeyPatch) -> None:
         assert found.certificate.bound_bytes == found.smallest_bound == curve.floor_nbytes
         assert found.smallest_nbytes <= limit
         before = found.seconds
+        if step % 8 == 0:
+            assert recheck(graph, cost, limit, found.certificate).holds
     assert curve.at(high).certificate.status is Status.OPTIMAL
     assert curve.at(1 << 50).seconds == curve.points[-1].seconds
 
 
 def test_orders_between_the_points_are_used() -> None:
     """Somewhere between two points an order that the searches met is faster than the point below."""
-    graph, cost = gpt(3)
-    curve = trace_curve(graph, cost, points=4)
+    curve = traced("gpt")
     assert curve.between
     faster = 0
     for woven in curve.between:
@@ -135,7 +140,7 @@ def test_orders_between_the_points_are_used() -> None:
 
 def test_shared_orders_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the searches met too many orders, those that another beats are forgotten, and the curve is the same."""
-    graph, cost = unet(2)
+    graph, cost = SMALL["bn"]()
     planners: list[planner_module.Planner] = []
 
     class Watched(planner_module.Planner):
@@ -145,14 +150,14 @@ def test_shared_orders_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(curve_module, "Planner", Watched)
 
-    def traced() -> tuple[Curve, int]:
+    def watched() -> tuple[Curve, int]:
         sizes: list[int] = []
         search = Search(tell=lambda _: sizes.append(len(planners[-1].seen)))
         return trace_curve(graph, cost, points=5, search=search), max(sizes)
 
-    whole, many = traced()
+    whole, many = watched()
     monkeypatch.setattr(curve_module, "_MOST_SEEN", 0)
-    pruned, few = traced()
+    pruned, few = watched()
     assert few < many // 2
     assert pruned.as_dict() == whole.as_dict()
     assert [woven.order for woven in pruned.between] == [woven.order for woven in whole.between]
@@ -160,8 +165,8 @@ def test_shared_orders_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_below_the_curve_is_an_answer() -> None:
     """A limit below the curve says the smallest peak, the proven bound and the op, and whether that is proven."""
-    graph, cost = unet(2)
-    curve = trace_curve(graph, cost, points=3)
+    curve = traced("unet")
+    graph, cost = curve.graph, curve.cost
     with pytest.raises(InfeasibleBudget, match="no plan exists") as caught:
         curve.at(curve.floor_nbytes - 1)
     assert caught.value.smallest_budget == curve.smallest_nbytes
@@ -183,7 +188,7 @@ def curve_of(*pairs: tuple[int, float]) -> Curve:
     points = tuple(stub(peak, seconds) for peak, seconds in pairs)
     low, last = points[0].peak, points[-1]
     return Curve(
-        graph, cost, points, (Line(last.peak, last.seconds, 0.0, -1),), (), (), low, low, 0, last.peak, last.seconds
+        graph, cost, points, (Line(last.peak, last.seconds, 0.0),), (), (), low, low, 0, last.peak, last.seconds
     )
 
 
@@ -241,12 +246,14 @@ def test_limits_that_are_asked_for_are_solved() -> None:
 
 def test_a_search_counts_limits_and_hears_of_each() -> None:
     """The work of a curve is the limits that it is solved for; the two ends are always there."""
-    graph, cost = gpt(2, 64, 32, 2)
+    graph, cost = dense(5)
     heard: list[Standing] = []
-    search = Search(work=4, tell=heard.append)
+    search = Search(work=3, tell=heard.append)
     curve = trace_curve(graph, cost, points=9, search=search)
-    assert len(curve.bounds) == len(heard) == search.spent == 4
-    assert [standing.work for standing in heard] == [1, 2, 3, 4]
+    assert len(curve.bounds) == len(heard) == search.spent == 3
+    assert [standing.work for standing in heard] == [1, 2, 3]
+    ended = Search(tell=lambda standing: ended.interrupt() if standing.work == 3 else None)
+    assert len(trace_curve(graph, cost, points=9, search=ended).bounds) == 3
     late = trace_curve(graph, cost, points=9, search=Search(seconds=0.0))
     assert len(late.bounds) == 2
     assert late.is_cut_by_clock
@@ -256,7 +263,7 @@ def test_a_search_counts_limits_and_hears_of_each() -> None:
 
 def test_the_same_input_gives_the_same_curve() -> None:
     """Two runs agree in every point, order and bound."""
-    one, two = (trace_curve(*unet(2), points=5) for _ in range(2))
+    one, two = (trace_curve(*SMALL["bn"](), points=5) for _ in range(2))
     assert [p.solution.order for p in one.points] == [p.solution.order for p in two.points]
     assert one.as_dict() == two.as_dict()
     assert [w.order for w in one.between] == [w.order for w in two.between]
@@ -274,8 +281,8 @@ def test_the_smallest_budget_does_not_follow_measured_seconds() -> None:
 
 def test_named_strategies_are_beside_the_curve() -> None:
     """Cheap strategies are there by default, block lengths apart; others come by request; the curve is never worse."""
-    graph, cost = gpt(4)
-    curve = trace_curve(graph, cost, points=4)
+    curve = traced("gpt")
+    graph, cost = curve.graph, curve.cost
     names = {one.name for one in curve.strategies}
     assert {"keep_all", "recompute_all", "every_k(1)", "every_k(2)"} <= names
     assert not any(name.startswith("keepless") for name in names)
@@ -291,8 +298,8 @@ def test_named_strategies_are_beside_the_curve() -> None:
 
 def test_a_strategy_that_beats_the_planner_is_on_the_curve(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a named solver's plan dominates a point, it takes that point's place."""
-    graph, cost = gpt(2, 64, 32, 2)
-    good = trace_curve(graph, cost, points=6).points[2].solution
+    graph, cost = SMALL["unet"]()
+    good = traced("unet").points[2].solution
 
     class Better:
         def solve(self, graph: Graph, cost: CostModel, limit: int, seed: int = 0, search: object = None) -> Solution:
@@ -352,8 +359,8 @@ def test_odd_graphs_have_curves(name: str, tmp_path: Path) -> None:
 
 def test_json_and_text_say_the_same() -> None:
     """Every point is a row; the budget of a peak includes a reserve where there is one; the knee is marked."""
-    graph, cost = batch_norm_net()
-    curve = trace_curve(graph, cost, points=6)
+    curve = traced("bn")
+    cost = curve.cost
     facts = json.loads(json.dumps(curve.as_dict(lambda peak: peak + 1000), allow_nan=False))
     assert [row["peak"] for row in facts["points"]] == [point.peak for point in curve.points]
     assert all(row["budget"] == row["peak"] + 1000 for row in (*facts["points"], *facts["strategies"]))
@@ -378,8 +385,7 @@ def test_the_picture_is_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     from keepless.report.curve_picture import draw_curve
 
-    graph, cost = gpt(2, 64, 32, 2)
-    curve = trace_curve(graph, cost, points=5)
+    curve = traced("gpt")
     draw_curve(curve, tmp_path / "curve.svg", budget=curve.knee.peak + 10, budget_of=lambda peak: peak + 10)
     text = (tmp_path / "curve.svg").read_text()
     assert text.count("<path") > 20

@@ -11,7 +11,7 @@ of the widest rectangle between neighbours, bytes times seconds. A worked use::
 
 A plan for less memory is a plan for more, too, so that what is dominated is replaced by what dominates it: along
 `Curve.points` peaks rise and seconds fall. A bound's price per byte gives a line that is below the time of every plan
-at every limit (`bound.Line`), so that the lines of all limits together bound the whole curve from below.
+at every limit (`front.Line`), so that the lines of all limits together bound the whole curve from below.
 """
 
 from __future__ import annotations
@@ -26,11 +26,13 @@ from keepless.cost import CostModel
 from keepless.errors import InfeasibleBudget, SolverError
 from keepless.ir import Certificate, Graph, Status, format_bytes
 from keepless.ir.budget import MAX_NBYTES
-from keepless.solve.bound import Line, seconds_line
+from keepless.solve.anytime import plan
+from keepless.solve.bound import witness_text
 from keepless.solve.floor import floor_bound
-from keepless.solve.front import LESS, Point, front_of, next_limit
+from keepless.solve.front import LESS, Line, Point, front_of, next_limit
 from keepless.solve.lagrange import Woven
-from keepless.solve.planner import SPACE, Planner, plan, tight_positions
+from keepless.solve.moments import Bound
+from keepless.solve.planner import SPACE, Planner
 from keepless.solve.search import Search, Standing
 from keepless.solve.solution import Solution, solution
 from keepless.solve.strategies import Strategy, check_strategies, named_strategies
@@ -198,12 +200,9 @@ class Curve:
     def _bound(self, limit_nbytes: int) -> tuple[float, str]:
         best = max(self.bounds, key=lambda line: line.at(limit_nbytes))
         base = sum(self.cost.seconds)
-        ops = self.graph.ops
-        bytes_text = f"; bytes: {self.blocking}" if ops else ""
-        if best.position < 0 or best.at(limit_nbytes) <= base:
-            return base, f"seconds: every op runs once{bytes_text}"
-        moment = self.graph.where(ops[best.position])
-        return best.at(limit_nbytes), f"seconds: minimum cut at {moment}{bytes_text}"
+        if best.at(limit_nbytes) > base:
+            return best.at(limit_nbytes), best.witness
+        return base, witness_text(Bound(0.0, {}), self.floor_op)
 
     def _infeasible(self, limit: int) -> InfeasibleBudget:
         low = self.smallest_nbytes
@@ -253,9 +252,13 @@ def trace_curve(
     lines: dict[int, Line] = {}
 
     def solve_for(limit: int) -> None:
-        solved[limit] = found = plan(planner, limit, seed)
+        inner = Search(seconds=None if search.seconds is None else search.seconds_left)
+        inner.is_interrupted = search.is_interrupted
+        solved[limit] = found = plan(planner, limit, seed, inner)
+        search.is_cut_by_clock |= inner.is_cut_by_clock
+        search.is_interrupted |= inner.is_interrupted
         _forget(planner)
-        lines[limit] = seconds_line(tables, limit, tight_positions(tables, found.order))
+        lines[limit] = Line.of(tables, limit, found.certificate)
         search.report(Standing("curve", found.seconds, found.peak, found.certificate.bound_seconds, search.spent))
 
     for limit in sorted({base.peak, planner.smallest.peak}, reverse=True):

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TypeVar
 
+from keepless.ir import Certificate
+from keepless.solve.bound import witness_prices
 from keepless.solve.solution import Solution
+from keepless.solve.tables import Tables
 
 T = TypeVar("T")
 
@@ -43,6 +46,33 @@ class Point:
     def num_replays(self) -> int:
         """Runs of ops beyond the first."""
         return self.solution.program.num_replays
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A bound for every limit: the dual function of memory at fixed prices (`moments`) is linear in the limit.
+
+    Arguments:
+        limit_nbytes: the limit that the prices are best for.
+        seconds: no plan of the planner's space within that limit is faster.
+        price: of a byte, in seconds, over all moments; 0 where every op runs once.
+        witness: moments and prices, as in a certificate.
+    """
+
+    limit_nbytes: int
+    seconds: float
+    price: float
+    witness: str = ""
+
+    def at(self, limit_nbytes: int) -> float:
+        """Seconds that every step within this limit takes at least."""
+        return self.seconds + self.price * (self.limit_nbytes - limit_nbytes)
+
+    @staticmethod
+    def of(tables: Tables, limit_nbytes: int, certificate: Certificate) -> Line:
+        """What a certificate for one limit says of all."""
+        prices = witness_prices(certificate.witness, tables)
+        return Line(limit_nbytes, certificate.bound_seconds, sum(prices.values()), certificate.witness)
 
 
 def front_of(items: Iterable[T], key: Callable[[T], tuple[int, float]]) -> list[T]:
