@@ -25,6 +25,8 @@ from keepless.report.curve_table import curve_text
 from keepless.solve import SOLVERS, Search, Standing, recheck, solve
 from keepless.solve.curve import MAX_LIMITS, Curve, trace_curve
 from keepless.solve.front import Line, Point, front_of, next_limit
+from keepless.solve.lagrange import Woven
+from keepless.solve.met import MOST_BETWEEN, sort_out
 from keepless.solve.solution import Solution
 
 
@@ -209,6 +211,34 @@ def test_the_front_keeps_what_nothing_beats() -> None:
     """Pairs that another one is below in bytes and seconds go; ties go too."""
     pairs = [(5, 1.0), (3, 2.0), (4, 2.0), (4, 1.5), (9, 0.9), (10, 0.9), (2, 7.0), (2, 6.0)]
     assert front_of(pairs, lambda pair: pair) == [(2, 6.0), (3, 2.0), (4, 1.5), (5, 1.0), (9, 0.9)]
+
+
+def test_what_is_dominated_is_replaced() -> None:
+    """A limit's plan that another one beats gives way to it, whichever search met it; the others stay between."""
+    graph, cost = SMALL["gpt"]()
+    lazy = SOLVERS["recompute_all"].solve(graph, cost, 1 << 40)
+    kept = SOLVERS["keep_all"].solve(graph, cost, 1 << 40)
+    assert lazy.peak + 2 < kept.peak
+    woven = Woven(list(lazy.order), lazy.seconds, lazy.peak)
+    worse = replace(lazy, peak=lazy.peak + 1, seconds=lazy.seconds * 1.5)
+    low = replace(lazy, peak=lazy.peak - 1, seconds=lazy.seconds * 3)
+    solved = {low.peak: low, worse.peak + 1: worse, kept.peak: kept}
+    points, between = sort_out(graph, cost, solved, [], [woven], 0)
+    assert [(limit, found.peak) for limit, found in points] == [
+        (low.peak, low.peak),
+        (worse.peak + 1, lazy.peak),
+        (kept.peak, kept.peak),
+    ]
+    assert between == ()
+    near = Woven(woven.order, woven.seconds * 0.99, woven.peak + 10)
+    points, between = sort_out(graph, cost, solved, [], [woven, near], 0)
+    assert [found.peak for _, found in points] == [low.peak, lazy.peak, kept.peak]
+    assert [one.peak for one in between] == [near.peak]
+    points, between = sort_out(graph, cost, {kept.peak: kept}, [low], [woven, near], 0)
+    assert [found.peak for _, found in points] == [low.peak, kept.peak]
+    assert [one.peak for one in between] == [woven.peak, near.peak]
+    many = [Woven(woven.order, 3.0 - n / 1000, n) for n in range(1000)]
+    assert len(sort_out(graph, cost, {kept.peak: replace(kept, seconds=1.0)}, [], many, 0)[1]) == MOST_BETWEEN
 
 
 @given(st.lists(st.tuples(st.integers(0, 20), st.floats(0.5, 20.0)), min_size=1, max_size=30))

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 _INK, _PALE, _CURVE, _KNEE, _BUDGET = "#222222", "#777777", "#0072B2", "#009E73", "#B00020"
 _MARKS = ("s", "^", "D", "v", "P", "X", "<", ">", "*")
 _COLOURS = ("#E69F00", "#CC79A7", "#D55E00", "#56B4E9", "#999999", "#004D7A")
+_LEGEND: dict[str, Any] = {"ncols": 4, "frameon": False, "fontsize": 9, "handlelength": 1.6, "columnspacing": 1.6}
 _STEPS = 200
 """Pieces in which the bound is drawn."""
 _ROOM = 0.06
@@ -46,9 +47,9 @@ def draw_curve(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 5.8), dpi=150, facecolor="white")
+    figure = Figure(figsize=(10, 6.6), dpi=150, facecolor="white")
     FigureCanvasAgg(figure)
-    axes = figure.add_axes((0.085, 0.12, 0.83, 0.73))
+    axes = figure.add_axes((0.085, 0.255, 0.83, 0.615))
     left, right = _span(curve, budget_of, budget)
     unit, size = ("GiB", 2.0**30) if right >= 1.2 * 2**30 else ("MiB", 2.0**20)
     scale, word = (1.0, "seconds") if curve.baseline_seconds >= 1 else (1e3, "milliseconds")
@@ -75,9 +76,9 @@ def draw_curve(
     axes.set_axisbelow(True)
     axes.spines["top"].set_visible(False)
     axes.tick_params(colors=_INK)
-    axes.legend(loc="upper right", frameon=True, framealpha=0.9, edgecolor="none", fontsize=9)
-    figure.text(0.085, 0.935, title or _title(curve, budget_of), fontsize=13, fontweight="bold", color=_INK)
-    figure.text(0.085, 0.885, _subtitle(curve, budget_of), fontsize=9.5, color=_PALE)
+    figure.legend(*axes.get_legend_handles_labels(), loc="lower left", bbox_to_anchor=(0.075, 0.01), **_LEGEND)
+    figure.text(0.085, 0.945, title or _title(curve, budget_of), fontsize=13, fontweight="bold", color=_INK)
+    figure.text(0.085, 0.9, _subtitle(curve, budget_of), fontsize=9.5, color=_PALE)
     figure.savefig(os.fspath(path))
 
 

@@ -31,6 +31,7 @@ from keepless.solve.bound import witness_text
 from keepless.solve.floor import floor_bound
 from keepless.solve.front import LESS, Line, Point, front_of, next_limit
 from keepless.solve.lagrange import Woven
+from keepless.solve.met import sort_out
 from keepless.solve.moments import Bound
 from keepless.solve.planner import SPACE, Planner
 from keepless.solve.search import Search, Standing
@@ -39,8 +40,6 @@ from keepless.solve.strategies import Strategy, check_strategies, named_strategi
 
 MAX_LIMITS = 200
 """Limits that one curve may be solved for."""
-_BETWEEN = 64
-"""Orders between the points that a curve keeps."""
 _MOST_SEEN = 3_000_000
 """Op ids in the orders that the searches share, about 60 bytes each; beyond it only the best orders stay."""
 
@@ -273,10 +272,6 @@ def trace_curve(
             if low < limit < high and limit not in solved and search.spend():
                 solve_for(limit)
     named = named_strategies(planner, strategies, (low, (low + high) // 2), seed)
-    candidates = [
-        *((limit, found) for limit, found in solved.items() if found.peak <= limit),
-        *((one.peak, found) for one, found in named),
-    ]
     floor, where = floor_bound(graph, cost)
     without = Curve(
         graph=graph,
@@ -293,11 +288,10 @@ def trace_curve(
         seed=seed,
         is_cut_by_clock=search.is_cut_by_clock,
     )
-    front = tuple(
-        Point(limit, found, without.bound_at(found.peak))
-        for limit, found in front_of(candidates, lambda pair: (pair[1].peak, pair[1].seconds))
-    )
-    return replace(without, points=front, between=_between(planner, front))
+    met = (woven for woven, _ in planner.seen.values())
+    chosen, between = sort_out(graph, cost, solved, [found for _, found in named], met, seed)
+    found_points = tuple(Point(limit, found, without.bound_at(found.peak)) for limit, found in chosen)
+    return replace(without, points=found_points, between=between)
 
 
 def check_points(points: object) -> None:
@@ -329,17 +323,3 @@ def _forget(planner: Planner) -> None:
         best = front_of(seen.items(), lambda item: (item[1][0].peak, item[1][0].seconds))
         seen.clear()
         seen.update(best)
-
-
-def _between(planner: Planner, points: Sequence[Point]) -> tuple[Woven, ...]:
-    """Orders of the planner's searches that are faster than every point at or below their peak, thinned evenly."""
-    peaks = [point.peak for point in points]
-    better = []
-    for woven, _ in planner.seen.values():
-        index = bisect_right(peaks, woven.peak) - 1
-        if index >= 0 and woven.seconds < points[index].seconds * LESS:
-            better.append(woven)
-    front = front_of(better, lambda woven: (woven.peak, woven.seconds))
-    if len(front) <= _BETWEEN:
-        return tuple(front)
-    return tuple(front[i * (len(front) - 1) // (_BETWEEN - 1)] for i in range(_BETWEEN))
