@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from keepless.api import Inputs as Inputs
     from keepless.api import Plan as Plan
+    from keepless.api import StepCurve as StepCurve
     from keepless.api import Verification as Verification
     from keepless.api import apply as apply
+    from keepless.api import curve as curve
     from keepless.api import fit as fit
     from keepless.api import load as load
     from keepless.api import plan as plan
@@ -39,8 +41,10 @@ _HOMES = {
     "keepless.api": (
         "Inputs",
         "Plan",
+        "StepCurve",
         "Verification",
         "apply",
+        "curve",
         "fit",
         "load",
         "plan",

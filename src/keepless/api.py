@@ -1,16 +1,16 @@
-"""The public functions: plan, apply, remove, fit, load, verify, with_loss."""
+"""The public functions: plan, curve, apply, remove, fit, load, verify, with_loss."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
 
 from keepless import control
 from keepless.capture import Inputs
-from keepless.control import Progress, Verification
+from keepless.control import Progress, StepCurve, Verification
 from keepless.machine import Plan, load_plan
 from keepless.solve import Solver
 
@@ -69,6 +69,55 @@ def plan(
         release_outputs=release_outputs,
         outside=outside,
         solver=solver,
+        seed=seed,
+        cache=cache,
+        progress=progress,
+    )
+
+
+def curve(
+    model: torch.nn.Module,
+    batch: Any,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    loss_fn: LossFn | None = None,
+    accumulate: bool = False,
+    release_outputs: bool = False,
+    outside: str | int = 0,
+    points: int = 12,
+    strategies: Sequence[str] | None = None,
+    seed: int = 0,
+    cache: bool = True,
+    progress: Progress | None = None,
+) -> StepCurve:
+    """The step's time for every budget at once: captured and measured once, and solved for some budgets.
+
+    ::
+
+        curve = keepless.curve(model, batch, optimizer=optimizer)
+        print(curve)                                      # a table: budget, peak, time, bound
+        keepless.apply(model, curve.plan("8GiB"))         # any budget on it, without solving again
+
+    Arguments:
+        model, batch, optimizer, loss_fn, accumulate, release_outputs, outside, seed, cache: as in `plan`.
+        points: how many budgets are solved for, the smallest and the one that keeps everything among them.
+        strategies: names in `keepless.solve.SOLVERS` to show beside the curve; None for those that cost little.
+        progress: called with (stage, done, total); stages are "capture", "measure" and "solve".
+
+    Raises:
+        SolverError: `points` is out of range, or there is no such strategy.
+        CaptureError: the model cannot be captured as one graph; BatchError, LossError and ParameterError say more.
+    """
+    return control.make_curve(
+        model,
+        batch,
+        optimizer=optimizer,
+        loss_fn=loss_fn,
+        accumulate=accumulate,
+        release_outputs=release_outputs,
+        outside=outside,
+        points=points,
+        strategies=strategies,
         seed=seed,
         cache=cache,
         progress=progress,
@@ -149,4 +198,17 @@ def with_loss(model: torch.nn.Module, loss_fn: LossFn, num_targets: int = 0) -> 
     return WithLoss(model, loss_fn, num_targets)
 
 
-__all__ = ["Inputs", "Plan", "Verification", "apply", "fit", "load", "plan", "remove", "verify", "with_loss"]
+__all__ = [
+    "Inputs",
+    "Plan",
+    "StepCurve",
+    "Verification",
+    "apply",
+    "curve",
+    "fit",
+    "load",
+    "plan",
+    "remove",
+    "verify",
+    "with_loss",
+]

@@ -1,4 +1,4 @@
-"""The commands: plan, train, verify, show, demo, env; and those of `graphs`."""
+"""The commands: plan, curve, train, verify, show, demo, env; and those of `graphs`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,29 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from keepless.cli import graphs
+from keepless.cli.curves import curve_command
+from keepless.cli.options import (
+    Accumulates,
+    BatchSize,
+    BudgetOption,
+    Caches,
+    Debug,
+    Device,
+    Dtype,
+    Json,
+    LearningRate,
+    ModelArgument,
+    Optimizer,
+    Outside,
+    PictureOption,
+    PlanFileOption,
+    Releases,
+    SaveOption,
+    Seed,
+    SeqLen,
+    SolverOption,
+    Values,
+)
 from keepless.cli.session import FAILED, Session, UsageError, planning, read_budget, session
 from keepless.ir import format_bytes
 from keepless.machine import Plan, load_plan
@@ -29,28 +52,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-ModelArgument = Annotated[
-    str, typer.Argument(help="package.module:factory, which returns (model, batch), or hf:PATH_TO_CONFIG.json")
-]
-BatchSize = Annotated[int, typer.Option(help="Batch size of an hf: model.")]
-SeqLen = Annotated[int, typer.Option(help="Tokens per row of an hf: model.")]
-Dtype = Annotated[str, typer.Option(help="Parameters' dtype of an hf: model: float32, bfloat16, ...")]
-Optimizer = Annotated[str, typer.Option(help="adamw, adam, sgd, rmsprop, adagrad, or none.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1; meta plans for the cpu without making weights.")]
-LearningRate = Annotated[float, typer.Option("--lr", help="Learning rate.")]
-Seed = Annotated[int, typer.Option(help="Of weights, data and dropout.")]
-BudgetOption = Annotated[
-    str | None, typer.Option("--budget", "-b", help='"8GiB" (2**30), "8GB" (10**9), bytes, or 0.5 of the device.')
-]
-SolverOption = Annotated[str, typer.Option(help="A solver's name.")]
-Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, and nothing else.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")]
-Values = Annotated[bool, typer.Option("--values", help="A row per value, not only per block.")]
-PictureOption = Annotated[Path | None, typer.Option(help="Draw bytes over the step into this file (.png, .svg, .pdf).")]
-PlanFileOption = Annotated[Path | None, typer.Option("--plan", help="A saved plan to use instead of a budget.")]
-SaveOption = Annotated[Path | None, typer.Option("--save", "-o", help="Write the plan to this file.")]
-Releases = Annotated[bool, typer.Option(help="The loop drops the model's outputs, all but the loss, before backward.")]
-
 
 @app.command("plan")
 def plan_command(
@@ -65,10 +66,10 @@ def plan_command(
     device: Device = "cpu",
     seed: Seed = 0,
     solver: SolverOption = "keepless",
-    accumulate: Annotated[bool, typer.Option(help="Gradients are added to existing ones.")] = False,
+    accumulate: Accumulates = False,
     release_outputs: Releases = False,
-    outside: Annotated[str, typer.Option(help="Bytes on the device beside the model: a second model, say.")] = "0",
-    cache: Annotated[bool, typer.Option(help="Remember measured costs of ops on disk.")] = True,
+    outside: Outside = "0",
+    cache: Caches = True,
     values: Values = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -85,6 +86,9 @@ def plan_command(
         }
         found = _planned(_build(recipe), budget, options)
         _describe(current, found, values=values, save=save, picture=picture)
+
+
+app.command("curve")(curve_command)
 
 
 @app.command()

@@ -3,7 +3,10 @@
 from keepless.control.applying import apply as apply
 from keepless.control.applying import planned_forward as planned_forward
 from keepless.control.applying import remove as remove
-from keepless.control.planning import Capture as Capture
+from keepless.control.captured import Capture as Capture
+from keepless.control.curves import BudgetPoint as BudgetPoint
+from keepless.control.curves import StepCurve as StepCurve
+from keepless.control.curves import make_curve as make_curve
 from keepless.control.planning import Progress as Progress
 from keepless.control.planning import make as make
 from keepless.control.planning import read_budget as read_budget

@@ -10,7 +10,9 @@ import torch
 
 from keepless._compat import tree_flatten
 from keepless.capture import FlatInputs, Inputs, flatten_inputs
-from keepless.control.planning import Capture, check_module, check_plan, make_like, recapture
+from keepless.control.captured import Capture
+from keepless.control.checks import check_module, check_plan
+from keepless.control.planning import make_like, recapture
 from keepless.control.signature import batch_signature, check_signature, model_signature
 from keepless.errors import InfeasibleBudget, PlanError
 from keepless.execute import Entry, PlannedForward, make_entry

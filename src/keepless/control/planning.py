@@ -8,18 +8,19 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from keepless.binding import Binding
 from keepless.capture import FlatInputs, Inputs, StepShape, flatten_inputs, lower, planned_device, trace_step
+from keepless.control.captured import Capture, Measured, Settings
+from keepless.control.checks import check_module, check_optimizer
+from keepless.control.reserve import budget_with_reserve, explain_infeasible, with_reserve
 from keepless.control.signature import batch_signature, model_signature
 from keepless.control.trials import cost_model, measure_costs, measure_loss
-from keepless.cost import CostModel
-from keepless.errors import BatchError, BudgetError, InfeasibleBudget, MeasureError, ParameterError, PlanError
-from keepless.ir import Budget, Graph, Phase, format_bytes, parse_bytes
+from keepless.errors import BatchError, InfeasibleBudget, MeasureError
+from keepless.ir import Budget, Phase, parse_bytes
 from keepless.ir.text import fingerprint
 from keepless.machine import Baseline, Plan, make_plan
 from keepless.measure import (
@@ -31,59 +32,10 @@ from keepless.measure import (
     optimizer_footprint,
 )
 from keepless.passes import evaluate
-from keepless.report.floor import describe_floor, find_floor
-from keepless.solve import SOLVERS, Solver, named_solver, smallest, solve
+from keepless.solve import SOLVERS, Solution, Solver, named_solver, smallest, solve
 
 Progress = Callable[[str, int, int], None]
 """Called with (stage, done, total); stages are "capture", "measure" and "solve"."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What `plan` was asked for beside model and batch; enough to plan again for another batch."""
-
-    budget: int
-    optimizer: OptimizerFootprint | None
-    loss_fn: Any
-    accumulate: bool
-    release_outputs: bool
-    outside: int
-    solver: str | Solver
-    seed: int
-    cache: CostCache | None
-    own_loss: bool = True
-    """Whether the model's output holds its loss."""
-
-
-@dataclass(frozen=True)
-class Capture:
-    """The torch side of a plan: kept with it while the process lives, never saved."""
-
-    binding: Binding
-    flat: FlatInputs
-    settings: Settings
-    as_compiled: bool
-    model: weakref.ref[torch.nn.Module] | None = None
-    modules: tuple[weakref.ref[torch.nn.Module], ...] = ()
-
-    def is_of(self, model: torch.nn.Module) -> bool:
-        """Whether this model was captured, with the submodules that it has now."""
-        now = list(model.modules())
-        return (
-            self.model is not None
-            and self.model() is model
-            and len(now) == len(self.modules)
-            and all(ref() is module for ref, module in zip(self.modules, now, strict=True))
-        )
-
-
-def default_reserve(budget: int) -> int:
-    """Bytes of a budget that stay free: what predictions miss.
-
-    Small tensors below the model's resolution: generator states of replays in flight, wrapped numbers, autograd's
-    own. Measured on the CPU over the six model families of the tests: under 60 KiB.
-    """
-    return 64 * 1024 + budget // 1000
 
 
 def read_budget(budget: object, device: torch.device) -> int:
@@ -114,12 +66,45 @@ def make(
     check_module(model)
     named_solver(solver)
     device = planned_device(model) if any(True for _ in model.parameters()) else torch.device("cpu")
-    nbytes = read_budget(budget, device)
+    settings = read_settings(
+        model,
+        read_budget(budget, device),
+        optimizer=optimizer,
+        loss_fn=loss_fn,
+        accumulate=accumulate,
+        release_outputs=release_outputs,
+        outside=outside,
+        solver=solver,
+        seed=seed,
+        cache=cache,
+    )
+    return make_with(model, batch, settings, progress)
+
+
+def read_settings(
+    model: torch.nn.Module,
+    nbytes: int,
+    *,
+    optimizer: torch.optim.Optimizer | None,
+    loss_fn: Any,
+    accumulate: bool,
+    release_outputs: bool,
+    outside: object,
+    solver: str | Solver,
+    seed: int,
+    cache: bool,
+) -> Settings:
+    """The settings of a caller's options; see `keepless.plan`.
+
+    Raises:
+        ParameterError: the optimizer steps something else.
+        BudgetError: `outside` cannot be read.
+    """
     footprint = None
     if optimizer is not None:
         check_optimizer(optimizer, model)
         footprint = optimizer_footprint(optimizer, [p for p in model.parameters() if p.requires_grad])
-    settings = Settings(
+    return Settings(
         nbytes,
         footprint,
         loss_fn,
@@ -131,45 +116,6 @@ def make(
         CostCache() if cache else None,
         own_loss=loss_fn is None,
     )
-    return make_with(model, batch, settings, progress)
-
-
-def check_module(model: object) -> None:
-    """Refuses what is not a module.
-
-    Raises:
-        ParameterError: it is something else.
-    """
-    if not isinstance(model, torch.nn.Module):
-        raise ParameterError(f"The model is a {type(model).__name__}, not a torch.nn.Module.")
-
-
-def check_plan(plan: object) -> None:
-    """Refuses what is not a plan; a path to one, say.
-
-    Raises:
-        PlanError: it is something else.
-    """
-    if not isinstance(plan, Plan):
-        raise PlanError(
-            f"The plan is a {type(plan).__name__}, not a keepless.Plan; keepless.load reads one from a file."
-        )
-
-
-def check_optimizer(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> None:
-    """Refuses an optimizer that steps something else: its bytes would be counted as none.
-
-    Raises:
-        ParameterError: none of the model's trainable parameters is in it.
-    """
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise ParameterError(f"optimizer= is a {type(optimizer).__name__}, not a torch.optim.Optimizer.")
-    own = {id(p) for p in model.parameters() if p.requires_grad}
-    if own and not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
-        raise ParameterError(
-            f"The {type(optimizer).__name__} steps none of the model's trainable parameters: make it from "
-            "model.parameters() of this very model."
-        )
 
 
 def make_with(model: torch.nn.Module, batch: Any, settings: Settings, progress: Progress | None = None) -> Plan:
@@ -192,7 +138,25 @@ def make_like(model: torch.nn.Module, inputs: Inputs, plan: Plan) -> Plan:
 
 
 def _make(model: torch.nn.Module, batch: Any, settings: Settings, progress: Progress | None, like: Plan | None) -> Plan:
-    tell = progress or (lambda stage, done, total: None)
+    tell = progress or _silent
+    measured = _measure(model, batch, settings, tell, like)
+    tell("solve", 0, 1)
+    plan = _solve(measured, settings)
+    tell("solve", 1, 1)
+    plan.capture = measured.capture
+    return plan
+
+
+def measure_step(model: torch.nn.Module, batch: Any, settings: Settings, progress: Progress | None = None) -> Measured:
+    """The captured and measured step for settings that are already read; their budget and solver do not matter."""
+    return _measure(model, batch, settings, progress or _silent, None)
+
+
+def _silent(stage: str, done: int, total: int) -> None:
+    pass
+
+
+def _measure(model: torch.nn.Module, batch: Any, settings: Settings, tell: Progress, like: Plan | None) -> Measured:
     flat = flatten_inputs(Inputs.of(batch))
     with _untouched(model):
         tell("capture", 0, 1)
@@ -213,11 +177,7 @@ def _make(model: torch.nn.Module, batch: Any, settings: Settings, progress: Prog
         elif settings.loss_fn is not None:
             loss = measure_loss(binding, settings.loss_fn, batch)
     cost = cost_model(binding, costs, optimizer=settings.optimizer, loss=loss, accumulate=settings.accumulate)
-    tell("solve", 0, 1)
-    plan = _solve(binding, cost, settings, {**model_signature(model), **batch_signature(flat), **given})
-    tell("solve", 1, 1)
-    plan.capture = capture
-    return plan
+    return Measured(capture, cost, {**model_signature(model), **batch_signature(flat), **given})
 
 
 def _capture(
@@ -300,15 +260,24 @@ def _whole(item: object) -> int:
     return item if isinstance(item, int) and not isinstance(item, bool) and item >= 0 else 0
 
 
-def _solve(binding: Binding, cost: CostModel, settings: Settings, signature: dict[str, object]) -> Plan:
-    graph = binding.graph
-    budget = Budget({"device": settings.budget}, reserve=min(default_reserve(settings.budget), settings.budget - 1))
-    if budget.device <= 0:
-        raise BudgetError(f"The budget of {settings.budget} bytes is smaller than its own reserve.")
+def _solve(measured: Measured, settings: Settings) -> Plan:
+    graph, cost = measured.graph, measured.cost
+    budget = budget_with_reserve(settings.budget)
     try:
         found = solve(graph, cost, budget, solver=settings.solver, seed=settings.seed)
     except InfeasibleBudget as error:
-        raise explain_infeasible(graph, cost, settings, error) from None
+        low = smallest(graph, cost)
+        raise explain_infeasible(graph, cost, settings.budget, low.program, low.peak, error.bound) from None
+    return plan_of(measured, found, budget)
+
+
+def plan_of(measured: Measured, found: Solution, budget: Budget) -> Plan:
+    """The plan of a solution: verified again, its timeline predicted.
+
+    Raises:
+        ProgramError: the program breaks a rule or does not fit the budget.
+    """
+    graph, cost = measured.graph, measured.cost
     everything = evaluate(graph, cost, range(len(graph.ops)))
     return make_plan(
         graph,
@@ -317,33 +286,9 @@ def _solve(binding: Binding, cost: CostModel, settings: Settings, signature: dic
         budget,
         found.certificate,
         baseline=Baseline(with_reserve(everything.peak), everything.seconds),
-        signature=signature,
+        signature=measured.signature,
         smallest_budget=with_reserve(found.smallest_nbytes),
         smallest_bound=found.smallest_bound,
-    )
-
-
-def with_reserve(peak: int) -> int:
-    """The smallest budget whose device limit, less the default reserve, is at least this peak."""
-    budget = (peak + 64 * 1024) * 1000 // 999
-    while budget - default_reserve(budget) < peak:
-        budget += 1
-    return budget
-
-
-def explain_infeasible(graph: Graph, cost: CostModel, settings: Settings, error: InfeasibleBudget) -> InfeasibleBudget:
-    """The error with what the floor is made of, and what would lower it."""
-    low = smallest(graph, cost)
-    needed = with_reserve(low.peak)
-    floor = find_floor(graph, cost, low.program)
-    return InfeasibleBudget(
-        f"The budget {format_bytes(settings.budget)} ({settings.budget} bytes) is too small. The smallest budget for "
-        f"which a plan was found is {format_bytes(needed)} ({needed} bytes); no plan can need less than "
-        f"{format_bytes(error.bound)}. {describe_floor(graph, floor)} What would help: {'; '.join(floor.advice)}; or a "
-        f"budget of {needed} bytes.",
-        smallest_budget=needed,
-        bound=error.bound,
-        blocking=graph.where(floor.op),
     )
 
 

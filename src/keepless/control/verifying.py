@@ -16,7 +16,8 @@ import torch
 from keepless._compat import ambient_state
 from keepless.capture import Inputs, flatten_inputs
 from keepless.control.applying import apply, bind_loaded, planned_forward, remove
-from keepless.control.planning import Capture, check_module, check_plan
+from keepless.control.captured import Capture
+from keepless.control.checks import check_module, check_plan
 from keepless.errors import PlanError
 from keepless.execute import PlannedForward, make_entry
 from keepless.ir import Phase, Run, format_bytes

@@ -119,7 +119,7 @@ def recheck(graph: Graph, cost: CostModel, limit: int, certificate: Certificate)
     """
     tables = Tables(graph, cost)
     seconds = float(tables.seconds.sum())
-    prices = _prices(certificate.witness, tables)
+    prices = witness_prices(certificate.witness, tables)
     if prices:
         relaxation = Relaxation(tables)
         if _is_huge(tables):
@@ -129,7 +129,12 @@ def recheck(graph: Graph, cost: CostModel, limit: int, certificate: Certificate)
     return Recheck(seconds, floor_bound(graph, cost)[0], certificate.bound_seconds, certificate.bound_bytes)
 
 
-def _prices(witness: str, tables: Tables) -> dict[int, float]:
+def witness_prices(witness: str, tables: Tables) -> dict[int, float]:
+    """The price of a byte (seconds) at each moment of a witness; none where it rests on no moment.
+
+    Raises:
+        SolverError: the witness cannot be read, or names what the graph does not have.
+    """
     head, _, _ = witness.partition(";")
     words = head.split()
     if words[:1] != ["moments"] or words == ["moments", "none"]:

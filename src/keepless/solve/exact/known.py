@@ -9,7 +9,7 @@ from keepless.cost import CostModel
 from keepless.errors import SolverError
 from keepless.ir import Certificate, Graph, Status
 from keepless.passes import evaluate
-from keepless.solve.bound import seconds_bound
+from keepless.solve.moments import Relaxation
 from keepless.solve.planner import Planner
 from keepless.solve.search import Search, Standing
 from keepless.solve.solution import Solution, solution
@@ -29,11 +29,10 @@ def known_order(graph: Graph, cost: CostModel, limit_nbytes: int) -> list[int]:
 
 
 def cut_seconds(tables: Tables, limit_nbytes: int) -> float:
-    """Seconds of replays that every order needs: the minimum cut at the LOSS op (`bound`); 0 where there is none."""
+    """Seconds of replays that every order needs, from the LOSS op's moment (`moments`); 0 where there is none."""
     if tables.loss >= tables.num_ops:
         return 0.0
-    least, _ = seconds_bound(tables, limit_nbytes, [tables.loss])
-    return max(0.0, least - float(tables.seconds.sum()))
+    return Relaxation(tables).bound(limit_nbytes, [tables.loss]).seconds
 
 
 def settle(

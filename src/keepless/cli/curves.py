@@ -1,0 +1,102 @@
+"""The command `curve`: the step's time for every budget."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from keepless.cli.options import (
+    Accumulates,
+    BatchSize,
+    Caches,
+    Debug,
+    Device,
+    Dtype,
+    Json,
+    ModelArgument,
+    Optimizer,
+    Outside,
+    Releases,
+    SaveOption,
+    Seed,
+    SeqLen,
+)
+from keepless.cli.session import UsageError, planning, read_budget, session
+from keepless.ir.budget import MAX_NBYTES, parse_bytes
+from keepless.report.tables import plan_dict, verdict
+
+
+def curve_command(
+    model: ModelArgument,
+    points: Annotated[int, typer.Option(help="Budgets to solve for, the two ends among them.")] = 12,
+    picture: Annotated[
+        Path | None, typer.Option(help="Draw time over budgets into this file (.png, .svg, .pdf).")
+    ] = None,
+    save_at: Annotated[str | None, typer.Option(help="A budget whose plan is shown, and written to --save.")] = None,
+    save: SaveOption = None,
+    strategy: Annotated[
+        list[str] | None, typer.Option(help="A solver to show beside the curve, once or more often; a few are shown.")
+    ] = None,
+    batch_size: BatchSize = 8,
+    seq_len: SeqLen = 128,
+    dtype: Dtype = "float32",
+    optimizer: Optimizer = "adamw",
+    device: Device = "cpu",
+    seed: Seed = 0,
+    accumulate: Accumulates = False,
+    release_outputs: Releases = False,
+    outside: Outside = "0",
+    cache: Caches = True,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show the step's time for every budget at once, from the smallest to everything kept."""
+    with session(as_json, debug) as current:
+        if save is not None and save_at is None:
+            raise UsageError("--save writes one plan of the curve: say which, --save-at 8GiB.")
+        if picture is not None and importlib.util.find_spec("matplotlib") is None:
+            raise UsageError("A picture needs matplotlib: pip install 'keepless[report]'")
+        wanted = None if save_at is None else read_budget(save_at)
+        if wanted is not None:
+            parse_bytes(wanted, device_nbytes=MAX_NBYTES)  # what cannot be read is refused before any work
+        from keepless import api
+        from keepless.cli.models import Recipe, build
+
+        built = build(Recipe(model, batch_size, seq_len, dtype, optimizer, device, 1e-3, seed))
+        options: dict[str, Any] = {
+            "optimizer": built.optimizer,
+            "loss_fn": built.loss_fn,
+            "accumulate": accumulate,
+            "release_outputs": release_outputs,
+            "outside": read_budget(outside),
+            "points": points,
+            "strategies": strategy or None,
+            "cache": cache,
+        }
+        with planning("curve") as progress:
+            found = api.curve(built.model, built.batch, progress=progress, **options)
+        chosen = None if wanted is None else found.plan(wanted)
+        if chosen is not None and save is not None:
+            chosen.save(save)
+        if picture is not None:
+            try:
+                found.draw(picture, budget=wanted)
+            except ValueError as error:  # matplotlib's word for a file name whose end it does not know
+                raise UsageError(f"The picture {str(picture)!r} cannot be drawn: {error}") from None
+        if as_json:
+            current.answer = found.as_dict() | {
+                "plan": None if chosen is None else plan_dict(chosen),
+                "plan_file": None if save is None else str(save),
+                "picture": None if picture is None else str(picture),
+            }
+            return
+        current.show(str(found))
+        if chosen is not None:
+            current.show(str(chosen), verdict(chosen))
+        if save is not None:
+            current.show(f"plan     {save}")
+        if picture is not None:
+            current.show(f"picture  {picture}")

@@ -1,0 +1,33 @@
+"""Arguments and options that several commands take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+ModelArgument = Annotated[
+    str, typer.Argument(help="package.module:factory, which returns (model, batch), or hf:PATH_TO_CONFIG.json")
+]
+BatchSize = Annotated[int, typer.Option(help="Batch size of an hf: model.")]
+SeqLen = Annotated[int, typer.Option(help="Tokens per row of an hf: model.")]
+Dtype = Annotated[str, typer.Option(help="Parameters' dtype of an hf: model: float32, bfloat16, ...")]
+Optimizer = Annotated[str, typer.Option(help="adamw, adam, sgd, rmsprop, adagrad, or none.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1; meta plans for the cpu without making weights.")]
+LearningRate = Annotated[float, typer.Option("--lr", help="Learning rate.")]
+Seed = Annotated[int, typer.Option(help="Of weights, data and dropout.")]
+BudgetOption = Annotated[
+    str | None, typer.Option("--budget", "-b", help='"8GiB" (2**30), "8GB" (10**9), bytes, or 0.5 of the device.')
+]
+SolverOption = Annotated[str, typer.Option(help="A solver's name.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, and nothing else.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")]
+Values = Annotated[bool, typer.Option("--values", help="A row per value, not only per block.")]
+PictureOption = Annotated[Path | None, typer.Option(help="Draw bytes over the step into this file (.png, .svg, .pdf).")]
+PlanFileOption = Annotated[Path | None, typer.Option("--plan", help="A saved plan to use instead of a budget.")]
+SaveOption = Annotated[Path | None, typer.Option("--save", "-o", help="Write the plan to this file.")]
+Accumulates = Annotated[bool, typer.Option(help="Gradients are added to existing ones.")]
+Outside = Annotated[str, typer.Option(help="Bytes on the device beside the model: a second model, say.")]
+Caches = Annotated[bool, typer.Option(help="Remember measured costs of ops on disk.")]
+Releases = Annotated[bool, typer.Option(help="The loop drops the model's outputs, all but the loss, before backward.")]

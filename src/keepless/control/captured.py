@@ -1,0 +1,73 @@
+"""What planning is asked for, and a captured and measured step."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from keepless.binding import Binding
+from keepless.capture import FlatInputs
+from keepless.cost import CostModel
+from keepless.ir import Graph
+from keepless.measure import CostCache, OptimizerFootprint
+from keepless.solve import Solver
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `plan` was asked for beside model and batch; enough to plan again for another batch."""
+
+    budget: int
+    optimizer: OptimizerFootprint | None
+    loss_fn: Any
+    accumulate: bool
+    release_outputs: bool
+    outside: int
+    solver: str | Solver
+    seed: int
+    cache: CostCache | None
+    own_loss: bool = True
+    """Whether the model's output holds its loss."""
+
+
+@dataclass(frozen=True)
+class Capture:
+    """The torch side of a plan: kept with it while the process lives, never saved."""
+
+    binding: Binding
+    flat: FlatInputs
+    settings: Settings
+    as_compiled: bool
+    model: weakref.ref[torch.nn.Module] | None = None
+    modules: tuple[weakref.ref[torch.nn.Module], ...] = ()
+
+    def is_of(self, model: torch.nn.Module) -> bool:
+        """Whether this model was captured, with the submodules that it has now."""
+        now = list(model.modules())
+        return (
+            self.model is not None
+            and self.model() is model
+            and len(now) == len(self.modules)
+            and all(ref() is module for ref, module in zip(self.modules, now, strict=True))
+        )
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A captured step with its measured costs, before any budget.
+
+    Arguments:
+        signature: what it was captured from, as JSON values.
+    """
+
+    capture: Capture
+    cost: CostModel
+    signature: dict[str, object]
+
+    @property
+    def graph(self) -> Graph:
+        """The step."""
+        return self.capture.binding.graph

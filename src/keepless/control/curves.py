@@ -1,0 +1,201 @@
+"""The curve of a model's step: captured and measured once, a plan for every budget."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from keepless.control.captured import Measured, Settings
+from keepless.control.checks import check_module
+from keepless.control.planning import Progress, measure_step, plan_of, read_budget, read_settings
+from keepless.control.reserve import budget_with_reserve, explain_infeasible, with_reserve
+from keepless.errors import InfeasibleBudget
+from keepless.machine import Plan
+from keepless.report.curve_picture import draw_curve
+from keepless.report.curve_table import curve_text
+from keepless.report.floor import describe_floor, find_floor
+from keepless.solve import Search, Standing
+from keepless.solve.curve import Curve, check_points, trace_curve
+from keepless.solve.front import Point
+from keepless.solve.strategies import check_strategies
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetPoint:
+    """One plan of a step's curve.
+
+    Arguments:
+        budget: the smallest one that has this plan, in bytes, the reserve for the allocator included.
+        peak: highest bytes on the device, predicted.
+        seconds: of the step, predicted.
+        overhead: over the step with everything kept: 0.05 is five percent.
+        bound_seconds: no plan of the planner's kind within this peak is faster.
+        num_replays: runs of ops beyond the first.
+    """
+
+    budget: int
+    peak: int
+    seconds: float
+    overhead: float
+    bound_seconds: float
+    num_replays: int
+
+
+@dataclass(frozen=True)
+class StepCurve:
+    """The step's time for every budget. `print` shows it as a table.
+
+    Arguments:
+        curve: peaks, seconds, bounds and strategies, without reserve.
+        measured: the step that it is of.
+        settings: what was asked for beside model and batch.
+    """
+
+    curve: Curve
+    measured: Measured = field(repr=False)
+    settings: Settings = field(repr=False)
+
+    @cached_property
+    def points(self) -> tuple[BudgetPoint, ...]:
+        """The plans, ascending in budget, falling in seconds."""
+        return tuple(map(self._budget_point, self.curve.points))
+
+    @property
+    def knee(self) -> BudgetPoint:
+        """The point beyond which more memory buys little; see `keepless.solve.curve.Curve.knee`."""
+        return self._budget_point(self.curve.knee)
+
+    @property
+    def smallest_budget(self) -> int:
+        """Bytes of the smallest budget for which a plan was found."""
+        return with_reserve(self.curve.smallest_nbytes)
+
+    @property
+    def smallest_bound(self) -> int:
+        """Bytes that every plan needs at least (proven)."""
+        return self.curve.floor_nbytes
+
+    @property
+    def baseline_peak(self) -> int:
+        """Bytes of the budget in which everything can be kept."""
+        return with_reserve(self.curve.baseline_peak)
+
+    @property
+    def baseline_seconds(self) -> float:
+        """Length of the step with everything kept, predicted."""
+        return self.curve.baseline_seconds
+
+    @cached_property
+    def floor(self) -> str:
+        """What the smallest peak is made of, in words."""
+        graph = self.measured.graph
+        return describe_floor(graph, find_floor(graph, self.measured.cost, self.curve.points[0].solution.program))
+
+    def plan(self, budget: str | int | float) -> Plan:
+        """The fastest plan met within a budget; nothing is captured, measured or solved again.
+
+        Between two points `keepless.plan` may find a faster one, for the budget itself.
+
+        Raises:
+            BudgetError: the budget cannot be read.
+            InfeasibleBudget: no plan was met; carries the smallest budget and the op that sets the floor.
+        """
+        nbytes = read_budget(budget, self.measured.capture.binding.device)
+        allowed = budget_with_reserve(nbytes)
+        graph, curve = self.measured.graph, self.curve
+        try:
+            found = curve.at(allowed.device)
+        except InfeasibleBudget as error:
+            lowest, peak = curve.points[0].solution.program, curve.smallest_nbytes
+            raise explain_infeasible(graph, self.measured.cost, nbytes, lowest, peak, error.bound) from None
+        plan = plan_of(self.measured, found, allowed)
+        plan.capture = replace(self.measured.capture, settings=replace(self.settings, budget=nbytes))
+        return plan
+
+    def draw(self, path: str | os.PathLike[str], *, budget: str | int | float | None = None, title: str = "") -> None:
+        """Draws the curve into a file; its name's end says the format (png, svg, pdf).
+
+        Arguments:
+            budget: shown as a vertical line.
+            title: above the picture; a default says where the knee is.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+            OSError: the file cannot be written.
+        """
+        line = None if budget is None else read_budget(budget, self.measured.capture.binding.device)
+        draw_curve(self.curve, path, budget_of=with_reserve, budget=line, title=title)
+
+    def as_dict(self) -> dict[str, object]:
+        """Everything but the plans themselves, as JSON values."""
+        return self.curve.as_dict(with_reserve) | {
+            "smallest_bound": self.smallest_bound,
+            "floor_in_words": self.floor,
+            "num_ops": len(self.measured.graph.ops),
+            "costs_disturbed": self.measured.cost.disturbed,
+        }
+
+    def __str__(self) -> str:
+        return f"{curve_text(self.curve, with_reserve)}\n{self.floor}"
+
+    def _budget_point(self, point: Point) -> BudgetPoint:
+        return BudgetPoint(
+            with_reserve(point.peak),
+            point.peak,
+            point.seconds,
+            self.curve.overhead(point.seconds),
+            point.bound_seconds,
+            point.num_replays,
+        )
+
+
+def make_curve(
+    model: torch.nn.Module,
+    batch: Any,
+    *,
+    optimizer: torch.optim.Optimizer | None,
+    loss_fn: Any,
+    accumulate: bool,
+    release_outputs: bool,
+    outside: object,
+    points: int,
+    strategies: Sequence[str] | None,
+    seed: int,
+    cache: bool,
+    progress: Progress | None,
+) -> StepCurve:
+    """See `keepless.curve`."""
+    check_module(model)
+    check_points(points)
+    check_strategies(strategies)
+    settings = read_settings(
+        model,
+        0,
+        optimizer=optimizer,
+        loss_fn=loss_fn,
+        accumulate=accumulate,
+        release_outputs=release_outputs,
+        outside=outside,
+        solver="keepless",
+        seed=seed,
+        cache=cache,
+    )
+    measured = measure_step(model, batch, settings, progress)
+    search = Search()
+    if progress is not None:
+        tell = progress
+
+        def heard(standing: Standing) -> None:
+            tell("solve", standing.work, points)
+
+        tell("solve", 0, points)
+        search.tell = heard
+    curve = trace_curve(measured.graph, measured.cost, points=points, seed=seed, search=search, strategies=strategies)
+    if progress is not None:
+        progress("solve", points, points)
+    return StepCurve(curve, measured, settings)
