@@ -14,20 +14,26 @@ from keepless.cost import CostModel
 from keepless.ir import Certificate, Graph, Status
 from keepless.solve.bound import witness_text
 from keepless.solve.classics import Dtr, Revolve, Rotor, SqrtN
+from keepless.solve.exact import Exhaustive
 from keepless.solve.floor import floor_bound
 from keepless.solve.improve import improve
 from keepless.solve.lagrange import Woven, better
 from keepless.solve.moments import Bound
 from keepless.solve.planner import SPACE, Planner
+from keepless.solve.reorder import is_free
 from keepless.solve.search import Search, Standing
 from keepless.solve.solution import Solution, solution
 
 NAME = "keepless"
+_PROVEN = (Status.OPTIMAL, Status.PROVEN_INFEASIBLE)
 FREE_SPACE = "ops in any order, any number of recomputations"
 _STARTS = 2
 """Orders that are improved, the fastest first."""
 _CLASSICS = (Revolve(), Rotor(), Dtr(), SqrtN())
 """Their orders are starts, too: on chains some of them are optimal."""
+_EXACT_OPS = 24
+_EXACT_WORK = 20_000
+"""Graphs of so few ops are searched exhaustively, up to so many states."""
 _CLASSICS_OPS = 4000
 """Ops beyond which they take too long."""
 
@@ -77,6 +83,7 @@ class _Course:
     seed: int
     search: Search
     bound: Bound = field(default_factory=lambda: Bound(0.0, {}))
+    proven: Certificate | None = None
 
     def __post_init__(self) -> None:
         self._begin = time.perf_counter()
@@ -84,6 +91,7 @@ class _Course:
         self.base = float(tables.seconds.sum())
         everything = tables.lives(tables.base)
         self.best = Woven(tables.base.tolist(), everything.seconds, everything.peak)
+        self._floor = floor_bound(self.planner.graph, self.planner.cost)
 
     @property
     def fastest(self) -> float:
@@ -101,6 +109,8 @@ class _Course:
             self._first()
             if self.best.peak <= self.limit and len(self.best.order) > self.planner.tables.num_ops:
                 self._improve()
+            if len(self.best.order) > self.planner.tables.num_ops or self.best.peak > self.limit:
+                self._exhaust()
         except KeyboardInterrupt:
             self.search.interrupt()
         return self._solution()
@@ -147,6 +157,18 @@ class _Course:
         if not self.is_enough and not self.search.is_over:
             self._certify()
 
+    def _exhaust(self) -> None:
+        """Small graphs are searched until nothing could be faster."""
+        planner = self.planner
+        if planner.tables.num_ops > _EXACT_OPS or self.search.is_over or self._floor[0] > self.limit:
+            return
+        solver = Exhaustive(any_order=is_free(planner.graph), backward_again=False)
+        hunt = Search(work=_EXACT_WORK, seconds=self.search.seconds_left)
+        found = solver.solve(planner.graph, planner.cost, self.limit, search=hunt)
+        self.search.spend(hunt.spent)
+        self._take(Woven(list(found.order), found.seconds, found.peak))
+        self.proven = found.certificate if found.certificate.status in _PROVEN else None
+
     def _classics(self) -> Iterator[Woven]:
         planner = self.planner
         if planner.tables.num_ops > _CLASSICS_OPS:
@@ -165,6 +187,8 @@ class _Course:
             self._tell()
 
     def _status(self, floor: int) -> Status:
+        if self.proven is not None:
+            return self.proven.status
         if self.best.peak > self.limit:
             return Status.PROVEN_INFEASIBLE if self.limit < floor else Status.NOT_FOUND
         if self.best.seconds <= self.fastest * (1 + 1e-9):
@@ -174,14 +198,15 @@ class _Course:
 
     def _solution(self) -> Solution:
         graph, cost = self.planner.graph, self.planner.cost
-        floor, where = floor_bound(graph, cost)
+        floor, where = self._floor
+        proven = self.proven
         certificate = Certificate(
             NAME,
             self._status(floor),
-            space=SPACE,
-            bound_seconds=self.fastest,
+            space=SPACE if proven is None else proven.space,
+            bound_seconds=self.fastest if proven is None else max(self.fastest, proven.bound_seconds),
             bound_bytes=floor,
-            witness=witness_text(self.bound, where),
+            witness=witness_text(self.bound, where) if proven is None else f"exhaustive: {proven.witness}",
             solve_seconds=time.perf_counter() - self._begin,
             seed=self.seed,
         )

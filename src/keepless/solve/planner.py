@@ -50,12 +50,14 @@ class Planner:
         graph: the step.
         cost: of its ops.
         is_proxy: the costs stand for others (see `smallest`).
+        keeps_order: first runs in the graph's order, also where another would be allowed.
         first_runs: where the graph's ops are those of another graph in another order: their ids there.
     """
 
     graph: Graph
     cost: CostModel
     is_proxy: bool = False
+    keeps_order: bool = False
     first_runs: tuple[int, ...] | None = None
 
     @cached_property
@@ -101,12 +103,12 @@ class Planner:
     @cached_property
     def reordered(self) -> Planner | None:
         """The planner of the same graph in an order of first runs with a lower peak, where ops may run in any order."""
-        if self.is_proxy or self.first_runs is not None or not is_free(self.graph):
+        if self.is_proxy or self.keeps_order or not is_free(self.graph):
             return None
         order = low_order(self.tables)
         if self.tables.lives(order).peak >= self.tables.lives(self.tables.base).peak:
             return None
-        return Planner(*permuted(self.graph, self.cost, order), first_runs=tuple(order))
+        return Planner(*permuted(self.graph, self.cost, order), keeps_order=True, first_runs=tuple(order))
 
     def own(self, order: Sequence[int]) -> list[int]:
         """An order of this planner in the numbers of the graph that was asked about."""
@@ -129,7 +131,7 @@ class Planner:
         """
         if self.is_proxy:
             return self._lowest()
-        low = Planner(self.graph, proxy_cost(self.graph, self.cost), is_proxy=True).smallest
+        low = Planner(self.graph, proxy_cost(self.graph, self.cost), is_proxy=True, keeps_order=True).smallest
         gaps = Gaps(self.tables, low.order, self.work)
         gaps.fill(low.peak)
         lives = self.tables.lives(gaps.order if gaps.peak <= low.peak else low.order)

@@ -25,7 +25,7 @@ def known_order(graph: Graph, cost: CostModel, limit_nbytes: int) -> list[int]:
     """The captured order if it fits, else the planner's: the fastest within the limit, or the lowest that it finds."""
     order = captured_order(graph)
     fits = evaluate(graph, cost, order).peak <= limit_nbytes
-    return order if fits else Planner(graph, cost).within(limit_nbytes).order
+    return order if fits else Planner(graph, cost, keeps_order=True).within(limit_nbytes).order
 
 
 def cut_seconds(tables: Tables, limit_nbytes: int) -> float:
