@@ -257,8 +257,8 @@ def test_the_three_agree_within_their_spaces() -> None:
     assert min(compared.values()) > 40
 
 
-@pytest.mark.parametrize("solver", ["keepless", "every_k", "recompute_all", "keep_all"])
-def test_the_oracle_is_not_beaten_by_the_planner(solver: str) -> None:
+@pytest.mark.parametrize("solver", sorted(set(SOLVERS) - {"exhaustive", "checkmate", "intervals"}))
+def test_the_oracle_is_not_beaten_by_other_planners(solver: str) -> None:
     """At the peak that another solver reached, the oracle is at least as fast, with storage reuse."""
     for graph, cost in cases():
         for limit in limits(graph, cost):

@@ -27,7 +27,7 @@ from keepless.cost import CostModel
 from keepless.ir import Certificate, Graph, Phase, Status
 from keepless.machine import reuse_pairs
 from keepless.passes import evaluate
-from keepless.solve.exact.known import captured_order, known_order, settle
+from keepless.solve.exact.known import captured_order, known, settle
 from keepless.solve.exact.masks import Masks
 from keepless.solve.exact.outlook import Outlook
 from keepless.solve.floor import floor_bound
@@ -84,10 +84,10 @@ class Exhaustive:
             status, witness = Status.OPTIMAL, "every op runs once"
         elif limit_nbytes < bound_bytes:
             status, witness = Status.PROVEN_INFEASIBLE, f"one op needs {bound_bytes} bytes"
-            order = known_order(graph, cost, limit_nbytes)
+            order = self._known(graph, cost, limit_nbytes, seed, search)
         elif refusal := self._refusal(graph):
             witness = refusal
-            order = known_order(graph, cost, limit_nbytes)
+            order = self._known(graph, cost, limit_nbytes, seed, search)
         else:
             hunt = _Hunt(
                 Masks(graph, cost, self._is_again(graph)), limit_nbytes, self.any_order, search, self.work, peak
@@ -98,11 +98,14 @@ class Exhaustive:
             witness = f"{hunt.states} states, {reach}"
             if hunt.is_over:
                 status = Status.PROVEN_INFEASIBLE if path is None else Status.OPTIMAL
-            order = known_order(graph, cost, limit_nbytes) if path is None else path
+            order = self._known(graph, cost, limit_nbytes, seed, search) if path is None else path
         claim = Certificate(
             "exhaustive", status, self.space, least, bound_bytes, witness, time.perf_counter() - begin, seed
         )
         return settle(graph, cost, order, claim, limit_nbytes, search)
+
+    def _known(self, graph: Graph, cost: CostModel, limit: int, seed: int, search: Search) -> Sequence[int]:
+        return known(graph, cost, limit, seed, search, any_order=self.any_order).order
 
     def _refusal(self, graph: Graph) -> str:
         if len(graph.ops) > self.most_ops:
