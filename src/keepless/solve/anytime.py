@@ -14,18 +14,17 @@ from keepless.cost import CostModel
 from keepless.ir import Certificate, Graph, Status
 from keepless.solve.bound import witness_text
 from keepless.solve.classics import Dtr, Revolve, Rotor, SqrtN
-from keepless.solve.exact import Exhaustive
+from keepless.solve.exact.hunt import Hunt, may_run_again, refusal
+from keepless.solve.exact.masks import Masks
 from keepless.solve.floor import floor_bound
 from keepless.solve.improve import improve
 from keepless.solve.lagrange import Woven, better
 from keepless.solve.moments import Bound
 from keepless.solve.planner import SPACE, Planner
-from keepless.solve.reorder import is_free
 from keepless.solve.search import Search, Standing
 from keepless.solve.solution import Solution, solution
 
 NAME = "keepless"
-_PROVEN = (Status.OPTIMAL, Status.PROVEN_INFEASIBLE)
 FREE_SPACE = "ops in any order, any number of recomputations"
 _STARTS = 2
 """Orders that are improved, the fastest first."""
@@ -83,7 +82,7 @@ class _Course:
     seed: int
     search: Search
     bound: Bound = field(default_factory=lambda: Bound(0.0, {}))
-    proven: Certificate | None = None
+    proven: str = ""
 
     def __post_init__(self) -> None:
         self._begin = time.perf_counter()
@@ -160,14 +159,19 @@ class _Course:
     def _exhaust(self) -> None:
         """Small graphs are searched until nothing could be faster."""
         planner = self.planner
-        if planner.tables.num_ops > _EXACT_OPS or self.search.is_over or self._floor[0] > self.limit:
+        if refusal(planner.graph, _EXACT_OPS) or self.search.is_over or self._floor[0] > self.limit:
             return
-        solver = Exhaustive(any_order=is_free(planner.graph), backward_again=False)
-        hunt = Search(work=_EXACT_WORK, seconds=self.search.seconds_left)
-        found = solver.solve(planner.graph, planner.cost, self.limit, search=hunt)
-        self.search.spend(hunt.spent)
-        self._take(Woven(list(found.order), found.seconds, found.peak))
-        self.proven = found.certificate if found.certificate.status in _PROVEN else None
+        masks = Masks(planner.graph, planner.cost, may_run_again(planner.graph, backward_again=False))
+        peak = planner.tables.lives(planner.tables.base).peak
+        own = Search(seconds=self.search.seconds)
+        hunt = Hunt(masks, self.limit, self.planner.is_free, own, _EXACT_WORK, peak)
+        order = hunt.run()
+        self.search.spend(own.spent)
+        if order is not None:
+            lives = planner.tables.lives(order)
+            self._take(Woven(order, lives.seconds, lives.peak))
+        if hunt.is_over:
+            self.proven = f"exhaustive: {hunt.states} states, all that could be faster"
 
     def _classics(self) -> Iterator[Woven]:
         planner = self.planner
@@ -187,10 +191,10 @@ class _Course:
             self._tell()
 
     def _status(self, floor: int) -> Status:
-        if self.proven is not None:
-            return self.proven.status
         if self.best.peak > self.limit:
-            return Status.PROVEN_INFEASIBLE if self.limit < floor else Status.NOT_FOUND
+            return Status.PROVEN_INFEASIBLE if self.proven or self.limit < floor else Status.NOT_FOUND
+        if self.proven:
+            return Status.OPTIMAL
         if self.best.seconds <= self.fastest * (1 + 1e-9):
             return Status.OPTIMAL
         is_cut = self.search.is_cut_by_clock or self.search.is_interrupted
@@ -199,14 +203,13 @@ class _Course:
     def _solution(self) -> Solution:
         graph, cost = self.planner.graph, self.planner.cost
         floor, where = self._floor
-        proven = self.proven
         certificate = Certificate(
             NAME,
             self._status(floor),
-            space=SPACE if proven is None else proven.space,
-            bound_seconds=self.fastest if proven is None else max(self.fastest, proven.bound_seconds),
+            space=FREE_SPACE if self.planner.is_free else SPACE,
+            bound_seconds=self.best.seconds if self.proven and self.best.peak <= self.limit else self.fastest,
             bound_bytes=floor,
-            witness=witness_text(self.bound, where) if proven is None else f"exhaustive: {proven.witness}",
+            witness=self.proven or witness_text(self.bound, where),
             solve_seconds=time.perf_counter() - self._begin,
             seed=self.seed,
         )

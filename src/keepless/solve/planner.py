@@ -101,9 +101,14 @@ class Planner:
         return best_bound(self.relaxation, limit, candidates(self.tables, woven), enough)
 
     @cached_property
+    def is_free(self) -> bool:
+        """Whether ops may run for the first time in any order that their inputs allow."""
+        return not self.keeps_order and is_free(self.graph)
+
+    @cached_property
     def reordered(self) -> Planner | None:
         """The planner of the same graph in an order of first runs with a lower peak, where ops may run in any order."""
-        if self.is_proxy or self.keeps_order or not is_free(self.graph):
+        if self.is_proxy or not self.is_free:
             return None
         order = low_order(self.tables)
         if self.tables.lives(order).peak >= self.tables.lives(self.tables.base).peak:

@@ -1,46 +1,21 @@
-"""The fastest order of all, for graphs of up to some twenty ops: best-first search over (ops done, resident values).
-
-A* (Hart, Nilsson and Raphael 1968, "A formal basis for the heuristic determination of minimum cost paths") on the
-pebble game with recomputation (Sethi 1975, "Complete register allocation problems"). A state is the set of ops that
-ran, the set of resident values, and those of them that must be read before they are forgotten: what a replay made
-(else it only costs), and what took over storage (else the machine does not count that). A move runs one op, for the
-first time or again, after dropping no more than its bytes need. The cost so far is the seconds of replays; `outlook`
-bounds what is still to come. A state that another one of the same ops reached no later, with all its values resident
-and no more to be read, is not looked at.
-
-It counts what the machine counts: scratch, storage reuse, recorded generator states, inputs that may be dropped.
-Pinned values stay once they are made, as the caller may hold them: their ops run once.
-States are exponential in the values; the limit of work is in states.
-"""
+"""The oracle as a solver: the fastest order of all for graphs of up to some twenty ops (`hunt`)."""
 
 from __future__ import annotations
 
-import heapq
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from math import inf
-from typing import NamedTuple, TypeAlias
 
 from keepless.cost import CostModel
-from keepless.ir import Certificate, Graph, Phase, Status
-from keepless.machine import reuse_pairs
+from keepless.ir import Certificate, Graph, Status
 from keepless.passes import evaluate
-from keepless.solve.exact.known import captured_order, known_order, settle
+from keepless.solve.exact.hunt import Hunt, may_run_again, refusal
+from keepless.solve.exact.known import captured_order, known, settle
 from keepless.solve.exact.masks import Masks
-from keepless.solve.exact.outlook import Outlook
 from keepless.solve.floor import floor_bound
-from keepless.solve.search import Search, Standing
+from keepless.solve.search import Search
 from keepless.solve.solution import Solution
-
-_MOST_PAIRS = 6
-"""Outputs of one op that may take over storage; every subset of them is a way to run it."""
-_SCANNED = 200
-"""States of the same ops that a new one is compared with."""
-_TOLD_EVERY = 20_000
-_Move: TypeAlias = tuple[float, int, int, float]
-"""Estimate and node of the state before, the op that runs, seconds of replays with it."""
 
 
 @dataclass(frozen=True)
@@ -84,174 +59,24 @@ class Exhaustive:
             status, witness = Status.OPTIMAL, "every op runs once"
         elif limit_nbytes < bound_bytes:
             status, witness = Status.PROVEN_INFEASIBLE, f"one op needs {bound_bytes} bytes"
-            order = known_order(graph, cost, limit_nbytes)
-        elif refusal := self._refusal(graph):
-            witness = refusal
-            order = known_order(graph, cost, limit_nbytes)
+            order = self._known(graph, cost, limit_nbytes, seed, search)
+        elif reason := refusal(graph, self.most_ops):
+            witness = reason
+            order = self._known(graph, cost, limit_nbytes, seed, search)
         else:
-            hunt = _Hunt(
-                Masks(graph, cost, self._is_again(graph)), limit_nbytes, self.any_order, search, self.work, peak
-            )
+            masks = Masks(graph, cost, may_run_again(graph, self.backward_again))
+            hunt = Hunt(masks, limit_nbytes, self.any_order, search, self.work, peak)
             path = hunt.run()
             least += hunt.bound if hunt.bound < inf else 0.0
             reach = "all that could be faster" if hunt.is_over else "then the limit of work"
             witness = f"{hunt.states} states, {reach}"
             if hunt.is_over:
                 status = Status.PROVEN_INFEASIBLE if path is None else Status.OPTIMAL
-            order = known_order(graph, cost, limit_nbytes) if path is None else path
+            order = self._known(graph, cost, limit_nbytes, seed, search) if path is None else path
         claim = Certificate(
             "exhaustive", status, self.space, least, bound_bytes, witness, time.perf_counter() - begin, seed
         )
         return settle(graph, cost, order, claim, limit_nbytes, search)
 
-    def _refusal(self, graph: Graph) -> str:
-        if len(graph.ops) > self.most_ops:
-            return f"not searched: {len(graph.ops)} ops, above {self.most_ops}"
-        if any(len(reuse_pairs(graph, op)) > _MOST_PAIRS for op in graph.ops):
-            return f"not searched: an op with more than {_MOST_PAIRS} outputs that may take over storage"
-        return ""
-
-    def _is_again(self, graph: Graph) -> list[bool]:
-        end = len(graph.ops) if graph.loss_op is None or self.backward_again else graph.loss_op
-        may = [op.can_replay and op.phase is not Phase.LOSS and op.id < end for op in graph.ops]
-        return [may[op.id] and not graph.pinned.intersection(op.outputs) for op in graph.ops]
-
-
-class _State(NamedTuple):
-    """Where a search is, as masks.
-
-    Arguments:
-        done: ops that ran.
-        resident: values that are there.
-        owed: values that must be read before they are forgotten: what replays made, and what took over storage.
-    """
-
-    done: int
-    resident: int
-    owed: int
-
-
-class _Hunt:
-    """One search. Nodes are kept as columns: the node before, the op that ran, and the seconds of replays."""
-
-    def __init__(self, masks: Masks, limit: int, any_order: bool, search: Search, work: int, peak: int) -> None:
-        self.masks, self.limit, self.any_order, self.peak = masks, limit, any_order, peak
-        self.search = search
-        self.most = work if search.work is None else search.work
-        self.states = 0
-        self.bound = 0.0
-        self.is_over = False
-        self.useful = cache(masks.useful)
-        self.wanted = cache(masks.wanted)
-        self.outlook = None if any_order else Outlook(masks, limit)
-        self._before = [-1]
-        self._op = [-1]
-        self._paid = [0.0]
-        self._fronts: dict[int, list[tuple[float, int, int]]] = {}
-        self._queue: list[tuple[float, int, int, _State]] = []
-
-    def run(self) -> list[int] | None:
-        """The fastest order; None where there is none, or where the work ended before (`is_over` is then False)."""
-        masks, queue = self.masks, self._queue
-        if masks.base_nbytes + masks.nbytes(masks.start) > self.limit:
-            self.is_over = True
-            return None
-        heapq.heappush(queue, (0.0, 0, 0, _State(0, masks.start & self.useful(0), 0)))
-        while queue:
-            estimate, _, node, state = heapq.heappop(queue)
-            self.bound = max(self.bound, estimate)
-            if state.done == masks.all_done and not masks.pinned & ~state.resident and not state.owed & ~masks.pinned:
-                self.is_over = True
-                self.bound = self._paid[node]
-                return self._path(node)
-            if not self._expand(estimate, node, state):
-                return None
-        self.is_over = True
-        return None
-
-    def _path(self, node: int) -> list[int]:
-        path = []
-        while self._before[node] >= 0:
-            path.append(self._op[node])
-            node = self._before[node]
-        return path[::-1]
-
-    def _expand(self, estimate: float, node: int, state: _State) -> bool:
-        """Push what one run leads to; False where the work is spent."""
-        masks, done, resident = self.masks, state.done, state.resident
-        useful = self.useful(done)
-        held = masks.base_nbytes + masks.nbytes(resident) - self.limit
-        for op_id in range(masks.num_ops):
-            is_first = not done >> op_id & 1
-            if is_first:
-                needs, writes, then = masks.reads[op_id], masks.writes[op_id], done | 1 << op_id
-                may = not masks.before[op_id] & ~done and not needs & ~resident
-            else:
-                needs, writes, then = masks.needs[op_id], masks.rewrites[op_id], done
-                may = masks.is_again[op_id] and not needs & ~resident and bool(writes & useful & ~resident)
-            # A run makes its outputs anew: what is there of them is forgotten first, unless the run reads it.
-            gone = writes & resident & ~needs
-            if may and not gone & state.owed:
-                paid, promise = self._paid[node], 0
-                if not is_first:
-                    paid += masks.seconds[op_id]
-                    made = writes & useful
-                    # A replay that nothing reads only costs, unless it is the read that an input with several
-                    # producers owes; with one, the op's first run has read it.
-                    promise = made if made & (made - 1) == 0 and not needs & masks.several else 0
-                after = _State(then, resident & ~gone, (state.owed & ~needs) | promise)
-                excess = held - masks.nbytes(gone) + masks.makes[op_id]
-                if not self._leave((estimate, node, op_id, paid), after, needs, writes, excess):
-                    return False
-            if is_first and not self.any_order:
-                break
-        return True
-
-    def _leave(self, move: _Move, state: _State, needs: int, writes: int, excess: int) -> bool:
-        """Push every way to make room for a run that exceeds the limit by these bytes."""
-        masks, resident = self.masks, state.resident
-        if excess <= 0:
-            return self._push(move, state.done, resident | writes, state.owed)
-        spare = resident & ~needs & ~state.owed & ~(self.wanted(state.done) & ~masks.makeable)
-        for dropped in masks.drops(spare, excess):
-            if not self._push(move, state.done, (resident & ~dropped) | writes, state.owed):
-                return False
-        for reuse in masks.reuses[move[2]]:
-            left = excess - reuse.taken
-            after = resident & ~reuse.sources
-            for dropped in masks.drops(spare, left) if left > 0 else (0,):
-                kept = ((after & ~dropped) | writes) & ~reuse.left
-                if not self._push(move, state.done, kept, state.owed | reuse.credited):
-                    return False
-        return True
-
-    def _push(self, move: _Move, done: int, resident: int, owed: int) -> bool:
-        """Queue a state unless another one is as good; False where the work is spent."""
-        estimate, node, op_id, paid = move
-        if self.states >= self.most or not self.search.spend():
-            return False
-        self.states += 1
-        resident &= self.useful(done)
-        if owed & ~resident:
-            return True
-        front = self._fronts.setdefault(done, [])
-        for other_paid, there, promised in front[-_SCANNED:]:
-            if other_paid <= paid and not resident & ~there and not promised & ~owed:
-                return True
-        if self.outlook is None:
-            to_come = self.masks.make_again(self.wanted(done) & ~resident, resident)[0]
-        else:
-            to_come = self.outlook.to_come(done.bit_count(), resident)
-        if to_come == inf:
-            return True
-        front.append((paid, resident, owed))
-        self._before.append(node)
-        self._op.append(op_id)
-        self._paid.append(paid)
-        index = len(self._paid) - 1
-        total = max(estimate, paid + to_come)
-        heapq.heappush(self._queue, (total, -done.bit_count(), index, _State(done, resident, owed)))
-        if self.states % _TOLD_EVERY == 0:
-            base = float(sum(self.masks.seconds))
-            self.search.report(Standing("exhaustive", inf, self.peak, base + self.bound, self.search.spent))
-        return True
+    def _known(self, graph: Graph, cost: CostModel, limit: int, seed: int, search: Search) -> Sequence[int]:
+        return known(graph, cost, limit, seed, search, any_order=self.any_order).order

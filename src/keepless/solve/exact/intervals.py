@@ -15,6 +15,7 @@ O(C n + C^2 edges) variables. The search starts from the planner's order and nev
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -22,7 +23,7 @@ from keepless.cost import CostModel
 from keepless.errors import SolverError
 from keepless.ir import Certificate, Graph, Status
 from keepless.passes import evaluate
-from keepless.solve.exact.known import captured_order, cut_seconds, known_order, settle
+from keepless.solve.exact.known import captured_order, known, settle
 from keepless.solve.floor import floor_bound
 from keepless.solve.search import Search
 from keepless.solve.solution import Solution
@@ -57,18 +58,19 @@ class Intervals:
         need_solver()
         least = float(sum(cost.seconds))
         bytes_bound, _ = floor_bound(graph, cost)
-        order = captured_order(graph)
+        order: Sequence[int] = captured_order(graph)
         status, witness, space = Status.FEASIBLE, "", f"at most {self.copies} runs per op"
         if evaluate(graph, cost, order).peak <= limit_nbytes:
             status, witness = Status.OPTIMAL, "every op runs once"
         else:
-            order = known_order(graph, cost, limit_nbytes)
+            planned = known(graph, cost, limit_nbytes, seed, search)
+            order = planned.order
             if limit_nbytes < bytes_bound:
                 status, witness = Status.PROVEN_INFEASIBLE, f"one op needs {bytes_bound} bytes"
             elif len(graph.ops) > self.most_ops:
                 witness = f"not searched: {len(graph.ops)} ops, above {self.most_ops}"
             elif search.work is None or search.work > 0:
-                found = self._search(graph, cost, limit_nbytes, order, seed, search)
+                found = self._search(graph, cost, limit_nbytes, planned, search)
                 order, status, space, witness = found.order, found.status, found.space, found.witness
                 least += found.more_seconds
             else:
@@ -76,19 +78,20 @@ class Intervals:
         claim = Certificate("intervals", status, space, least, bytes_bound, witness, time.perf_counter() - begin, seed)
         return settle(graph, cost, order, claim, limit_nbytes, search)
 
-    def _search(self, graph: Graph, cost: CostModel, limit: int, known: list[int], seed: int, search: Search) -> _Found:
-        """The better of CP-SAT's order and the known one."""
+    def _search(self, graph: Graph, cost: CostModel, limit: int, planned: Solution, search: Search) -> _Found:
+        """The better of CP-SAT's order and the planner's, and the better bound."""
         from keepless.solve.exact.cpsat import run_solver
         from keepless.solve.exact.retention import Retention
 
         tables = Tables(graph, cost)
-        at_least = cut_seconds(tables, limit)
+        # The planner's bound holds in its own space, which contains this one.
+        at_least = max(0.0, planned.certificate.bound_seconds - float(tables.seconds.sum()))
         model = Retention(tables, limit, max(self.copies, 1), at_least)
-        model.hint(known)
+        model.hint(planned.order)
         work = self.work if search.work is None else search.work - search.spent
-        answer = run_solver(model, work, seed, search)
-        found = _Found(known, Status.FEASIBLE, model.space, at_least, answer.witness)
-        best = evaluate(graph, cost, known)
+        answer = run_solver(model, work, planned.certificate.seed, search)
+        found = _Found(planned.order, Status.FEASIBLE, model.space, at_least, answer.witness)
+        best = evaluate(graph, cost, planned.order)
         if answer.order is not None:
             order = strip(tables, answer.order)
             mine = evaluate(graph, cost, order)
@@ -108,7 +111,7 @@ class Intervals:
 class _Found:
     """What a search found; the seconds beyond one run of every op are a bound in the space."""
 
-    order: list[int]
+    order: Sequence[int]
     status: Status
     space: str
     more_seconds: float

@@ -8,7 +8,6 @@ from dataclasses import replace
 from keepless.cost import CostModel
 from keepless.errors import SolverError
 from keepless.ir import Certificate, Graph, Status
-from keepless.passes import evaluate
 from keepless.solve.moments import Relaxation
 from keepless.solve.planner import Planner
 from keepless.solve.search import Search, Standing
@@ -21,11 +20,22 @@ def captured_order(graph: Graph) -> list[int]:
     return list(range(len(graph.ops)))
 
 
-def known_order(graph: Graph, cost: CostModel, limit_nbytes: int) -> list[int]:
-    """The captured order if it fits, else the planner's: the fastest within the limit, or the lowest that it finds."""
-    order = captured_order(graph)
-    fits = evaluate(graph, cost, order).peak <= limit_nbytes
-    return order if fits else Planner(graph, cost, keeps_order=True).within(limit_nbytes).order
+def known(
+    graph: Graph, cost: CostModel, limit_nbytes: int, seed: int, search: Search, *, any_order: bool = False
+) -> Solution:
+    """The planner's solution: the fastest that it finds within the limit, or the lowest; within the search's clock.
+
+    Arguments:
+        any_order: also one whose first runs are in another order than the captured one, as on graphs without a LOSS op.
+    """
+    from keepless.solve.anytime import plan  # which hunts in small graphs itself
+
+    seconds = search.seconds_left
+    within = Search(seconds=None if seconds == float("inf") else seconds)
+    planner = Planner(graph, cost, keeps_order=not any_order)
+    found = plan(planner, limit_nbytes, seed, within)
+    search.is_cut_by_clock |= within.is_cut_by_clock
+    return found
 
 
 def cut_seconds(tables: Tables, limit_nbytes: int) -> float:
