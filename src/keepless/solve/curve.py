@@ -26,7 +26,7 @@ from keepless.cost import CostModel
 from keepless.errors import InfeasibleBudget, SolverError
 from keepless.ir import Certificate, Graph, Status, format_bytes
 from keepless.ir.budget import MAX_NBYTES
-from keepless.solve.anytime import plan
+from keepless.solve.anytime import FREE_SPACE, plan
 from keepless.solve.bound import witness_text
 from keepless.solve.floor import floor_bound
 from keepless.solve.front import LESS, Line, Point, front_of, next_limit
@@ -97,7 +97,7 @@ class Curve:
         certificate = replace(
             found.certificate,
             status=Status.OPTIMAL if found.seconds * LESS <= bound else status,
-            space=SPACE,
+            space=FREE_SPACE if self.graph.loss_op is None else SPACE,
             bound_seconds=bound,
             bound_bytes=self.floor_nbytes,
             witness=witness,

@@ -26,8 +26,8 @@ _WORK_OPS = 2_000_000
 
 
 def is_free(graph: Graph) -> bool:
-    """Whether ops may run in any order: a plain DAG."""
-    return graph.loss_op is None and not any(op.effects for op in graph.ops)
+    """Whether ops may run in any order: a plain DAG that has some."""
+    return bool(graph.ops) and graph.loss_op is None and not any(op.effects for op in graph.ops)
 
 
 def low_order(tables: Tables, search: Search | None = None) -> list[int]:
