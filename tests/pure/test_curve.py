@@ -283,10 +283,14 @@ def test_a_search_counts_limits_and_hears_of_each() -> None:
     assert len(curve.bounds) == len(heard) == search.spent == 3
     assert [standing.work for standing in heard] == [1, 2, 3]
     ended = Search(tell=lambda standing: ended.interrupt() if standing.work == 3 else None)
-    assert len(trace_curve(graph, cost, points=9, search=ended).bounds) == 3
+    short = trace_curve(graph, cost, points=9, search=ended)
+    assert len(short.bounds) == 3
+    assert short.is_ended_early
+    assert not curve.is_ended_early
+    assert "ended early" in curve_text(short)
     late = trace_curve(graph, cost, points=9, search=Search(seconds=0.0))
     assert len(late.bounds) == 2
-    assert late.is_cut_by_clock
+    assert late.is_ended_early
     assert late.at(late.smallest_nbytes).certificate.status in (Status.TIME_LIMITED, Status.OPTIMAL)
     check(late)
 

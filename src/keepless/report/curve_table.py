@@ -45,8 +45,8 @@ def curve_text(curve: Curve, budget_of: Callable[[int], int] = int) -> str:
             f"other processes had the cores while ops were timed: {curve.cost.disturbed:.0%} of the step's seconds are "
             "too long; ask again when the machine is idle (bytes do not depend on it)"
         )
-    if curve.is_cut_by_clock:
-        lines.append("a limit of time ended the search: another run may find other plans")
+    if curve.is_ended_early:
+        lines.append("the search was ended early: another run may find other plans")
     lines.append("named strategies, each at the smallest budget that it needs:")
     names = max((len(one.name) for one in curve.strategies), default=0)
     sizes = [format_bytes(budget_of(one.peak)) for one in curve.strategies]

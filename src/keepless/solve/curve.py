@@ -26,7 +26,7 @@ from keepless.cost import CostModel
 from keepless.errors import InfeasibleBudget, SolverError
 from keepless.ir import Certificate, Graph, Status, format_bytes
 from keepless.ir.budget import MAX_NBYTES
-from keepless.solve.anytime import plan
+from keepless.solve.anytime import FREE_SPACE, plan
 from keepless.solve.bound import witness_text
 from keepless.solve.floor import floor_bound
 from keepless.solve.front import LESS, Line, Point, front_of, next_limit
@@ -60,7 +60,7 @@ class Curve:
         floor_op: the op that sets this floor.
         baseline_peak, baseline_seconds: of the step with everything kept.
         seed: of the searches.
-        is_cut_by_clock: a wall-clock limit ended it before all its limits were solved.
+        is_ended_early: a clock or Ctrl-C ended it before all its limits were solved.
     """
 
     graph: Graph = field(repr=False)
@@ -75,7 +75,7 @@ class Curve:
     baseline_peak: int
     baseline_seconds: float
     seed: int = 0
-    is_cut_by_clock: bool = False
+    is_ended_early: bool = False
 
     def at(self, limit_nbytes: int) -> Solution:
         """The fastest plan met whose peak is within the limit. Nothing is solved: O(log points), or O(edges) for an
@@ -93,11 +93,11 @@ class Curve:
             claim = Certificate("keepless", Status.FEASIBLE, space=SPACE, seed=self.seed)
             found = solution(self.graph, self.cost, self.between[inner].order, claim)
         bound, witness = self._bound(limit_nbytes)
-        status = Status.TIME_LIMITED if self.is_cut_by_clock else Status.FEASIBLE
+        status = Status.TIME_LIMITED if self.is_ended_early else Status.FEASIBLE
         certificate = replace(
             found.certificate,
             status=Status.OPTIMAL if found.seconds * LESS <= bound else status,
-            space=SPACE,
+            space=FREE_SPACE if self.graph.loss_op is None else SPACE,
             bound_seconds=bound,
             bound_bytes=self.floor_nbytes,
             witness=witness,
@@ -185,7 +185,7 @@ class Curve:
                 for one in self.strategies
             ],
             "seed": self.seed,
-            "cut_by_clock": self.is_cut_by_clock,
+            "ended_early": self.is_ended_early,
         }
 
     @cached_property
@@ -286,7 +286,7 @@ def trace_curve(
         baseline_peak=high,
         baseline_seconds=solved[high].seconds,
         seed=seed,
-        is_cut_by_clock=search.is_cut_by_clock,
+        is_ended_early=search.is_cut_by_clock or search.is_interrupted,
     )
     met = (woven for woven, _ in planner.seen.values())
     chosen, between = sort_out(graph, cost, solved, [found for _, found in named], met, seed)
