@@ -5,13 +5,14 @@ PURE ?= .venv-pure
 BIN := $(VENV)/bin
 CONSTRAINTS := constraints.txt
 
-.PHONY: help demo test test-fast test-pure check lint types imports format bench bench-gpu clean
+.PHONY: help demo test test-fast test-pure check lint types imports format bench bench-planner bench-gpu clean
 
 help:
 	@echo "make demo       train a small GPT-2 four ways inside and outside a budget (out/)"
 	@echo "make test       lint, types, import contracts, all tests"
 	@echo "make test-fast  the tests without the slow ones"
 	@echo "make bench      the committed figures (benchmarks/results/)"
+	@echo "make bench-planner  how near the optimum plans are, and how soon"
 
 $(VENV)/.ready: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
@@ -55,6 +56,9 @@ test-fast: $(VENV)/.ready
 
 bench: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.step
+
+bench-planner: $(VENV)/.ready
+	$(BIN)/python -m benchmarks.planner
 
 bench-gpu: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.step --device cuda
