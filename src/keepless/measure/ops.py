@@ -36,8 +36,10 @@ _PATIENCE = 3
 """Times as many runs, and as much time, as for a quiet op, where other processes disturb it."""
 _SWITCHES_PER_SECOND = 80.0
 _QUIET_SPREAD = 0.1
+_LONG = 0.25
 """Long runs lose a core now and then on an idle machine, too. They are disturbed where cores are taken more often (42
-times a second were seen on an idle machine of 2 cores, 146 on a busy one), or the median is this much over the least.
+times a second were seen on an idle machine of 2 cores, 146 on a busy one), or the median is this much over the least. A
+run of so many seconds tells that alone.
 """
 
 
@@ -167,7 +169,8 @@ def _cpu_seconds(thunk: Callable[[], object], min_seconds: float) -> tuple[list[
         seconds = (perf_counter_ns() - start) / 1e9
         switches = involuntary_switches() - before
         num_switches += switches
-        (others if switches else quiet).append(seconds)
+        is_rare = seconds >= _LONG and switches <= _SWITCHES_PER_SECOND * seconds
+        (quiet if not switches or is_rare else others).append(seconds)
     if quiet:
         return quiet, False
     varies = statistics.median(others) > (1 + _QUIET_SPREAD) * min(others)
