@@ -59,17 +59,24 @@ def plan(planner: Planner, limit_nbytes: int, seed: int = 0, search: Search | No
     if other is None:
         return course.run()
     there = _Course(other, limit_nbytes, seed, course.search).run()
-    if there.certificate.status is Status.OPTIMAL:
-        return _renumbered(planner, other, there)
+    if there.peak <= limit_nbytes and len(there.order) == len(planner.graph.ops):
+        return _renumbered(planner, other, there, limit_nbytes)
     here = course.run()
+    if here.certificate.status is Status.OPTIMAL:
+        return here
     fits = [s for s in (there, here) if s.peak <= limit_nbytes]
     chosen = min(fits or (there, here), key=lambda s: (s.seconds, s.peak) if fits else (s.peak, s.seconds))
-    return _renumbered(planner, other, there) if chosen is there else here
+    return _renumbered(planner, other, there, limit_nbytes) if chosen is there else here
 
 
-def _renumbered(planner: Planner, other: Planner, found: Solution) -> Solution:
+def _renumbered(planner: Planner, other: Planner, found: Solution, limit_nbytes: int) -> Solution:
     """The solution of the reordered graph as one of the graph that was asked about."""
     claim = replace(found.certificate, space=FREE_SPACE)
+    if len(found.order) > len(planner.graph.ops) and claim.status is Status.OPTIMAL:  # of that order alone
+        least, floor = float(sum(planner.cost.seconds)), floor_bound(planner.graph, planner.cost)[1]
+        claim = replace(claim, status=Status.FEASIBLE, bound_seconds=least, witness=witness_text(Bound(0.0, {}), floor))
+    if claim.status is Status.PROVEN_INFEASIBLE and claim.bound_bytes <= limit_nbytes:
+        claim = replace(claim, status=Status.NOT_FOUND)
     return solution(planner.graph, planner.cost, other.own(found.order), claim)
 
 
