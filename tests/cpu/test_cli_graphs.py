@@ -110,7 +110,7 @@ def test_the_same_seed_gives_the_same_files(invoke: Invoke) -> None:
 def test_it_is_said_in_words(invoke: Invoke) -> None:
     """The tables have the given order, the plan and the budget; bound, gap and status stand below."""
     done = invoke("solve", CHAIN, "-b", "35MB", "-o", "p.txt")
-    for words in ("given order", "plan", "budget", "slower", "status   feasible", "smallest peak found", "p.txt"):
+    for words in ("given order", "plan", "budget", "slower", "status   optimal", "smallest peak found", "p.txt"):
         assert words in done.stdout
     done = invoke("check", CHAIN, "p.txt", "-b", "35MB")
     for words in ("given order", "program", "replays", "bytes at instruction", "keep rules R1 to R7, within the"):

@@ -15,7 +15,7 @@ from keepless.errors import InfeasibleBudget, SolverError
 from keepless.ir import Budget, Effect, Graph, Kind, Phase, Run, Status
 from keepless.machine import simulate, verify
 from keepless.passes import evaluate
-from keepless.solve import SOLVERS, Search, Standing, floor_bound, recheck, smallest, solve
+from keepless.solve import SOLVERS, Search, Standing, can_recheck, floor_bound, recheck, smallest, solve
 from keepless.solve.anytime import plan
 from keepless.solve.baselines import EveryK
 from keepless.solve.moment_cut import cut_bound
@@ -383,3 +383,17 @@ def test_a_search_ends_early_and_says_so() -> None:
     stopped = SOLVERS["keepless"].solve(graph, cost, limit, search=Search(tell=stop))
     assert stopped.certificate.status is Status.TIME_LIMITED
     assert stopped.peak <= limit
+
+
+def test_small_graphs_are_checked_by_searching_again() -> None:
+    """The certificate of an exhaustive search holds, and a larger claim does not."""
+    graph, cost = tiny(2, layers=5)
+    full, low = evaluate(graph, cost, range(len(graph.ops))).peak, smallest(graph, cost).peak
+    found = SOLVERS["keepless"].solve(graph, cost, (low + full) // 2)
+    claim = found.certificate
+    assert claim.status is Status.OPTIMAL
+    assert claim.witness.startswith("exhaustive: ")
+    assert can_recheck(claim)
+    assert recheck(graph, cost, (low + full) // 2, claim).holds
+    assert not recheck(graph, cost, (low + full) // 2, replace(claim, bound_seconds=1.01 * found.seconds)).holds
+    assert not can_recheck(SOLVERS["keep_all"].solve(graph, cost, full).certificate)

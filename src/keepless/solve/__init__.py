@@ -14,12 +14,13 @@ from keepless.machine import verify
 from keepless.solve.anytime import Keepless
 from keepless.solve.anytime import plan as _plan
 from keepless.solve.baselines import EveryK, KeepAll, RecomputeAll
-from keepless.solve.bound import Recheck as Recheck
-from keepless.solve.bound import recheck as recheck
 from keepless.solve.classics import Dtr, Knapsack, MinCutByBytes, Revolve, Rotor, SqrtN
 from keepless.solve.exact import Checkmate, Exhaustive, Intervals
 from keepless.solve.floor import floor_bound as floor_bound
 from keepless.solve.planner import SPACE, Planner
+from keepless.solve.rechecking import Recheck as Recheck
+from keepless.solve.rechecking import can_recheck as can_recheck
+from keepless.solve.rechecking import recheck as recheck
 from keepless.solve.search import Search as Search
 from keepless.solve.search import Standing as Standing
 from keepless.solve.solution import Solution as Solution

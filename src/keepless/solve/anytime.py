@@ -14,25 +14,21 @@ from keepless.cost import CostModel
 from keepless.ir import Certificate, Graph, Status
 from keepless.solve.bound import witness_text
 from keepless.solve.classics import Dtr, Revolve, Rotor, SqrtN
-from keepless.solve.exact.hunt import Hunt, may_run_again, refusal
-from keepless.solve.exact.masks import Masks
+from keepless.solve.exact.hunt import SMALL_OPS, hunted
 from keepless.solve.floor import floor_bound
 from keepless.solve.improve import improve
 from keepless.solve.lagrange import Woven, better
 from keepless.solve.moments import Bound
 from keepless.solve.planner import SPACE, Planner
+from keepless.solve.rechecking import EXHAUSTIVE, FREE_SPACE
 from keepless.solve.search import Search, Standing
 from keepless.solve.solution import Solution, solution
 
 NAME = "keepless"
-FREE_SPACE = "ops in any order, any number of recomputations"
 _STARTS = 2
 """Orders that are improved, the fastest first."""
 _CLASSICS = (Revolve(), Rotor(), Dtr(), SqrtN())
 """Their orders are starts, too: on chains some of them are optimal."""
-_EXACT_OPS = 24
-_EXACT_WORK = 20_000
-"""Graphs of so few ops are searched exhaustively, up to so many states."""
 _CLASSICS_OPS = 4000
 """Ops beyond which they take too long."""
 
@@ -166,19 +162,16 @@ class _Course:
     def _exhaust(self) -> None:
         """Small graphs are searched until nothing could be faster."""
         planner = self.planner
-        if refusal(planner.graph, _EXACT_OPS) or self.search.is_over or self._floor[0] > self.limit:
+        if planner.tables.num_ops > SMALL_OPS or self.search.is_over or self._floor[0] > self.limit:
             return
-        masks = Masks(planner.graph, planner.cost, may_run_again(planner.graph, backward_again=False))
-        peak = planner.tables.lives(planner.tables.base).peak
         own = Search(seconds=self.search.seconds)
-        hunt = Hunt(masks, self.limit, self.planner.is_free, own, _EXACT_WORK, peak)
-        order = hunt.run()
+        found = hunted(planner.graph, planner.cost, self.limit, any_order=planner.is_free, search=own)
         self.search.spend(own.spent)
-        if order is not None:
-            lives = planner.tables.lives(order)
-            self._take(Woven(order, lives.seconds, lives.peak))
-        if hunt.is_over:
-            self.proven = f"exhaustive: {hunt.states} states, all that could be faster"
+        if found.order is not None:
+            lives = planner.tables.lives(found.order)
+            self._take(Woven(found.order, lives.seconds, lives.peak))
+        if found.is_over:
+            self.proven = f"{EXHAUSTIVE} {found.states} states, all that could be faster"
 
     def _classics(self) -> Iterator[Woven]:
         planner = self.planner

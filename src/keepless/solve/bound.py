@@ -1,4 +1,4 @@
-"""Which moments a certificate rests on, how they are written down, and how a reader checks them.
+"""Which moments a certificate rests on, and how they are written down.
 
 `moments.Relaxation` gives a bound for any set of moments; more of them make it better only where they bind, and the
 linear program larger in any case. So moments join one or two at a time, and those with a price stay.
@@ -7,14 +7,10 @@ linear program larger in any case. So moments join one or two at a time, and tho
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
-from keepless.cost import CostModel
 from keepless.errors import SolverError
-from keepless.ir import Certificate, Graph
-from keepless.solve.floor import floor_bound
 from keepless.solve.lagrange import Woven, base_profile
 from keepless.solve.moment_cut import cut_bound
 from keepless.solve.moments import Bound, Relaxation
@@ -26,8 +22,6 @@ _HUGE = 5_000
 """Forward ops beyond which each moment is bounded alone, by minimum cuts."""
 _MAX_PRICED = 5
 """Moments in one linear program; more make it slow and rarely better."""
-_TOLERANCE = 1e-6
-"""Relative: what a check may fall short of a claim by, for rounding."""
 
 
 def candidates(tables: Tables, woven: Woven) -> list[int]:
@@ -54,7 +48,7 @@ def best_bound(relaxation: Relaxation, limit: int, ops: Sequence[int], enough: f
     tables = relaxation.tables
     if tables.loss >= tables.num_ops:
         return Bound(0.0, {})
-    if _is_huge(tables):
+    if is_huge(tables):
         bounds = (cut_bound(relaxation, limit, op) for op in [tables.loss, *ops[:2]])
         return max(bounds, key=lambda bound: bound.seconds)
     best = relaxation.bound(limit, [tables.loss])
@@ -76,7 +70,7 @@ def _rounds(tables: Tables) -> int:
     return 8 if size <= 3000 else 4 if size <= 6000 else 2
 
 
-def _is_huge(tables: Tables) -> bool:
+def is_huge(tables: Tables) -> bool:
     """Whether one linear program would take minutes."""
     return tables.loss > _HUGE
 
@@ -85,48 +79,6 @@ def witness_text(bound: Bound, floor_op: int) -> str:
     """What a certificate's bounds rest on: moments with the price of a byte (seconds), and the op of the floor."""
     moments = " ".join(f"{op}:{price!r}" for op, price in sorted(bound.prices.items()))
     return f"moments {moments or 'none'}; bytes at op {floor_op}"
-
-
-@dataclass(frozen=True)
-class Recheck:
-    """A certificate beside what its witness gives.
-
-    Arguments:
-        bound_seconds: recomputed from the witness's moments and prices.
-        bound_bytes: recomputed floor.
-        claimed_seconds, claimed_bytes: what the certificate says.
-    """
-
-    bound_seconds: float
-    bound_bytes: int
-    claimed_seconds: float
-    claimed_bytes: int
-
-    @property
-    def holds(self) -> bool:
-        """Whether nothing more is claimed than is proven."""
-        return self.claimed_seconds <= self.bound_seconds * (1 + _TOLERANCE) and self.claimed_bytes <= self.bound_bytes
-
-
-def recheck(graph: Graph, cost: CostModel, limit: int, certificate: Certificate) -> Recheck:
-    """Recomputes a certificate's bounds from its witness, without the search that found it.
-
-    Arguments:
-        limit: bytes that the bound on seconds is for.
-
-    Raises:
-        SolverError: the witness cannot be read, or names what the graph does not have.
-    """
-    tables = Tables(graph, cost)
-    seconds = float(tables.seconds.sum())
-    prices = witness_prices(certificate.witness, tables)
-    if prices:
-        relaxation = Relaxation(tables)
-        if _is_huge(tables):
-            seconds += max(cut_bound(relaxation, limit, op, price).seconds for op, price in prices.items())
-        else:
-            seconds += relaxation.bound(limit, list(prices), prices).seconds
-    return Recheck(seconds, floor_bound(graph, cost)[0], certificate.bound_seconds, certificate.bound_bytes)
 
 
 def witness_prices(witness: str, tables: Tables) -> dict[int, float]:

@@ -26,7 +26,7 @@ from keepless.cost import CostModel
 from keepless.errors import InfeasibleBudget, SolverError
 from keepless.ir import Certificate, Graph, Status, format_bytes
 from keepless.ir.budget import MAX_NBYTES
-from keepless.solve.anytime import FREE_SPACE, plan
+from keepless.solve.anytime import plan
 from keepless.solve.bound import witness_text
 from keepless.solve.floor import floor_bound
 from keepless.solve.front import LESS, Line, Point, front_of, next_limit
@@ -34,6 +34,7 @@ from keepless.solve.lagrange import Woven
 from keepless.solve.met import sort_out
 from keepless.solve.moments import Bound
 from keepless.solve.planner import SPACE, Planner
+from keepless.solve.rechecking import FREE_SPACE
 from keepless.solve.search import Search, Standing
 from keepless.solve.solution import Solution, solution
 from keepless.solve.strategies import Strategy, check_strategies, named_strategies

@@ -16,12 +16,15 @@ States are exponential in the values; the limit of work is in states.
 from __future__ import annotations
 
 import heapq
+from dataclasses import dataclass
 from functools import cache
 from math import inf
 from typing import NamedTuple, TypeAlias
 
+from keepless.cost import CostModel
 from keepless.ir import Graph, Phase
 from keepless.machine import reuse_pairs
+from keepless.passes import evaluate
 from keepless.solve.exact.masks import Masks
 from keepless.solve.exact.outlook import Outlook
 from keepless.solve.search import Search, Standing
@@ -31,6 +34,8 @@ _MOST_PAIRS = 6
 _SCANNED = 200
 """States of the same ops that a new one is compared with."""
 _TOLD_EVERY = 20_000
+SMALL_OPS = 24
+_SMALL_STATES = 20_000
 _Move: TypeAlias = tuple[float, int, int, float]
 """Estimate and node of the state before, the op that runs, seconds of replays with it."""
 
@@ -49,6 +54,40 @@ def may_run_again(graph: Graph, backward_again: bool) -> list[bool]:
     end = len(graph.ops) if graph.loss_op is None or backward_again else graph.loss_op
     may = [op.can_replay and op.phase is not Phase.LOSS and op.id < end for op in graph.ops]
     return [may[op.id] and not graph.pinned.intersection(op.outputs) for op in graph.ops]
+
+
+@dataclass(frozen=True)
+class Hunted:
+    """What a search of a small graph gave.
+
+    Arguments:
+        order: the fastest within the limit; None where none was met.
+        is_over: nothing else could be faster (or fit, where there is no order).
+        states: that were looked at.
+    """
+
+    order: list[int] | None
+    is_over: bool
+    states: int
+
+
+def hunted(graph: Graph, cost: CostModel, limit: int, *, any_order: bool, search: Search | None = None) -> Hunted:
+    """Searches a graph of few ops until nothing could be faster, or for 20,000 states; larger ones not at all.
+
+    Replays forward ops only, as plans for training steps do.
+
+    Arguments:
+        limit: bytes.
+        any_order: also over orders of first runs.
+        search: may end it.
+    """
+    if refusal(graph, SMALL_OPS):
+        return Hunted(None, False, 0)
+    masks = Masks(graph, cost, may_run_again(graph, backward_again=False))
+    peak = evaluate(graph, cost, range(len(graph.ops))).peak
+    hunt = Hunt(masks, limit, any_order, search or Search(), _SMALL_STATES, peak)
+    order = hunt.run()
+    return Hunted(order, hunt.is_over, hunt.states)
 
 
 class _State(NamedTuple):
