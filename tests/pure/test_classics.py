@@ -232,6 +232,7 @@ def test_sqrt_n_needs_about_the_square_root() -> None:
     assert SOLVERS["sqrt_n"].solve(graph, cost, 25_000).certificate.status is Status.NOT_FOUND
 
 
+@pytest.mark.slow
 def test_a_thousand_steps_are_reversed_in_a_tenth_of_their_memory() -> None:
     """Rotor, on rows by length, is at most as slow as the binomial schedule and the square root."""
     graph, cost = chain(1000)

@@ -29,6 +29,8 @@ from keepless.solve.lagrange import Woven
 from keepless.solve.met import MOST_BETWEEN, sort_out
 from keepless.solve.solution import Solution
 
+pytestmark = pytest.mark.slow
+
 
 @cache
 def traced(model: str) -> Curve:

@@ -123,6 +123,7 @@ def test_the_oracle_agrees_with_plain_shortest_paths(seed: int, layers: int) -> 
             assert found.seconds == pytest.approx(best)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 6))
 def test_no_order_with_a_few_replays_beats_the_oracle(seed: int, num_ops: int) -> None:
@@ -175,6 +176,7 @@ def test_storage_reuse_is_counted_as_the_machine_counts_it() -> None:
     assert improved > 300
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(2, 5))
 def test_orders_of_first_runs_are_searched_when_asked_for(seed: int, num_ops: int) -> None:
@@ -234,6 +236,7 @@ def cases() -> Iterator[tuple[Graph, CostModel]]:
         yield graph, replace(cost, seconds=tuple(s + 0.1 for s in cost.seconds))
 
 
+@pytest.mark.slow
 @needs_ortools
 def test_the_three_agree_within_their_spaces() -> None:
     """The oracle is never beaten; where its order lies in the space of another solver, both have the same seconds."""
@@ -262,6 +265,7 @@ def test_the_three_agree_within_their_spaces() -> None:
     assert min(compared.values()) > 40
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", sorted(set(SOLVERS) - {"exhaustive", "checkmate", "intervals"}))
 def test_the_oracle_is_not_beaten_by_other_planners(solver: str) -> None:
     """At the peak that another solver reached, the oracle is at least as fast, with storage reuse."""
@@ -274,6 +278,7 @@ def test_the_oracle_is_not_beaten_by_other_planners(solver: str) -> None:
             assert found.seconds <= rival.seconds * (1 + 1e-9)
 
 
+@pytest.mark.slow
 @needs_ortools
 @pytest.mark.parametrize("seed", range(3))
 def test_bounds_of_searches_that_end_early_are_bounds(seed: int) -> None:

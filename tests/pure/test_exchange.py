@@ -483,6 +483,7 @@ assert simulate(file.graph, program, file.cost, budget=Budget({"device": num})).
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="limits of a process are POSIX")
 def test_a_wide_op_takes_linear_time() -> None:
     """An op that takes over a hundred thousand storages is evaluated and simulated in 30 s of processor."""
@@ -499,6 +500,7 @@ def test_a_file_of_more_bytes_than_are_read_is_refused_unread(tmp_path: Path) ->
         read_graph(path)
 
 
+@pytest.mark.slow
 def test_a_large_graph_is_read() -> None:
     """A chain of 100 000 nodes, listed backwards, is put in order."""
     num = 100_000

@@ -68,6 +68,7 @@ def test_orders_are_near_the_lowest() -> None:
     assert max(ratios) <= 1.25
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num", [100, 250])
 @pytest.mark.parametrize("seed", range(3))
 def test_less_memory_without_recomputation(num: int, seed: int) -> None:

@@ -78,7 +78,7 @@ def least_seconds(graph: Graph, cost: CostModel, limit: int) -> float | None:
 
 
 @pytest.mark.parametrize("solver", NAMES)
-@pytest.mark.parametrize("model", sorted(SMALL))
+@pytest.mark.parametrize("model", ["bn", "dense", *(pytest.param(m, marks=pytest.mark.slow) for m in ("gpt", "unet"))])
 def test_solutions_are_legal_and_say_the_truth(solver: str, model: str) -> None:
     """Every solver's program passes the verifier, and its seconds and peak are the simulator's."""
     graph, cost = SMALL[model]()
@@ -151,6 +151,7 @@ def test_the_certified_gap_is_small_on_gpt() -> None:
         assert found.seconds <= 1.02 * found.certificate.bound_seconds
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [lambda: gpt(3), lambda: unet(), lambda: dense(8)], ids=["gpt", "unet", "dense"])
 def test_the_smallest_budget_is_the_same_in_every_run(build) -> None:
     """Measured seconds differ from run to run; the smallest budget does not, and is always reached when asked for."""
@@ -172,6 +173,7 @@ def test_an_unknown_solver_is_refused() -> None:
         solve(graph, cost, Budget({"device": 1 << 30}), solver="magic")
 
 
+@pytest.mark.slow
 def test_infeasible_budgets_are_answered_with_numbers() -> None:
     """An impossible budget says the smallest peak found, the proven bound and the op that blocks."""
     graph, cost = gpt(2, 64, 32, 2)
@@ -197,6 +199,7 @@ def test_reserve_is_left_free() -> None:
     assert found.peak <= full - full // 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "layers"), [(gpt, 6), (unet, 3), (dense, 16)])
 def test_planner_beats_block_checkpointing_at_its_own_peak(model, layers: int) -> None:
     """At the peak of every block length that beats keep-all, the planner is within it and faster."""
@@ -225,6 +228,7 @@ def test_gpt_reaches_the_promised_shares() -> None:
     assert plan(planner, int(0.54 * full.peak)).seconds <= 1.06 * full.seconds
 
 
+@pytest.mark.slow
 def test_deep_chains_reach_the_square_root_regime() -> None:
     """A thousand layers fit into a tenth of their memory in seconds."""
     graph, cost = chain(1000)
@@ -311,6 +315,7 @@ def test_a_search_counts_work_and_says_when_the_clock_ends_it() -> None:
     assert [standing.gap for standing in told] == [1.0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [lambda: gpt(3), lambda: unet(), lambda: dense(8)], ids=["gpt", "unet", "dense"])
 def test_certificates_are_checked_from_their_witness(build) -> None:
     """The bound follows from the witness alone; a larger claim, another limit or another witness does not hold."""
@@ -360,6 +365,7 @@ def test_bounds_of_many_moments_hold(seed: int) -> None:
         assert relaxation.bound(limit, after, everything.prices).seconds == pytest.approx(everything.seconds, abs=1e-9)
 
 
+@pytest.mark.slow
 def test_a_search_ends_early_and_says_so() -> None:
     """Work, a clock and Ctrl-C end the search with a plan that fits; only the last two are called TIME_LIMITED."""
     graph, cost = gpt(6)

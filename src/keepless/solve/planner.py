@@ -188,7 +188,7 @@ class Planner:
         Prices cannot express recomputation within recomputation: these can be better than the first.
         """
         size = self.tables.num_ops
-        for loosening in _LOOSENINGS[: 6 if size <= 1500 else 3 if size <= 3000 else 2 if size <= 6000 else 1]:
+        for loosening in _LOOSENINGS[: 6 if size <= 1500 else 3 if size <= 3000 else 1]:
             if search.is_over:
                 return
             yield self._refined(self._relaxed(int(limit * loosening)), limit, search)
