@@ -52,7 +52,9 @@ test: check test-pure
 	$(BIN)/python -m pytest -q tests/cpu tests/gpu
 
 test-fast: $(VENV)/.ready
-	$(BIN)/python -m pytest -q -m "not slow" tests
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow" tests/pure & pure=$$!; \
+	$(BIN)/python -m pytest -q -m "not slow" tests/cpu tests/gpu; rest=$$?; \
+	wait $$pure && exit $$rest
 
 bench: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.step
