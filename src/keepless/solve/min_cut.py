@@ -20,15 +20,10 @@ from __future__ import annotations
 from collections.abc import Collection
 
 import numpy as np
-from scipy.sparse import csr_matrix
-from scipy.sparse.csgraph import breadth_first_order, maximum_flow
 
+from keepless.solve.flow import TOTAL, infinite, source_side
 from keepless.solve.tables import Floats, Ints, Tables
 from keepless.solve.weave import closure
-
-_INFINITE = 2**30
-_TOTAL = 2**29
-"""Sum of all finite capacities: scipy's flows are int32."""
 
 
 class MinCut:
@@ -120,17 +115,11 @@ class MinCut:
         # A tiny cost breaks ties towards fewer replays, and keeps capacities positive.
         again = again + 1e-9 * (tables.seconds.sum() + 1e-12)
         keep = np.minimum(keep, bound)
-        scale = _TOTAL / max(float(keep.sum() + again.sum()), 1e-30)
-        caps = np.full(len(self._rows), _INFINITE, np.int32)
+        scale = TOTAL / max(float(keep.sum() + again.sum()), 1e-30)
+        caps = infinite(len(self._rows))
         num = self._num_keep
-        caps[:num] = np.minimum(keep * scale, _TOTAL).astype(np.int32)
-        caps[num : num + len(again)] = np.minimum(again * scale + 1, _TOTAL).astype(np.int32)
-        size = self._sink + 1
-        graph = csr_matrix((caps, (self._rows, self._cols)), shape=(size, size))
-        flow = maximum_flow(graph, self._source, self._sink, method="dinic").flow
-        residual = graph - flow
-        residual.data = np.maximum(residual.data, 0)
-        residual.eliminate_zeros()
-        reached = breadth_first_order(residual, self._source, return_predecessors=False)
+        caps[:num] = np.minimum(keep * scale, TOTAL).astype(np.int32)
+        caps[num : num + len(again)] = np.minimum(again * scale + 1, TOTAL).astype(np.int32)
+        reached = source_side(self._rows, self._cols, caps, self._source, self._sink)
         ops = reached[(reached >= self._op0) & (reached < self._source)] - self._op0
         return {int(p) for p in ops}

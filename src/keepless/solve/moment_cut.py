@@ -13,14 +13,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-from scipy.sparse import csr_matrix
-from scipy.sparse.csgraph import maximum_flow
 
+from keepless.solve.flow import TOTAL, flow_value, infinite
 from keepless.solve.moments import Bound, Relaxation
 
-_INFINITE = 2**30
-_TOTAL = 2**29
-"""Sum of all finite capacities: scipy's flows are int32. Capacities round down: the bound stays true."""
 _STEPS = 18
 
 
@@ -69,12 +65,10 @@ def _dual(relaxation: Relaxation, op: int) -> tuple[Callable[[float], float] | N
 
     def value(price: float) -> float:
         priced = np.minimum(keep * price, again.sum())
-        scale = _TOTAL / max(float(priced.sum() + again.sum()), 1e-30)
-        capacities = np.full(len(network.rows), _INFINITE, np.int32)
+        scale = TOTAL / max(float(priced.sum() + again.sum()), 1e-30)
+        capacities = infinite(len(network.rows))  # finite ones round down: the bound stays true
         capacities[: len(keep)] = (priced * scale).astype(np.int32)
         capacities[len(keep) : len(keep) + len(again)] = (again * scale).astype(np.int32)
-        size = network.sink + 1
-        graph = csr_matrix((capacities, (network.rows, network.cols)), shape=(size, size))
-        return float(maximum_flow(graph, network.source, network.sink, method="dinic").flow_value) / scale
+        return flow_value(network.rows, network.cols, capacities, network.source, network.sink) / scale
 
     return value, float(again.sum() + 1e-12) / float(keep.sum())

@@ -22,21 +22,18 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from scipy.sparse import csr_matrix
-from scipy.sparse.csgraph import breadth_first_order, maximum_flow
 
 from keepless.cost import CostModel
 from keepless.ir import Effect, Graph
 from keepless.solve.classics.operators import COMPUTE_INTENSIVE, FUSIBLE, base_name
 from keepless.solve.classics.trial import Trial, turned
+from keepless.solve.flow import TOTAL, infinite, source_side
 from keepless.solve.search import Search
 from keepless.solve.solution import Solution
 from keepless.solve.tables import Floats, Ints, Tables
 from keepless.solve.weave import closure, lazy_order
 
 _SPACE = "each forward op runs again at most once, as one cut says"
-_INFINITE = 2**30
-_TOTAL = 2**29
 _SLOTS = 2000
 _CELLS = 20_000_000
 _GRID = 24
@@ -120,19 +117,15 @@ class ByteCut:
         if not len(self.values):
             return set()
         tables = self.tables
-        size, num = self._sink + 1, len(self.values)
+        num = len(self.values)
         makers = np.array([tables.producer[v] for v in self.values.tolist()], np.int64)
         free = np.array([tables.replayable[p] and p not in banned for p in makers.tolist()])
         rows = np.concatenate([np.arange(num), self._rows])
         cols = np.concatenate([np.where(free, self._op0 + makers, self._sink), self._cols])
-        caps = np.full(len(rows), _INFINITE, np.int32)
-        scale = _TOTAL / max(float(self.weights.sum()), 1.0)
-        caps[:num] = np.clip(self.weights * min(scale, 1.0), 1, _TOTAL).astype(np.int32)
-        network = csr_matrix((caps, (rows, cols)), shape=(size, size))
-        residual = network - maximum_flow(network, self._source, self._sink, method="dinic").flow
-        residual.data = np.maximum(residual.data, 0)
-        residual.eliminate_zeros()
-        reached = breadth_first_order(residual, self._source, return_predecessors=False)
+        caps = infinite(len(rows))
+        scale = TOTAL / max(float(self.weights.sum()), 1.0)
+        caps[:num] = np.clip(self.weights * min(scale, 1.0), 1, TOTAL).astype(np.int32)
+        reached = source_side(rows, cols, caps, self._source, self._sink)
         return {int(p) - self._op0 for p in reached if self._op0 <= p < self._source}
 
     def saved(self, replayed: Collection[int]) -> list[int]:
