@@ -14,7 +14,7 @@ from keepless.cost import CostModel
 from keepless.ir import Certificate, Graph, Status
 from keepless.solve.bound import witness_text
 from keepless.solve.classics import Dtr, Revolve, Rotor, SqrtN
-from keepless.solve.exact.hunt import SMALL_OPS, hunted
+from keepless.solve.exact.hunt import hunted
 from keepless.solve.floor import floor_bound
 from keepless.solve.improve import improve
 from keepless.solve.lagrange import Woven, better
@@ -22,12 +22,12 @@ from keepless.solve.moments import Bound
 from keepless.solve.planner import SPACE, Planner
 from keepless.solve.rechecking import EXHAUSTIVE, FREE_SPACE
 from keepless.solve.search import Search, Standing
-from keepless.solve.solution import Solution, solution
+from keepless.solve.solution import Solution, Solver, solution
 
 NAME = "keepless"
 _STARTS = 2
 """Orders that are improved, the fastest first."""
-_CLASSICS = (Revolve(), Rotor(), Dtr(), SqrtN())
+_CLASSICS: tuple[Solver, ...] = (Revolve(), Rotor(), Dtr(), SqrtN())
 """Their orders are starts, too: on chains some of them are optimal."""
 _CLASSICS_OPS = 4000
 """Ops beyond which they take too long."""
@@ -91,8 +91,8 @@ class _Course:
         self._begin = time.perf_counter()
         tables = self.planner.tables
         self.base = float(tables.seconds.sum())
-        everything = tables.lives(tables.base)
-        self.best = Woven(tables.base.tolist(), everything.seconds, everything.peak)
+        self.best = Woven.judged(tables, tables.base.tolist())
+        self._tried: list[Woven] = []
         self._floor = floor_bound(self.planner.graph, self.planner.cost)
 
     @property
@@ -162,27 +162,28 @@ class _Course:
     def _exhaust(self) -> None:
         """Small graphs are searched until nothing could be faster."""
         planner = self.planner
-        if planner.tables.num_ops > SMALL_OPS or self.search.is_over or self._floor[0] > self.limit:
+        if self.search.is_over or self._floor[0] > self.limit:
             return
-        own = Search(seconds=self.search.seconds)
+        own = self.search.inner()
         found = hunted(planner.graph, planner.cost, self.limit, any_order=planner.is_free, search=own)
         self.search.spend(own.spent)
         if found.order is not None:
-            lives = planner.tables.lives(found.order)
-            self._take(Woven(found.order, lives.seconds, lives.peak))
+            self._take(Woven.judged(planner.tables, found.order))
         if found.is_over:
             self.proven = f"{EXHAUSTIVE} {found.states} states, all that could be faster"
 
     def _classics(self) -> Iterator[Woven]:
+        """The classics' orders that fit; each classic solves once per search."""
         planner = self.planner
         if planner.tables.num_ops > _CLASSICS_OPS:
             return
-        for solver in _CLASSICS:
+        for number, solver in enumerate(_CLASSICS):
             if self.search.is_over:
                 return
-            found = solver.solve(planner.graph, planner.cost, self.limit, self.seed)
-            if found.peak <= self.limit:
-                yield Woven(list(found.order), found.seconds, found.peak)
+            if number == len(self._tried):
+                self._tried.append(Woven.of(solver.solve(planner.graph, planner.cost, self.limit, self.seed)))
+            if self._tried[number].peak <= self.limit:
+                yield self._tried[number]
 
     def _certify(self) -> None:
         found = self.planner.bound(self.limit, self.best)

@@ -252,7 +252,7 @@ def trace_curve(
     lines: dict[int, Line] = {}
 
     def solve_for(limit: int) -> None:
-        inner = Search(seconds=None if search.seconds is None else search.seconds_left)
+        inner = search.inner()
         inner.is_interrupted = search.is_interrupted
         solved[limit] = found = plan(planner, limit, seed, inner)
         search.is_cut_by_clock |= inner.is_cut_by_clock

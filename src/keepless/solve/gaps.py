@@ -15,6 +15,7 @@ import random
 
 import numpy as np
 
+from keepless.solve.lagrange import Woven
 from keepless.solve.search import Search
 from keepless.solve.tables import Ints, Lives, Tables
 from keepless.solve.weave import useful
@@ -60,6 +61,11 @@ class Gaps:
     def seconds(self) -> float:
         """Of the step."""
         return self.lives.seconds
+
+    @property
+    def woven(self) -> Woven:
+        """The order as it is now."""
+        return Woven(self.order, self.seconds, self.peak)
 
     def _try(self, order: list[int]) -> Lives:
         self.work -= 1

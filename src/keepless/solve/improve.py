@@ -60,7 +60,7 @@ def improve(
             gaps.fill(limit)
         idle += 1
         if gaps.peak <= limit and gaps.seconds < now.seconds + _SLACK * (best.seconds - base):
-            now = Woven(gaps.order, gaps.seconds, gaps.peak)
+            now = gaps.woven
         if gaps.peak <= limit and gaps.seconds < best.seconds * (1 - 1e-9):
             idle = 0 if gaps.seconds < best.seconds * (1 - 1e-4) else idle
             best = now

@@ -10,12 +10,13 @@ A cut of a graph with 4,000 ops takes some milliseconds.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from keepless.solve.min_cut import MinCut
+from keepless.solve.solution import Solution
 from keepless.solve.tables import Floats, Ints, Tables
 from keepless.solve.weave import lazy_order
 
@@ -53,6 +54,17 @@ class Woven:
     order: list[int]
     seconds: float
     peak: int
+
+    @staticmethod
+    def judged(tables: Tables, order: Sequence[int]) -> Woven:
+        """An order with its exact peak and seconds."""
+        lives = tables.lives(order)
+        return Woven(list(order), lives.seconds, lives.peak)
+
+    @staticmethod
+    def of(found: Solution) -> Woven:
+        """A solution's order, which is judged already."""
+        return Woven(list(found.order), found.seconds, found.peak)
 
     def beats(self, other: Woven | None, limit: int) -> bool:
         """Within the limit and faster; where neither fits, lower."""

@@ -66,7 +66,7 @@ def sort_out(
 
 
 def _woven(found: Solution | Woven) -> Woven:
-    return found if isinstance(found, Woven) else Woven(list(found.order), found.seconds, found.peak)
+    return found if isinstance(found, Woven) else Woven.of(found)
 
 
 def _thinned(orders: list[Woven]) -> tuple[Woven, ...]:

@@ -139,19 +139,13 @@ class Planner:
         low = Planner(self.graph, proxy_cost(self.graph, self.cost), is_proxy=True, keeps_order=True).smallest
         gaps = Gaps(self.tables, low.order, self.work)
         gaps.fill(low.peak)
-        lives = self.tables.lives(gaps.order if gaps.peak <= low.peak else low.order)
-        return Woven(gaps.order if gaps.peak <= low.peak else low.order, lives.seconds, lives.peak)
+        return gaps.woven if gaps.peak <= low.peak else Woven.judged(self.tables, low.order)
 
     def _lowest(self) -> Woven:
         tables = self.tables
-        starts = []
-        for cut in self.cuts:
-            order = lazy_order(tables, cut.everything())
-            lives = tables.lives(order)
-            starts.append(Woven(order, lives.seconds, lives.peak))
+        starts = [Woven.judged(tables, lazy_order(tables, cut.everything())) for cut in self.cuts]
         starts.sort(key=lambda w: (w.peak, w.seconds))
-        base = tables.lives(tables.base)
-        best = Woven(tables.base.tolist(), base.seconds, base.peak)
+        best = Woven.judged(tables, tables.base.tolist())
         for start in starts[: _SMALLEST_STARTS if tables.num_ops <= _HUGE else 1]:
             low = self.lower(start)
             if (low.peak, low.seconds) < (best.peak, best.seconds):
@@ -164,11 +158,11 @@ class Planner:
         low = start
         for step in (0.04, 0.01, 0.002):
             while gaps.work > 0 and low.peak > 0 and gaps.evict(int(low.peak * (1 - step))):
-                low = Woven(gaps.order, gaps.seconds, gaps.peak)
+                low = gaps.woven
             if gaps.peak < low.peak:
-                low = Woven(gaps.order, gaps.seconds, gaps.peak)
+                low = gaps.woven
         gaps.fill(low.peak)
-        return Woven(gaps.order, gaps.seconds, gaps.peak) if gaps.peak <= low.peak else low
+        return gaps.woven if gaps.peak <= low.peak else low
 
     def within(self, limit: int, search: Search | None = None) -> Woven:
         """A first fast order within the limit, or the lowest where none was found."""
@@ -200,7 +194,7 @@ class Planner:
         gaps = Gaps(self.tables, start.order, self.work, search=search)
         if gaps.evict(limit):
             gaps.fill(limit)
-        return Woven(gaps.order, gaps.seconds, gaps.peak)
+        return gaps.woven
 
 
 def proxy_cost(graph: Graph, cost: CostModel) -> CostModel:

@@ -17,7 +17,6 @@ import numpy as np
 
 from keepless.cost import CostModel
 from keepless.ir import Graph
-from keepless.solve.search import Search
 from keepless.solve.tables import Ints, Lives, Tables
 
 _MOVED = 12
@@ -30,14 +29,14 @@ def is_free(graph: Graph) -> bool:
     return bool(graph.ops) and graph.loss_op is None and not any(op.effects for op in graph.ops)
 
 
-def low_order(tables: Tables, search: Search | None = None) -> list[int]:
+def low_order(tables: Tables) -> list[int]:
     """An order of first runs with a low peak; the graph's own where none is lower."""
     num = tables.num_ops
     starts = [tables.base.tolist(), _listed(tables), _listed_backward(tables)]
     ranked = sorted(((tables.lives(order).peak, number) for number, order in enumerate(starts)))
     best: tuple[int, list[int]] | None = None
     for _, number in ranked[:2]:
-        moves = _Moves(tables, starts[number], max(50, min(2000, _WORK_OPS // max(num, 1))), search)
+        moves = _Moves(tables, starts[number], max(50, min(2000, _WORK_OPS // max(num, 1))))
         while moves.step():
             pass
         if best is None or moves.lives.peak < best[0]:
@@ -112,7 +111,6 @@ class _Moves:
     tables: Tables
     order: list[int]
     work: int
-    search: Search | None
 
     def __post_init__(self) -> None:
         self.lives = self.tables.lives(self.order)
@@ -122,7 +120,7 @@ class _Moves:
         now = self._score(self.lives)
         best: tuple[tuple[int, float], list[int], Lives] | None = None
         for order in self._moved():
-            if self.work <= 0 or (self.search is not None and not self.search.spend()):
+            if self.work <= 0:
                 return False
             self.work -= 1
             lives = self.tables.lives(order)

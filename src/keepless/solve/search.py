@@ -89,6 +89,10 @@ class Search:
             self.is_cut_by_clock = True
         return self.is_interrupted or self.is_cut_by_clock or (self.work is not None and self.spent >= self.work)
 
+    def inner(self) -> Search:
+        """A search of its own work within what this one's clock has left."""
+        return Search(seconds=None if self.seconds is None else self.seconds_left)
+
     def interrupt(self) -> None:
         """Ends the search at its next unit of work: what Ctrl-C does."""
         self.is_interrupted = True

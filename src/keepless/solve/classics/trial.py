@@ -53,8 +53,7 @@ class Trial:
     @property
     def is_over(self) -> bool:
         """Whether the search has reached one of its limits."""
-        work = self.search.work
-        return not self.search.spend(0) or (work is not None and self.search.spent >= work)
+        return self.search.is_over
 
     def offer(self, order: Sequence[int]) -> int | None:
         """The exact peak of an order, which is kept if it is the best so far; None where the search is over."""

@@ -34,7 +34,7 @@ _MOST_PAIRS = 6
 _SCANNED = 200
 """States of the same ops that a new one is compared with."""
 _TOLD_EVERY = 20_000
-SMALL_OPS = 24
+_SMALL_OPS = 24
 _SMALL_STATES = 20_000
 _Move: TypeAlias = tuple[float, int, int, float]
 """Estimate and node of the state before, the op that runs, seconds of replays with it."""
@@ -81,7 +81,7 @@ def hunted(graph: Graph, cost: CostModel, limit: int, *, any_order: bool, search
         any_order: also over orders of first runs.
         search: may end it.
     """
-    if refusal(graph, SMALL_OPS):
+    if refusal(graph, _SMALL_OPS):
         return Hunted(None, False, 0)
     masks = Masks(graph, cost, may_run_again(graph, backward_again=False))
     peak = evaluate(graph, cost, range(len(graph.ops))).peak

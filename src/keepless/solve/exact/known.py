@@ -30,8 +30,7 @@ def known(
     """
     from keepless.solve.anytime import plan  # which hunts in small graphs itself
 
-    seconds = search.seconds_left
-    within = Search(seconds=None if seconds == float("inf") else seconds)
+    within = search.inner()
     planner = Planner(graph, cost, keeps_order=not any_order)
     found = plan(planner, limit_nbytes, seed, within)
     search.is_cut_by_clock |= within.is_cut_by_clock
