@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,8 @@ import models
 import pytest
 import torch
 import zoo
-from test_cli import CONFIG, FACTORIES
-from typer.testing import CliRunner
 
 import keepless
-from keepless.cli.app import app
 from keepless.control import StepCurve, planning
 from keepless.errors import BudgetError, InfeasibleBudget, ParameterError, SolverError
 
@@ -205,18 +201,6 @@ def test_bad_arguments_are_refused() -> None:
         keepless.curve(3, batch)  # type: ignore[arg-type]
     with pytest.raises(ParameterError, match="not a torch"):
         keepless.curve(model, batch, optimizer="adamw")  # type: ignore[arg-type]
-
-
-@pytest.fixture
-def invoke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Runs a command in a folder with factories, a config, and a cost cache of its own."""
-    (tmp_path / "factories.py").write_text(FACTORIES)
-    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setenv("KEEPLESS_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.delitem(sys.modules, "factories", raising=False)
-    return lambda *words: CliRunner().invoke(app, list(words))
 
 
 def test_the_command(invoke: Any) -> None:
