@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
@@ -299,3 +300,179 @@ def storage_key(tensor: torch.Tensor) -> int:
 def raw_op(target: Callable[..., Any]) -> Callable[..., Any]:
     """The operator's compiled entry without its Python wrapper (about 0.4 us less per call)."""
     return getattr(target, "_op", target)
+
+
+def device_types() -> tuple[str, ...]:
+    """"cpu", and the accelerator where there is one."""
+    if torch.accelerator.is_available():
+        device = torch.accelerator.current_accelerator()
+        if device is not None:
+            return ("cpu", device.type)
+    return ("cpu",)
+
+
+def any_autocast() -> bool:
+    """Whether autocast is on for any kind of device."""
+    return bool(torch._C._is_any_autocast_enabled())
+
+
+def ambient_flags() -> tuple[Any, ...]:
+    """The default dtype and the switches that choose kernels, as `set_ambient_flags` takes them."""
+    c: Any = torch._C
+    return (
+        torch.get_default_dtype(),
+        c._get_flash_sdp_enabled(),
+        c._get_mem_efficient_sdp_enabled(),
+        c._get_math_sdp_enabled(),
+        c._get_cudnn_sdp_enabled(),
+        c._get_mkldnn_enabled(),
+        c._get_cudnn_enabled(),
+        c._get_cudnn_benchmark(),
+        c._get_cudnn_deterministic(),
+        c._get_deterministic_algorithms(),
+        c._get_deterministic_algorithms_warn_only(),
+        c._get_float32_matmul_precision(),
+        c._get_sdp_priority_order(),
+    )
+
+
+def set_ambient_flags(flags: tuple[Any, ...]) -> None:
+    """Sets what `ambient_flags` gave."""
+    c: Any = torch._C
+    torch.set_default_dtype(flags[0])
+    setters = (
+        c._set_sdp_use_flash,
+        c._set_sdp_use_mem_efficient,
+        c._set_sdp_use_math,
+        c._set_sdp_use_cudnn,
+        c._set_mkldnn_enabled,
+        c._set_cudnn_enabled,
+        c._set_cudnn_benchmark,
+        c._set_cudnn_deterministic,
+    )
+    for setter, value in zip(setters, flags[1:9], strict=True):
+        setter(value)
+    c._set_deterministic_algorithms(flags[9], warn_only=flags[10])
+    c._set_float32_matmul_precision(flags[11])
+    c._set_sdp_priority_order(flags[12])
+
+
+def function_mode_stack() -> list[Any]:
+    """The torch-function modes around this call, outermost first."""
+    if not torch._C._len_torch_function_stack():
+        return []
+    return list(torch.overrides._get_current_function_mode_stack())  # type: ignore[no-untyped-call]
+
+
+@contextlib.contextmanager
+def function_modes_replaced(modes: list[Any]) -> Iterator[None]:
+    """The stack of torch-function modes is this one inside. Modes are moved as they are, without their own enter and
+    exit; a default device is set anew, since it also lives outside the stack."""
+    from torch.utils._device import DeviceContext
+
+    c: Any = torch._C
+    before = []
+    while c._len_torch_function_stack():
+        before.append(c._pop_torch_function_stack())
+    try:
+        with contextlib.ExitStack() as stack:
+            for mode in modes:
+                if isinstance(mode, DeviceContext):
+                    stack.enter_context(DeviceContext(mode.device))  # type: ignore[no-untyped-call]
+                else:
+                    c._push_on_torch_function_stack(mode)
+                    stack.callback(c._pop_torch_function_stack)
+            yield
+    finally:
+        while before:
+            c._push_on_torch_function_stack(before.pop())
+
+
+def graph_task() -> int:
+    """The number of the backward that runs on this thread; -1 outside."""
+    return int(torch._C._current_graph_task_id())
+
+
+def execution_group() -> Any:
+    """The `GraphExecGroup` around this backward: several backward calls that share one recompute. None outside."""
+    find = getattr(torch._C, "_get_graph_exec_group", None)
+    return None if find is None else find()
+
+
+def save_tensor(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Saves a tensor as an op would: through the saved-tensor hooks around, with its version. Returns what reads it."""
+    make = getattr(torch._C._autograd, "_make_saved_tensor", None)
+    if make is not None:
+        unpack: Callable[[], torch.Tensor] = make(tensor, is_output=False).unpack
+        return unpack
+    return _Saved(tensor)
+
+
+class _Saved:
+    """The same for torch before 2.13, by a custom function that saves its input."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        anchor = torch.empty((0,), requires_grad=True)
+        with torch.enable_grad():
+            self.node: Any = _KeepInput.apply(anchor, tensor).grad_fn
+
+    def __call__(self) -> torch.Tensor:
+        (tensor,) = self.node.saved_tensors
+        return tensor  # type: ignore[no-any-return]
+
+
+class _KeepInput(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, anchor: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        ctx.save_for_backward(tensor)
+        return torch.empty((0,))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise AssertionError("this node is never differentiated")
+
+
+push_saved_tensor_hooks: Callable[[Any, Any], None] = torch._C._autograd._push_saved_tensors_default_hooks
+pop_saved_tensor_hooks: Callable[[], None] = torch._C._autograd._pop_saved_tensors_default_hooks
+
+
+def at_end_of_backward(call: Callable[[], None]) -> None:
+    """Runs `call` when the backward that runs now has ended."""
+    engine: Any = torch.autograd.Variable._execution_engine  # type: ignore[attr-defined]
+    engine.queue_callback(call)
+
+
+def versions(tensors: list[torch.Tensor]) -> list[int]:
+    """How often each tensor was changed in place; -1 for inference tensors, which do not count."""
+    try:
+        return [tensor._version for tensor in tensors]
+    except RuntimeError:
+        return [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
+
+
+def saved_tensor_hooks_allowed() -> bool:
+    """Whether saved-tensor hooks may be used here."""
+    return bool(torch._C._autograd._saved_tensors_hooks_is_enabled())
+
+
+def proxies_trace() -> bool:
+    """Whether ops are being traced into a graph (make_fx, AOTAutograd, export)."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+
+
+def checkpoint_switches() -> tuple[bool | None, bool | None]:
+    """What torch's own context managers ask of checkpoints: early stop, debug; None where they ask nothing."""
+    home: Any = torch.utils.checkpoint
+    return getattr(home, "_enable_checkpoint_early_stop", None), getattr(home, "_checkpoint_debug_enabled", None)
+
+
+def caller_source() -> str:
+    """The innermost frame outside torch and Keepless, as "package/file.py:88"; empty where there is none."""
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if not name.startswith((_OWN_DIR, _TORCH_DIR, "<")) and "contextlib" not in name:
+            parts = name.replace("\\", "/").split("/")
+            return f"{'/'.join(parts[-2:])}:{frame.f_lineno}"
+        frame = frame.f_back
+    return ""

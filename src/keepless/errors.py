@@ -14,7 +14,8 @@
     |-- GuardError           a planned model was called in a way that its plan does not cover
     |-- StepError            a training step cannot go on (used twice, changed in between)
     |   |-- StaleTensorError a parameter or input was changed between forward and backward
-    |   `-- ReplayError      a second or double backward that cannot be replayed
+    |   |-- ReplayError      a second or double backward that cannot be replayed
+    |   `-- RecomputeError   a checkpointed region cannot be run again as it ran
     |-- PlanError            a plan file that cannot be read, or was made for something else
     |-- ProgramError         a program breaks a rule of the machine; carries `.rule` and `.index`
     |-- MeasureError         a measurement failed
@@ -88,6 +89,10 @@ class StaleTensorError(StepError):
 
 class ReplayError(StepError):
     """A second or double backward that cannot be replayed exactly."""
+
+
+class RecomputeError(StepError):
+    """A checkpointed region cannot be, or was not, run again as it ran."""
 
 
 class PlanError(KeeplessError):

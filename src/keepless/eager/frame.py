@@ -1,0 +1,137 @@
+"""What one call of a region keeps instead of its saved tensors."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+
+from keepless import _compat
+from keepless.eager import closures, modules, randomness
+from keepless.eager.ambient import Ambient
+from keepless.eager.arguments import Arguments
+from keepless.eager.determinism import Trait
+from keepless.eager.failures import CheckpointError
+from keepless.eager.profile import Profile
+
+Unpack = Callable[[], torch.Tensor]
+
+
+class Holder:
+    """Stands for a saved tensor of a region until a backward wants it."""
+
+    __slots__ = ("__weakref__", "found", "frame", "index")
+
+    def __init__(self, frame: Frame, index: int) -> None:
+        self.frame = frame
+        self.index = index
+        self.found: dict[Any, torch.Tensor] | None = None
+
+
+class Frame:
+    """What one call of a region keeps.
+
+    Attributes:
+        function: the region, with its closure as it was at the call.
+        arguments: its arguments without their tensors; `inputs` reads those back.
+        clones: position of an input that the region changes -> its values before.
+        grads: whether each input requires a gradient.
+        holders: weak references, one for each tensor that the region saved; `traits` is what is known of each.
+        random: streams of random numbers and their states before.
+        state: tensors that the region writes, and their values before.
+        fixed, versions: tensors that it may read, and the version of each before.
+        attributes: (object, name, value, content) of the attributes that it sets, before.
+        flags: training flags of its modules.
+        known: the profile that this call relied on; None where it was watched.
+    """
+
+    __slots__ = (
+        "__weakref__", "ambient", "arguments", "attributes", "clones", "context", "early_stop", "fixed", "flags",
+        "function", "grads", "home", "holders", "inputs", "known", "name", "names", "on_failure", "over", "own_streams",
+        "profile",
+        "random", "state", "trait", "traits", "versions",
+    )  # fmt: skip
+
+    def __init__(self, function: Callable[..., Any], trait: Trait, early_stop: bool) -> None:
+        self.name = closures.name_of(function)
+        self.function = closures.frozen(function)
+        self.trait = trait
+        self.traits: list[Any] = []
+        self.early_stop = early_stop
+        self.holders: list[weakref.ref[Holder]] = []
+        self.ambient = Ambient()
+        self.arguments: Arguments
+        self.inputs: list[Unpack | None] = []
+        self.clones: dict[int, torch.Tensor] = {}
+        self.grads: list[bool] = []
+        self.random: randomness.State = []
+        self.own_streams: list[randomness.Stream] = []
+        self.state: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.fixed: list[torch.Tensor] = []
+        self.versions: list[int] = []
+        self.attributes: list[tuple[Any, str, Any, Any]] = []
+        self.flags: list[tuple[torch.nn.Module, bool]] = []
+        self.home: dict[str, Any] = {}
+        self.names: dict[str, Any] = {}
+        self.context: AbstractContextManager[Any] | None = None
+        self.over = False
+        self.known: Profile | None = None
+        self.profile: Profile | None = None
+        self.on_failure: Callable[[CheckpointError], None] | None = None
+
+    def hold_inputs(self, tensors: list[torch.Tensor], changed: tuple[int, ...]) -> None:
+        """Saves the inputs as an op would save them; those that the region changes are cloned."""
+        self.grads = [tensor.requires_grad for tensor in tensors]
+        if changed:
+            self.clones = {i: tensors[i].detach().clone() for i in changed}
+        self.inputs = [
+            None if i in self.clones else _compat.save_tensor(tensor) for i, tensor in enumerate(tensors)
+        ]
+
+    def hold_profile(self, profile: Profile) -> None:
+        """Saves what a known region needs: the states that it writes, the versions of what it reads."""
+        self.known = self.profile = profile
+        self.random = randomness.save((randomness.DEFAULT, *profile.streams, *self.own_streams))
+        state = profile.state()
+        if state:
+            with torch.no_grad():
+                self.state = [(tensor, tensor.detach().clone()) for tensor in state]
+        self.fixed = profile.fixed()
+        self.versions = _compat.versions(self.fixed)
+        self.flags = profile.training_flags()
+        for reference, name in profile.attributes:
+            holder = reference()
+            if holder is not None:
+                self.attributes.append((holder, name, *modules.read_attribute(holder, name)))
+        self.hold_globals(profile.home, profile.names)
+
+    def hold_globals(self, home: dict[str, Any], names: Iterable[str]) -> None:
+        """Remembers the global data that the region's function names."""
+        if names:
+            self.home, self.names = home, {name: home.get(name) for name in names}
+
+    def pack(self, tensor: torch.Tensor) -> Holder:
+        """The pack hook of the forward."""
+        holder = Holder(self, len(self.holders))
+        self.holders.append(weakref.ref(holder))
+        self.traits.append(self.trait(tensor))
+        known = self.known
+        if known is not None and tensor.__class__ is torch.nn.Parameter and not known.knows(tensor):
+            known.varies = True
+            self.fixed.append(tensor)
+            self.versions.append(tensor._version)
+        return holder
+
+    def count(self) -> int:
+        """How many tensors were saved so far."""
+        return len(self.holders)
+
+    def clear(self, task: Any) -> None:
+        """Drops what a recompute for this backward left in the holders."""
+        for reference in self.holders:
+            holder = reference()
+            if holder is not None and holder.found is not None:
+                holder.found.pop(task, None)

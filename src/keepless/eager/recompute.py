@@ -1,0 +1,251 @@
+"""A region's second run: in the surroundings of its forward, and without a trace."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import weakref
+from typing import Any
+
+import torch
+
+from keepless import _compat
+from keepless.eager import counters, modules, randomness
+from keepless.eager.determinism import described
+from keepless.eager.failures import CheckpointError
+from keepless.eager.frame import Frame, Holder
+from keepless.eager.watch import Quiet, Refuse
+from keepless.errors import StaleTensorError
+
+# Recomputes that move shared state (generators, buffers, attributes) take turns.
+_turn = threading.RLock()
+
+
+class _Done(BaseException):
+    """Ends a recompute: nothing that is still wanted comes after."""
+
+
+def unpack(holder: Holder) -> torch.Tensor:
+    """The unpack hook of the forward: the saved tensor, after a recompute where this backward has had none yet."""
+    task = _compat.execution_group() or _compat.graph_task()
+    frame = holder.frame
+    try:
+        if holder.found is None or task not in holder.found:
+            _fill(frame, task)
+            if holder.found is None or task not in holder.found:
+                raise went_another_way(
+                    frame, "saved a different number of tensors: "
+                    f"the forward's number {holder.index} of {len(frame.holders)} was not reached"
+                )  # fmt: skip
+    except CheckpointError as error:
+        frame.clear(task)
+        if frame.on_failure is not None:
+            frame.on_failure(error)
+        raise
+    except BaseException:
+        frame.clear(task)
+        raise
+    value = holder.found[task]
+    if task == -1:
+        frame.clear(task)
+    elif _compat.graph_is_kept():
+        del holder.found[task]
+    return value
+
+
+def _fill(frame: Frame, task: Any) -> None:
+    counters.count("recomputes")
+    if _compat.graph_is_kept():
+        reference = weakref.ref(frame)
+        _compat.at_end_of_backward(lambda: _forget(reference, task))
+    run = _Run(frame, task)
+    if frame.state or frame.attributes or len(frame.random) > 1:
+        with _turn:
+            run.go()
+    else:
+        run.go()
+
+
+def _forget(reference: weakref.ref[Frame], task: Any) -> None:
+    frame = reference()
+    if frame is not None:
+        frame.clear(task)
+
+
+def went_another_way(frame: Frame, what: str) -> CheckpointError:
+    """The error of a recompute that did not do what the forward did."""
+    return CheckpointError(
+        f"checkpoint: the recompute of {frame.name} {what}. A region must do the same twice: what it reads from "
+        "objects, clocks or files must not change in between. determinism_check='bitwise' finds the first tensor that "
+        "differs; debug=True lists the ops of both runs"
+    )
+
+
+class _Run:
+    __slots__ = ("count", "frame", "last", "task")
+
+    def __init__(self, frame: Frame, task: Any) -> None:
+        self.frame = frame
+        self.task = task
+        self.count = 0
+        self.last = -1
+        for index in range(len(frame.holders) - 1, -1, -1):
+            if frame.holders[index]() is not None:
+                self.last = index
+                break
+
+    def pack(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The pack hook of the recompute: hands the tensor to the holder of the same number."""
+        frame, index = self.frame, self.count
+        self.count = index + 1
+        if index >= len(frame.holders):
+            return tensor
+        holder = frame.holders[index]()
+        if holder is not None:
+            trait = frame.trait(tensor)
+            if trait != frame.traits[index]:
+                raise went_another_way(
+                    frame, f"gave saved tensor {index} with different metadata: "
+                    f"{described(frame.traits[index])} in the forward, {described(trait)} now"
+                )  # fmt: skip
+            if holder.found is None:
+                holder.found = {}
+            holder.found[self.task] = tensor.detach() if tensor.requires_grad else tensor
+        if index == self.last and frame.early_stop:
+            raise _Done
+        return tensor
+
+    def go(self) -> None:
+        """Runs the region as it ran; puts back all that this changes."""
+        frame = self.frame
+        self._check_globals()
+        changed = self._changed()
+        inputs = [self._input(position) for position in range(len(frame.inputs))]
+        args, kwargs = frame.arguments.filled(inputs)
+        random = [(stream, stream.get()) for stream, _ in frame.random]
+        state = _swap(frame.state)
+        attributes = [(holder, name, *modules.read_attribute(holder, name)) for holder, name, _, _ in frame.attributes]
+        flags = [(module, module.training) for module, flag in frame.flags if module.training is not flag]
+        grad = torch.is_grad_enabled()
+        try:
+            randomness.put(frame.random)
+            for restored in frame.attributes:
+                modules.write_attribute(*restored)
+            for module, now in flags:
+                module.training = not now
+            torch._C._set_grad_enabled(True)
+            special = self._special(changed)
+            if special is None:
+                self._call(args, kwargs)
+            else:
+                with special:
+                    self._call(args, kwargs)
+        finally:
+            torch._C._set_grad_enabled(grad)
+            for module, now in flags:
+                module.training = now
+            for restored in attributes:
+                modules.write_attribute(*restored)
+            _put_back(state)
+            randomness.put(random)
+
+    def _call(self, args: list[Any], kwargs: dict[str, Any]) -> None:
+        frame = self.frame
+        _compat.push_saved_tensor_hooks(self.pack, _as_it_is)
+        try:
+            frame.function(*args, **kwargs)
+        except _Done:
+            return
+        finally:
+            _compat.pop_saved_tensor_hooks()
+        if frame.over and not frame.early_stop and self.count != len(frame.holders):
+            raise went_another_way(
+                frame, f"saved a different number of tensors: {self.count}, the forward {len(frame.holders)}"
+            )
+
+    def _special(self, changed: list[torch.Tensor]) -> contextlib.ExitStack | None:
+        frame = self.frame
+        profile = frame.profile
+        again = not frame.ambient.is_now()
+        skips = profile is not None and profile.skips
+        if not (again or skips or changed or frame.known is None or frame.context is not None):
+            return None
+        stack = contextlib.ExitStack()
+        if again:
+            stack.enter_context(frame.ambient.again())
+        if skips:
+            assert profile is not None
+            stack.enter_context(modules.calls_through(profile.without_observers))
+        if frame.known is None:
+            stack.enter_context(Quiet())
+        if changed:
+            stack.enter_context(Refuse(changed, self._stale))
+        if frame.context is not None:
+            stack.enter_context(frame.context)
+        return stack
+
+    def _input(self, position: int) -> torch.Tensor:
+        frame = self.frame
+        read = frame.inputs[position]
+        grad = frame.grads[position]
+        if read is None:
+            clone = frame.clones[position]
+            if not grad:
+                return clone.clone()
+            with torch.enable_grad():
+                return clone.detach().requires_grad_().clone()
+        tensor = read()
+        if not grad or tensor.__class__ is torch.nn.Parameter:
+            return tensor
+        return tensor.detach().requires_grad_()
+
+    def _check_globals(self) -> None:
+        frame = self.frame
+        for name, before in frame.names.items():
+            now = frame.home.get(name)
+            if now is not before and not (isinstance(now, (bool, int, float, str)) and now == before):
+                raise went_another_way(frame, f"would read another value of the global variable {name!r}")
+
+    def _changed(self) -> list[torch.Tensor]:
+        frame = self.frame
+        if frame.known is not None:
+            for before, now in zip(frame.fixed, frame.known.fixed(), strict=False):
+                if before is not now:
+                    raise StaleTensorError(
+                        f"{_shape(before)} of {frame.name} was replaced by another tensor between forward and "
+                        "backward: load or move a model only between steps"
+                    )
+        if _compat.versions(frame.fixed) == frame.versions:
+            return []
+        return [t for t, v in zip(frame.fixed, frame.versions, strict=True) if _compat.versions([t]) != [v]]
+
+    def _stale(self, tensor: torch.Tensor) -> str:
+        return (
+            f"{_shape(tensor)} that {self.frame.name} reads was changed in place between forward and backward; its "
+            "recompute would use the new values. Change it after the backward"
+        )
+
+
+def _shape(tensor: torch.Tensor) -> str:
+    kind = "a parameter" if isinstance(tensor, torch.nn.Parameter) else "a tensor"
+    return f"{kind} of shape {list(tensor.shape)}"
+
+
+def _swap(state: list[tuple[torch.Tensor, torch.Tensor]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    if not state:
+        return []
+    with torch.no_grad():
+        now = [(tensor, tensor.detach().clone()) for tensor, _ in state]
+    _put_back(state)
+    return now
+
+
+def _put_back(state: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    if state:
+        with torch.no_grad():
+            for tensor, values in state:
+                tensor.data.copy_(values)
+
+
+def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
