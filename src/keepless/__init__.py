@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from keepless.api import remove as remove
     from keepless.api import verify as verify
     from keepless.api import with_loss as with_loss
+    from keepless.eager import checkpoint as checkpoint
+    from keepless.eager import checkpoint_sequential as checkpoint_sequential
     from keepless.errors import BatchError as BatchError
     from keepless.errors import BudgetError as BudgetError
     from keepless.errors import CaptureError as CaptureError
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
     from keepless.errors import KeeplessError as KeeplessError
     from keepless.errors import LossError as LossError
     from keepless.errors import PlanError as PlanError
+    from keepless.errors import RecomputeError as RecomputeError
+    from keepless.errors import StaleTensorError as StaleTensorError
 
 __version__ = "0.1.0"
 
@@ -52,6 +56,10 @@ _HOMES = {
         "verify",
         "with_loss",
     ),
+    "keepless.eager": (
+        "checkpoint",
+        "checkpoint_sequential",
+    ),
     "keepless.errors": (
         "BatchError",
         "BudgetError",
@@ -61,6 +69,8 @@ _HOMES = {
         "KeeplessError",
         "LossError",
         "PlanError",
+        "RecomputeError",
+        "StaleTensorError",
     ),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

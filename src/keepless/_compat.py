@@ -303,7 +303,7 @@ def raw_op(target: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def device_types() -> tuple[str, ...]:
-    """"cpu", and the accelerator where there is one."""
+    """ "cpu", and the accelerator where there is one."""
     if torch.accelerator.is_available():
         device = torch.accelerator.current_accelerator()
         if device is not None:
@@ -378,7 +378,7 @@ def function_modes_replaced(modes: list[Any]) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
             for mode in modes:
                 if isinstance(mode, DeviceContext):
-                    stack.enter_context(DeviceContext(mode.device))  # type: ignore[no-untyped-call]
+                    stack.enter_context(DeviceContext(mode.device))
                 else:
                     c._push_on_torch_function_stack(mode)
                     stack.callback(c._pop_torch_function_stack)
@@ -423,7 +423,7 @@ class _Saved:
 
 class _KeepInput(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, anchor: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def forward(ctx: Any, anchor: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(tensor)
         return torch.empty((0,))
 
@@ -438,7 +438,7 @@ pop_saved_tensor_hooks: Callable[[], None] = torch._C._autograd._pop_saved_tenso
 
 def at_end_of_backward(call: Callable[[], None]) -> None:
     """Runs `call` when the backward that runs now has ended."""
-    engine: Any = torch.autograd.Variable._execution_engine  # type: ignore[attr-defined]
+    engine: Any = torch.autograd.Variable._execution_engine
     engine.queue_callback(call)
 
 

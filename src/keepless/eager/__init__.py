@@ -1,6 +1,6 @@
 """The eager engine: regions that are recomputed in the backward, whatever their code does."""
 
-from keepless.eager.checkpoint import checkpoint, checkpoint_sequential
+from keepless.eager.checkpointing import checkpoint, checkpoint_sequential
 from keepless.eager.counters import Counters, checkpoint_counters, reset_checkpoint_counters
 from keepless.eager.failures import CheckpointError
 from keepless.eager.profile import forget_regions

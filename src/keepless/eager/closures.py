@@ -38,8 +38,8 @@ def _identity(value: Any, anchors: list[Any]) -> Hashable:
     return id(value)
 
 
-def _name(value: Any, anchors: list[Any], depth: int) -> Hashable:
-    kind = value.__class__
+def _name(value: Any, anchors: list[Any], depth: int) -> Any:
+    kind: Any = value.__class__
     if kind is types.FunctionType:
         cells = value.__closure__
         if not cells or depth > _DEPTH:
@@ -120,16 +120,16 @@ def _copied(value: Any, known: dict[int, types.CellType], depth: int) -> Any:
 
 def plain(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function inside partials and bound methods."""
-    while function.__class__ is functools.partial or function.__class__ is types.MethodType:
-        wrapped: Any = function
-        function = wrapped.func if function.__class__ is functools.partial else wrapped.__func__
-    return function
+    inside: Any = function
+    while isinstance(inside, (functools.partial, types.MethodType)):
+        inside = inside.func if isinstance(inside, functools.partial) else inside.__func__
+    return inside  # type: ignore[no-any-return]
 
 
 def owner(function: Callable[..., Any]) -> Any:
     """What a bound method, or the method inside a partial, is bound to; None for other functions."""
     while function.__class__ is functools.partial:
-        function = function.func  # type: ignore[attr-defined]
+        function = function.func
     return getattr(function, "__self__", None) if function.__class__ is types.MethodType else None
 
 

@@ -103,7 +103,9 @@ def _known(
 
 
 def _check_inputs(frame: Frame, tensors: list[torch.Tensor], versions: list[int]) -> None:
-    changed = {i for i, (now, before) in enumerate(zip(_compat.versions(tensors), versions, strict=True)) if now != before}
+    changed = {
+        i for i, (now, before) in enumerate(zip(_compat.versions(tensors), versions, strict=True)) if now != before
+    }
     if not changed <= set(frame.clones):
         _refuse(frame, f"its input {min(changed - set(frame.clones))}")
 

@@ -49,10 +49,32 @@ class Frame:
     """
 
     __slots__ = (
-        "__weakref__", "ambient", "arguments", "attributes", "clones", "context", "early_stop", "fixed", "flags",
-        "function", "grads", "home", "holders", "inputs", "known", "name", "names", "on_failure", "over", "own_streams",
+        "__weakref__",
+        "ambient",
+        "arguments",
+        "attributes",
+        "clones",
+        "context",
+        "early_stop",
+        "fixed",
+        "flags",
+        "function",
+        "grads",
+        "holders",
+        "home",
+        "inputs",
+        "known",
+        "name",
+        "names",
+        "on_failure",
+        "over",
+        "own_streams",
         "profile",
-        "random", "state", "trait", "traits", "versions",
+        "random",
+        "state",
+        "trait",
+        "traits",
+        "versions",
     )  # fmt: skip
 
     def __init__(self, function: Callable[..., Any], trait: Trait, early_stop: bool) -> None:
@@ -87,9 +109,7 @@ class Frame:
         self.grads = [tensor.requires_grad for tensor in tensors]
         if changed:
             self.clones = {i: tensors[i].detach().clone() for i in changed}
-        self.inputs = [
-            None if i in self.clones else _compat.save_tensor(tensor) for i, tensor in enumerate(tensors)
-        ]
+        self.inputs = [None if i in self.clones else _compat.save_tensor(tensor) for i, tensor in enumerate(tensors)]
 
     def hold_profile(self, profile: Profile) -> None:
         """Saves what a known region needs: the states that it writes, the versions of what it reads."""

@@ -23,11 +23,7 @@ _local = threading.local()
 
 MISSING: Any = object()
 CONTAINERS = (list, dict, set)
-_OWN = frozenset(
-    name
-    for name in torch.nn.Module().__dict__
-    if name not in ("training",) and name.startswith("_")
-)
+_OWN = frozenset(name for name in torch.nn.Module().__dict__ if name not in ("training",) and name.startswith("_"))
 
 
 def _routed(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:

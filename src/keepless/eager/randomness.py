@@ -16,7 +16,7 @@ class Stream:
 
     __slots__ = ("get", "key", "name", "set")
 
-    def __init__(self, name: str, get: Callable[[], Any], put: Callable[[Any], None], key: Any = None) -> None:
+    def __init__(self, name: str, get: Callable[[], Any], put: Callable[[Any], Any], key: Any = None) -> None:
         self.name, self.get, self.set = name, get, put
         self.key = name if key is None else key
 
@@ -51,7 +51,9 @@ def of_object(value: Any) -> Stream | None:
     if numpy is not None:
         if isinstance(value, numpy.Generator):
             bits = value.bit_generator
-            return Stream("a numpy Generator", lambda: bits.state, lambda state: setattr(bits, "state", state), id(bits))
+            return Stream(
+                "a numpy Generator", lambda: bits.state, lambda state: setattr(bits, "state", state), id(bits)
+            )
         if isinstance(value, numpy.RandomState):
             return Stream("a numpy RandomState", lambda: value.get_state(legacy=False), value.set_state, id(value))
     return None

@@ -177,7 +177,8 @@ class _Run:
             assert profile is not None
             stack.enter_context(modules.calls_through(profile.without_observers))
         if frame.known is None:
-            stack.enter_context(Quiet())
+            quiet: Any = Quiet
+            stack.enter_context(quiet())
         if changed:
             stack.enter_context(Refuse(changed, self._stale))
         if frame.context is not None:

@@ -30,7 +30,7 @@ def storage_of(tensor: torch.Tensor) -> Any:
     try:
         return _compat.storage_key(tensor)
     except (NotImplementedError, RuntimeError):
-        return ("impl", tensor._cdata)  # type: ignore[attr-defined]
+        return ("impl", tensor._cdata)
 
 
 def tensors_in(values: Iterable[Any]) -> Iterator[torch.Tensor]:
@@ -42,7 +42,7 @@ def tensors_in(values: Iterable[Any]) -> Iterator[torch.Tensor]:
             yield from tensors_in(value)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _written(func: Any) -> tuple[tuple[int, str], ...]:
     return tuple(
         (position, argument.name)
@@ -69,8 +69,8 @@ def draws_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.
     return torch.Tag.nondeterministic_seeded in func.tags
 
 
-class Quiet(TorchDispatchMode):
-    """Does nothing: a watched forward and its recompute both run under a mode, so that code that asks for one agrees."""
+class Quiet(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Does nothing. A watched forward and its recompute both run under a mode, so that code that asks agrees."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return func(*args, **(kwargs or {}))

@@ -44,9 +44,7 @@ class CheckpointedFunction(Generic[P, R]):
 @overload
 def checkpoint(function: Callable[..., R], *args: Any, **kwargs: Any) -> R: ...
 @overload
-def checkpoint(
-    function: None = None, **kwargs: Any
-) -> Callable[[Callable[P, R]], CheckpointedFunction[P, R]]: ...
+def checkpoint(function: None = None, **kwargs: Any) -> Callable[[Callable[P, R]], CheckpointedFunction[P, R]]: ...
 def checkpoint(
     function: Callable[..., Any] | None = None,
     *args: Any,
@@ -85,7 +83,7 @@ def checkpoint(
     Source: Chen et al., Training Deep Nets with Sublinear Memory Cost, arXiv 1604.06174; saved-tensor hooks as in
     torch.utils.checkpoint.
     """
-    options = {
+    options: dict[str, Any] = {
         "use_reentrant": use_reentrant,
         "preserve_rng_state": preserve_rng_state,
         "context_fn": context_fn,
@@ -131,16 +129,16 @@ def _checkpoint(
         raise TypeError(f"checkpoint: the first argument is called, and {function.__class__.__name__} cannot be")
     trait = determinism.CHECKS.get(determinism_check)
     if trait is None:
-        raise ValueError(f"checkpoint: determinism_check is {determinism_check!r}; known: {', '.join(determinism.CHECKS)}")
+        raise ValueError(
+            f"checkpoint: determinism_check is {determinism_check!r}; known: {', '.join(determinism.CHECKS)}"
+        )
     stops, debugs = _compat.checkpoint_switches()
     debug = debug if debugs is None else debugs
     contexts = None if context_fn is torch.utils.checkpoint.noop_context_fn else context_fn
     if debug and contexts is not None:
         raise ValueError("checkpoint: debug=True lists ops by context managers of its own; leave context_fn out")
     early_stop = early_stop if stops is None else stops
-    return forward.run(
-        function, args, kwargs, Options(trait, early_stop, contexts, debug, respect_saved_tensors_hooks)
-    )
+    return forward.run(function, args, kwargs, Options(trait, early_stop, contexts, debug, respect_saved_tensors_hooks))
 
 
 def checkpoint_sequential(
