@@ -452,7 +452,8 @@ def versions(tensors: list[torch.Tensor]) -> list[int]:
 
 def saved_tensor_hooks_allowed() -> bool:
     """Whether saved-tensor hooks may be used here."""
-    return bool(torch._C._autograd._saved_tensors_hooks_is_enabled())
+    home: Any = torch._C._autograd
+    return bool(home._saved_tensors_hooks_is_enabled())
 
 
 def proxies_trace() -> bool:
