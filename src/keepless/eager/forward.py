@@ -30,6 +30,7 @@ class Options(NamedTuple):
     early_stop: bool
     context_fn: Contexts | None
     debug: bool
+    preserve_rng_state: bool
     respect_saved_tensors_hooks: bool | None
 
 
@@ -51,7 +52,7 @@ def run(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
             result, found = _watched(function, args, kwargs, frame, tensors)
             profile.remember(key, anchors, found)
         else:
-            result = _known(function, args, kwargs, frame, tensors, known)
+            result = _known(function, args, kwargs, frame, tensors, known, options.preserve_rng_state)
     frame.over = True
     return result
 
@@ -86,9 +87,10 @@ def _known(
     frame: Frame,
     tensors: list[torch.Tensor],
     known: Profile,
+    preserve: bool,
 ) -> Any:
     frame.hold_inputs(tensors, tuple(i for i in known.inputs if i < len(tensors)))
-    frame.hold_profile(known)
+    frame.hold_profile(known, preserve)
     versions = _compat.versions(tensors)
     _compat.push_saved_tensor_hooks(frame.pack, unpack)
     try:
@@ -146,7 +148,8 @@ def _watched(
         stack.callback(_compat.pop_saved_tensor_hooks)
         result = function(*args, **kwargs)
     watch.finish()
-    drawn = [stream for stream in randomness.moved(before) if stream is not randomness.DEFAULT]
+    moved = randomness.moved(before)
+    drawn = [stream for stream in moved if stream is not randomness.DEFAULT]
     own = {id(stream): state for stream, state in before}
     frame.random = [(randomness.DEFAULT, own[id(randomness.DEFAULT)]), *((s, own[id(s)]) for s in drawn)]
     seen = [(stream, state) for stream, state in watch.generators.values()]
@@ -164,6 +167,7 @@ def _watched(
         frame.attributes.append((holder, name, value, copy))
     named = profile.named_streams(function, watch.called.values())
     found = Profile(function, args, watch, _distinct([*drawn, *(s for s, _ in seen), *named]))
+    found.draws = randomness.DEFAULT in moved
     frame.profile = found
     return result, found
 

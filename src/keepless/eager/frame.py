@@ -111,10 +111,14 @@ class Frame:
             self.clones = {i: tensors[i].detach().clone() for i in changed}
         self.inputs = [None if i in self.clones else _compat.save_tensor(tensor) for i, tensor in enumerate(tensors)]
 
-    def hold_profile(self, profile: Profile) -> None:
-        """Saves what a known region needs: the states that it writes, the versions of what it reads."""
+    def hold_profile(self, profile: Profile, preserve: bool) -> None:
+        """Saves what a known region needs: the states that it writes, the versions of what it reads.
+
+        Without `preserve` torch's default stream is left alone where the region was not seen to draw from it.
+        """
         self.known = self.profile = profile
-        self.random = randomness.save((randomness.DEFAULT, *profile.streams, *self.own_streams))
+        default = (randomness.DEFAULT,) if preserve or profile.draws else ()
+        self.random = randomness.save((*default, *profile.streams, *self.own_streams))
         state = profile.state()
         if state:
             with torch.no_grad():

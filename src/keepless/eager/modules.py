@@ -62,20 +62,32 @@ def routing() -> bool:
 def own_attributes(holder: Any) -> dict[str, Any]:
     """The attributes of a module or another object that its own code may set, lists, dicts and sets with a copy.
 
-    Parameters, buffers, submodules and hooks are not among them.
+    A module's buffers are among them (their names may be bound to other tensors); parameters, submodules and hooks are
+    not.
     """
-    names = getattr(holder, "__dict__", {})
     return {
         name: (value, value.copy()) if value.__class__ in CONTAINERS else (value, None)
-        for name, value in names.items()
-        if name not in _OWN
+        for name, value in _attributes(holder).items()
     }
+
+
+def _attributes(holder: Any) -> dict[str, Any]:
+    found = {name: value for name, value in getattr(holder, "__dict__", {}).items() if name not in _OWN}
+    if isinstance(holder, _Module):
+        found.update(holder._buffers)
+    return found
+
+
+def _home(holder: Any, name: str) -> dict[str, Any]:
+    is_buffer = isinstance(holder, _Module) and name in holder._buffers
+    home: dict[str, Any] = holder._buffers if is_buffer else holder.__dict__
+    return home
 
 
 def changed_attributes(holder: Any, before: dict[str, Any]) -> list[str]:
     """The attributes that were set, deleted, or whose list, dict or set now holds something else."""
-    now = getattr(holder, "__dict__", {})
-    changed = [name for name in now if name not in before and name not in _OWN]
+    now = _attributes(holder)
+    changed = [name for name in now if name not in before]
     for name, (value, copy) in before.items():
         current = now.get(name, MISSING)
         if current is not value or (copy is not None and not _same_content(current, copy)):
@@ -95,14 +107,15 @@ def _same_content(one: Any, other: Any) -> bool:
 
 def read_attribute(holder: Any, name: str) -> tuple[Any, Any]:
     """The value of an own attribute, and a copy of its content where it is a list, dict or set."""
-    value = holder.__dict__.get(name, MISSING)
+    value = _home(holder, name).get(name, MISSING)
     return value, value.copy() if value.__class__ in CONTAINERS else None
 
 
 def write_attribute(holder: Any, name: str, value: Any, content: Any) -> None:
     """Puts back what `read_attribute` gave: the same object, with the same content."""
+    home = _home(holder, name)
     if value is MISSING:
-        holder.__dict__.pop(name, None)
+        home.pop(name, None)
         return
     if content is not None:
         if isinstance(value, list):
@@ -110,7 +123,7 @@ def write_attribute(holder: Any, name: str, value: Any, content: Any) -> None:
         else:
             value.clear()
             value.update(content)
-    holder.__dict__[name] = value
+    home[name] = value
 
 
 def hooks_of(module: torch.nn.Module) -> tuple[int, ...]:

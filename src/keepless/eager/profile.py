@@ -51,6 +51,7 @@ class Profile:
         streams: streams of random numbers that it draws from, besides torch's default on the CPU.
         observers: ids of the hooks that only look; they run once.
         home, names: the function's globals, and the names of those that it reads as data.
+        draws: whether it draws from torch's default stream on the CPU.
         varies: whether calls were seen to take different paths: each call is watched.
     """
 
@@ -61,17 +62,19 @@ class Profile:
         self._status = self.status()
         written = {id(tensor) for tensor, _ in watch.before.values()}
         written |= _statistics(known.values())
-        self._fixed, self._state, located = _places(known.values(), written)
+        self.attributes = [(weakref.ref(holder), name) for holder, name in watch.changed_attributes()]
+        bound = {(id(holder), name) for holder, name in watch.changed_attributes()}
+        self._fixed, self._state, located = _places(known.values(), written, bound)
         others = [(key, ref) for key, ref in watch.read.items() if key not in located]
         self._loose_fixed = [ref for key, ref in others if key not in written]
         self._loose_state = [ref for key, ref in others if key in written]
         self._parameters = {id(p) for module in known.values() for p in module._parameters.values() if p is not None}
         self._parameters |= {id(t) for t in (ref() for _, ref in others) if isinstance(t, torch.nn.Parameter)}
         self.inputs = tuple(sorted(watch.inputs))
-        self.attributes = [(weakref.ref(holder), name) for holder, name in watch.changed_attributes()]
         self.streams = drawn
         self.observers = watch.seen_hooks - watch.active_hooks
         self.home, self.names = closures.read_globals(function)
+        self.draws = True
         self.varies = False
         self.anchors: list[weakref.ref[Any]] = []
 
@@ -142,7 +145,9 @@ def _statistics(known: Iterable[torch.nn.Module]) -> set[int]:
     }
 
 
-def _places(known: Iterable[torch.nn.Module], written: set[int]) -> tuple[list[Place], list[Place], set[int]]:
+def _places(
+    known: Iterable[torch.nn.Module], written: set[int], bound: set[tuple[int, str]]
+) -> tuple[list[Place], list[Place], set[int]]:
     fixed: list[Place] = []
     state: list[Place] = []
     located: set[int] = set()
@@ -150,7 +155,7 @@ def _places(known: Iterable[torch.nn.Module], written: set[int]) -> tuple[list[P
         split: tuple[list[tuple[bool, str]], list[tuple[bool, str]]] = ([], [])
         for is_parameter, tensors in ((True, module._parameters), (False, module._buffers)):
             for name, tensor in tensors.items():
-                if tensor is not None and id(tensor) not in located:
+                if tensor is not None and id(tensor) not in located and (id(module), name) not in bound:
                     located.add(id(tensor))
                     split[id(tensor) in written].append((is_parameter, name))
         for names, places in zip(split, (fixed, state), strict=True):

@@ -98,6 +98,8 @@ class _Run:
         """The pack hook of the recompute: hands the tensor to the holder of the same number."""
         frame, index = self.frame, self.count
         self.count = index + 1
+        if tensor.requires_grad:
+            tensor = tensor.detach()  # a saved output would hold its own graph
         if index >= len(frame.holders):
             return tensor
         holder = frame.holders[index]()
@@ -110,7 +112,7 @@ class _Run:
                 )  # fmt: skip
             if holder.found is None:
                 holder.found = {}
-            holder.found[self.task] = tensor.detach() if tensor.requires_grad else tensor
+            holder.found[self.task] = tensor
         if index == self.last and frame.early_stop:
             raise _Done
         return tensor
