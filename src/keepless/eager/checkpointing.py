@@ -138,7 +138,12 @@ def _checkpoint(
     if debug and contexts is not None:
         raise ValueError("checkpoint: debug=True lists ops by context managers of its own; leave context_fn out")
     early_stop = early_stop if stops is None else stops
-    return forward.run(function, args, kwargs, Options(trait, early_stop, contexts, debug, respect_saved_tensors_hooks))
+    return forward.run(
+        function,
+        args,
+        kwargs,
+        Options(trait, early_stop, contexts, debug, preserve_rng_state, respect_saved_tensors_hooks),
+    )
 
 
 def checkpoint_sequential(
