@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from keepless.eager import containers
+
 _PLAIN = (bool, int, float, str, bytes, type(None))
 _DEPTH = 4
 
@@ -44,7 +46,7 @@ def _name(value: Any, anchors: list[Any], depth: int) -> Any:
         cells = value.__closure__
         if not cells or depth > _DEPTH:
             return value.__code__
-        return (value.__code__, *(_name(inside, anchors, depth + 1) for _, inside in _filled(cells)))
+        return (value.__code__, *(_name(inside, anchors, depth + 1) for _, inside in filled(cells)))
     if kind in _PLAIN:
         return (kind, value)
     if kind is types.MethodType:
@@ -57,7 +59,8 @@ def _name(value: Any, anchors: list[Any], depth: int) -> Any:
     return kind
 
 
-def _filled(cells: tuple[types.CellType, ...]) -> Iterator[tuple[types.CellType, Any]]:
+def filled(cells: tuple[types.CellType, ...]) -> Iterator[tuple[types.CellType, Any]]:
+    """The cells that hold something, with what they hold."""
     for cell in cells:
         try:
             yield cell, cell.cell_contents
@@ -110,12 +113,9 @@ def _frozen(function: Any, known: dict[int, types.CellType], depth: int) -> Any:
 
 
 def _copied(value: Any, known: dict[int, types.CellType], depth: int) -> Any:
-    kind = value.__class__
-    if kind is list or kind is dict or kind is set:
-        return value.copy()
-    if kind is types.FunctionType and value.__closure__ and depth < _DEPTH:
+    if value.__class__ is types.FunctionType and value.__closure__ and depth < _DEPTH:
         return _frozen(value, known, depth + 1)
-    return value
+    return containers.cloned(value)
 
 
 def plain(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -136,7 +136,7 @@ def owner(function: Callable[..., Any]) -> Any:
 def held_values(function: Callable[..., Any]) -> list[Any]:
     """What the cells of a function hold, whatever wraps it."""
     cells = getattr(plain(function), "__closure__", None)
-    return [inside for _, inside in _filled(cells)] if cells else []
+    return [inside for _, inside in filled(cells)] if cells else []
 
 
 def modules_of(function: Callable[..., Any], args: tuple[Any, ...]) -> list[torch.nn.Module]:
@@ -152,21 +152,26 @@ def modules_of(function: Callable[..., Any], args: tuple[Any, ...]) -> list[torc
         elif value.__class__ is functools.partial:
             waiting += [(part, depth + 1) for part in (value.func, *value.args, *value.keywords.values())]
         elif value.__class__ is types.FunctionType and depth < _DEPTH:
-            waiting += [(inside, depth + 1) for _, inside in _filled(value.__closure__ or ())]
+            waiting += [(inside, depth + 1) for _, inside in filled(value.__closure__ or ())]
     return found
 
 
-def read_globals(function: Callable[..., Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The globals of a function and the names of those that hold data: numbers, strings, tensors, containers."""
-    function = plain(function)
-    if function.__class__ is not types.FunctionType:
-        return {}, ()
-    home = function.__globals__
-    return home, tuple(name for name in function.__code__.co_names if name in home and _is_data(home[name]))
+def held_tensors(function: Callable[..., Any]) -> list[torch.Tensor]:
+    """The tensors in the cells of a function."""
+    return [value for value in held_values(function) if isinstance(value, torch.Tensor)]
 
 
-def _is_data(value: Any) -> bool:
-    return not (callable(value) or isinstance(value, types.ModuleType)) or isinstance(value, torch.nn.Module)
+def all_held(function: Callable[..., Any]) -> list[Any]:
+    """What the cells of a function hold, and the cells of functions in them."""
+    found: list[Any] = []
+    waiting = [(function, 0)]
+    while waiting:
+        inside, depth = waiting.pop()
+        for value in held_values(inside):
+            found.append(value)
+            if value.__class__ is types.FunctionType and depth < _DEPTH:
+                waiting.append((value, depth + 1))
+    return found
 
 
 def name_of(function: Callable[..., Any]) -> str:

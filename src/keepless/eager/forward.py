@@ -10,12 +10,14 @@ from typing import Any, NamedTuple
 import torch
 
 from keepless import _compat
-from keepless.eager import closures, counters, modules, profile, randomness
+from keepless.eager import closures, counters, hooks, profile, randomness, world
 from keepless.eager.arguments import Arguments
+from keepless.eager.code import Code
 from keepless.eager.debugging import OpLogs
 from keepless.eager.determinism import Trait
 from keepless.eager.failures import CheckpointError
 from keepless.eager.frame import Frame
+from keepless.eager.hooks import Judge
 from keepless.eager.profile import Profile
 from keepless.eager.recompute import unpack
 from keepless.eager.watch import Watch
@@ -36,24 +38,20 @@ class Options(NamedTuple):
 
 def run(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], options: Options) -> Any:
     """Runs a region; its saved tensors are made again when a backward wants them."""
-    if not torch.is_grad_enabled():
-        return function(*args, **kwargs)
-    if _runs_directly():
+    if not torch.is_grad_enabled() or _runs_directly():
         return function(*args, **kwargs)
     frame = Frame(function, options.trait, options.early_stop)
     tensors: list[torch.Tensor] = []
     frame.arguments = Arguments(args, kwargs, tensors)
     frame.own_streams = frame.arguments.streams + randomness.streams_in(closures.held_values(function))
-    with _contexts(frame, options) if options.context_fn or options.debug else contextlib.nullcontext():
-        key, anchors = closures.region_key(function, args)
-        known = profile.recall(key)
-        counters.count("regions")
-        if known is None or known.varies:
-            result, found = _watched(function, args, kwargs, frame, tensors)
-            profile.remember(key, anchors, found)
-        else:
-            result = _known(function, args, kwargs, frame, tensors, known, options.preserve_rng_state)
-    frame.over = True
+    counters.count("regions")
+    call = _Call(function, args, kwargs, frame, tensors)
+    if options.context_fn or options.debug:
+        with _contexts(frame, options):
+            result = call.run(options.preserve_rng_state)
+    else:
+        result = call.run(options.preserve_rng_state)
+    frame.is_over = True
     return result
 
 
@@ -80,100 +78,117 @@ def _warn_of_transforms() -> None:
         )
 
 
-def _known(
-    function: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    frame: Frame,
-    tensors: list[torch.Tensor],
-    known: Profile,
-    preserve: bool,
-) -> Any:
-    frame.hold_inputs(tensors, tuple(i for i in known.inputs if i < len(tensors)))
-    frame.hold_profile(known, preserve)
-    versions = _compat.versions(tensors)
-    _compat.push_saved_tensor_hooks(frame.pack, unpack)
-    try:
-        result = function(*args, **kwargs)
-    finally:
-        _compat.pop_saved_tensor_hooks()
-    if _compat.versions(tensors) != versions:
-        _check_inputs(frame, tensors, versions)
-    if _compat.versions(frame.fixed) != frame.versions:
-        _refuse(frame, "a parameter, a buffer or a tensor of its closure")
-    return result
+class _Call:
+    __slots__ = ("args", "frame", "function", "kwargs", "tensors")
 
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        frame: Frame,
+        tensors: list[torch.Tensor],
+    ) -> None:
+        self.function, self.args, self.kwargs, self.frame, self.tensors = function, args, kwargs, frame, tensors
 
-def _check_inputs(frame: Frame, tensors: list[torch.Tensor], versions: list[int]) -> None:
-    changed = {
-        i for i, (now, before) in enumerate(zip(_compat.versions(tensors), versions, strict=True)) if now != before
-    }
-    if not changed <= set(frame.clones):
-        _refuse(frame, f"its input {min(changed - set(frame.clones))}")
+    def run(self, preserve: bool) -> Any:
+        """The region's result."""
+        key, anchors = closures.region_key(self.function, self.args)
+        known = profile.recall(key)
+        if known is not None and not known.varies:
+            return self.with_profile(known, preserve)
+        result, found = self.watched()
+        profile.remember(key, anchors, found)
+        return result
 
+    def with_profile(self, known: Profile, preserve: bool) -> Any:
+        """A later call: what the watched one wrote is saved, and nobody looks."""
+        frame, tensors = self.frame, self.tensors
+        frame.hold_inputs(tensors, known.inputs)
+        frame.hold_profile(known, preserve)
+        versions = _compat.versions(tensors)
+        result = self._judging(known) if known.observers else self._plainly()
+        if _compat.versions(tensors) != versions:
+            self._check_inputs(versions)
+        if _compat.versions(frame.fixed) != frame.versions:
+            self._refuse("a parameter, a buffer or another tensor")
+        return result
 
-def _refuse(frame: Frame, what: str) -> None:
-    assert frame.known is not None
-    frame.known.varies = True
-    raise CheckpointError(
-        f"checkpoint: {frame.name} changed {what} in place, which it did not when it was watched; the values of before "
-        "are gone, and a recompute would use the new ones. From the next call on the region is watched: put the state "
-        "back and run the step again"
-    )
+    def _plainly(self) -> Any:
+        _compat.push_saved_tensor_hooks(self.frame.pack, unpack)
+        try:
+            return self.function(*self.args, **self.kwargs)
+        finally:
+            _compat.pop_saved_tensor_hooks()
 
+    def _judging(self, known: Profile) -> Any:
+        """Hooks that only looked when they were watched are judged again: they may do more by now."""
+        frame = self.frame
+        state = torch.default_generator.get_state
+        judge = Judge(lambda: (frame.count(), state().numpy().tobytes()))
 
-def _watched(
-    function: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    frame: Frame,
-    tensors: list[torch.Tensor],
-) -> tuple[Any, Profile]:
-    counters.count("watched")
-    roots = closures.modules_of(function, args)
-    owner = closures.owner(function)
-    watch = Watch(tensors, frame.count)
-    frame.hold_inputs(tensors, ())
-    frame.hold_globals(*closures.read_globals(function))
-    for holder in (*roots, *((owner,) if hasattr(owner, "__dict__") else ())):
-        watch.look_at(holder)
-    holders = [holder for holder, _ in watch.attributes.values()]
-    streams = [*profile.possible_streams(holders), *frame.own_streams]
-    before = randomness.save((randomness.DEFAULT, *streams))
-    with contextlib.ExitStack() as stack:
-        watch.judge_hooks(stack)
-        stack.enter_context(modules.calls_through(watch.route))
-        stack.enter_context(watch)
-        _compat.push_saved_tensor_hooks(frame.pack, unpack)
-        stack.callback(_compat.pop_saved_tensor_hooks)
-        result = function(*args, **kwargs)
-    watch.finish()
-    moved = randomness.moved(before)
-    drawn = [stream for stream in moved if stream is not randomness.DEFAULT]
-    own = {id(stream): state for stream, state in before}
-    frame.random = [(randomness.DEFAULT, own[id(randomness.DEFAULT)]), *((s, own[id(s)]) for s in drawn)]
-    seen = [(stream, state) for stream, state in watch.generators.values()]
-    frame.random += seen
-    frame.clones.update(watch.inputs)
-    for position in watch.inputs:
-        frame.inputs[position] = None
-    frame.state = list(watch.before.values())
-    written = {id(tensor) for tensor, _ in frame.state}
-    frame.fixed = [t for key, ref in watch.read.items() if key not in written and (t := ref()) is not None]
-    frame.versions = _compat.versions(frame.fixed)
-    frame.flags = [(module, module.training) for module in watch.called.values()]
-    for holder, name in watch.changed_attributes():
-        value, copy = watch.attributes[id(holder)][1].get(name, (modules.MISSING, None))
-        frame.attributes.append((holder, name, value, copy))
-    named = profile.named_streams(function, watch.called.values())
-    found = Profile(function, args, watch, _distinct([*drawn, *(s for s, _ in seen), *named]))
-    found.draws = randomness.DEFAULT in moved
-    frame.profile = found
-    return result, found
+        def route(call: Callable[..., Any], module: torch.nn.Module, args: Any, kwargs: Any) -> Any:
+            if not known.observers.isdisjoint(hooks.hooks_of(module)):
+                judge.judge_in(*hooks.hook_dictionaries(module))
+            return call(module, *args, **kwargs)
 
+        with judge, hooks.calls_through(route):
+            result = self._plainly()
+        frame.acting = judge.active
+        return result
 
-def _distinct(streams: list[randomness.Stream]) -> list[randomness.Stream]:
-    return list({stream.key: stream for stream in streams}.values())
+    def _check_inputs(self, versions: list[int]) -> None:
+        pairs = zip(_compat.versions(self.tensors), versions, strict=True)
+        changed = {position for position, (now, before) in enumerate(pairs) if now != before}
+        if not changed <= set(self.frame.clones):
+            self._refuse(f"its input {min(changed - set(self.frame.clones))}")
+
+    def _refuse(self, what: str) -> None:
+        assert self.frame.known is not None
+        self.frame.known.varies = True
+        raise CheckpointError(
+            f"checkpoint: {self.frame.name} changed {what} in place, which it did not when it was watched; the values "
+            "of before are gone, and a recompute would use the new ones. From the next call on the region is watched: "
+            "put the state back and run the step again"
+        )
+
+    def watched(self) -> tuple[Any, Profile]:
+        """A first call: what it reads, writes and draws is seen, op by op and module by module."""
+        counters.count("watched")
+        function, args, frame = self.function, self.args, self.frame
+        watch = Watch(self.tensors, frame.count)
+        frame.hold_inputs(self.tensors, ())
+        family = [m for root in closures.modules_of(function, args) for m in profile.family(root)]
+        for holder in world.holders_of(function, (*args, *self.kwargs.values()), family):
+            watch.look_at(holder)
+        code = Code(function, [holder for holder, _ in watch.attributes.values()])
+        for home, names in code.globals_read():
+            watch.look_at_globals(home, names)
+        named = [stream for item in code.functions for stream in randomness.named_in(item.__code__, item.__globals__)]
+        own = randomness.streams_in(value for _, before in watch.attributes.values() for value, _ in before.values())
+        before = randomness.save((randomness.DEFAULT, *profile.global_streams(), *frame.own_streams, *own))
+        with watch.judge, hooks.calls_through(watch.route), watch:
+            result = self._plainly()
+        watch.finish()
+        moved = randomness.moved(before)
+        frame.random = [(stream, state) for stream, state in before if stream in moved or stream is randomness.DEFAULT]
+        frame.random += watch.generators.values()
+        frame.clones.update(watch.inputs)
+        for position in watch.inputs:
+            frame.inputs[position] = None
+        frame.state = list(watch.before.values())
+        written = {id(tensor) for tensor, _ in frame.state}
+        frame.fixed = [t for key, ref in watch.read.items() if key not in written and (t := ref()) is not None]
+        frame.versions = _compat.versions(frame.fixed)
+        code = Code(function, [*(holder for holder, _ in watch.attributes.values()), *watch.called.values()])
+        frame.variables = watch.variables(code.names)
+        found = Profile(function, args, watch, frame.variables)
+        drawn = [stream for stream, _ in frame.random if stream is not randomness.DEFAULT]
+        found.streams = list({stream.key: stream for stream in (*drawn, *named)}.values())
+        found.draws = randomness.DEFAULT in moved
+        found.paths.add(frame.path())
+        frame.profile = found
+        return result, found
 
 
 @contextlib.contextmanager

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 
 from keepless import _compat
-from keepless.eager import closures, modules, randomness
+from keepless.eager import closures, randomness
 from keepless.eager.ambient import Ambient
 from keepless.eager.arguments import Arguments
 from keepless.eager.determinism import Trait
 from keepless.eager.failures import CheckpointError
 from keepless.eager.profile import Profile
+from keepless.eager.world import Variable
+
+_PLAIN = (bool, int, float, str, bytes, type(None))
 
 Unpack = Callable[[], torch.Tensor]
 
@@ -43,39 +46,37 @@ class Frame:
         random: streams of random numbers and their states before.
         state: tensors that the region writes, and their values before.
         fixed, versions: tensors that it may read, and the version of each before.
-        attributes: (object, name, value, content) of the attributes that it sets, before.
-        flags: training flags of its modules.
-        known: the profile that this call relied on; None where it was watched.
+        variables: attributes and globals that it sets or reads, before.
+        acting: ids of hooks that did something in this call, though they only looked when watched.
+        profile: what is known of the region; `known` is the same where this call was not watched.
     """
 
     __slots__ = (
         "__weakref__",
+        "acting",
         "ambient",
         "arguments",
-        "attributes",
         "clones",
         "context",
         "early_stop",
         "fixed",
-        "flags",
         "function",
         "grads",
         "holders",
-        "home",
         "inputs",
+        "is_over",
         "known",
         "name",
-        "names",
         "on_failure",
-        "over",
         "own_streams",
         "profile",
         "random",
         "state",
         "trait",
         "traits",
+        "variables",
         "versions",
-    )  # fmt: skip
+    )
 
     def __init__(self, function: Callable[..., Any], trait: Trait, early_stop: bool) -> None:
         self.name = closures.name_of(function)
@@ -94,12 +95,10 @@ class Frame:
         self.state: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.fixed: list[torch.Tensor] = []
         self.versions: list[int] = []
-        self.attributes: list[tuple[Any, str, Any, Any]] = []
-        self.flags: list[tuple[torch.nn.Module, bool]] = []
-        self.home: dict[str, Any] = {}
-        self.names: dict[str, Any] = {}
+        self.variables: list[Variable] = []
+        self.acting: set[int] = set()
         self.context: AbstractContextManager[Any] | None = None
-        self.over = False
+        self.is_over = False
         self.known: Profile | None = None
         self.profile: Profile | None = None
         self.on_failure: Callable[[CheckpointError], None] | None = None
@@ -117,25 +116,28 @@ class Frame:
         Without `preserve` torch's default stream is left alone where the region was not seen to draw from it.
         """
         self.known = self.profile = profile
-        default = (randomness.DEFAULT,) if preserve or profile.draws else ()
-        self.random = randomness.save((*default, *profile.streams, *self.own_streams))
         state = profile.state()
         if state:
             with torch.no_grad():
                 self.state = [(tensor, tensor.detach().clone()) for tensor in state]
         self.fixed = profile.fixed()
+        streams = [*profile.streams, *self.own_streams]
+        for variable in profile.variables():
+            value = variable.value
+            if isinstance(value, torch.Tensor):
+                if not variable.is_set:
+                    if value.grad_fn is not None:
+                        continue
+                    if all(value is not tensor for tensor, _ in self.state):
+                        self.fixed.append(value)
+            elif value.__class__ not in _PLAIN and variable.content is None:
+                streams += randomness.streams_in((value,))
+            self.variables.append(variable)
+        self.fixed += closures.held_tensors(self.function)
         self.versions = _compat.versions(self.fixed)
-        self.flags = profile.training_flags()
-        for reference, name in profile.attributes:
-            holder = reference()
-            if holder is not None:
-                self.attributes.append((holder, name, *modules.read_attribute(holder, name)))
-        self.hold_globals(profile.home, profile.names)
-
-    def hold_globals(self, home: dict[str, Any], names: Iterable[str]) -> None:
-        """Remembers the global data that the region's function names."""
-        if names:
-            self.home, self.names = home, {name: home.get(name) for name in names}
+        if preserve or profile.draws:
+            streams.append(randomness.DEFAULT)
+        self.random = randomness.save(streams)
 
     def pack(self, tensor: torch.Tensor) -> Holder:
         """The pack hook of the forward."""
@@ -152,6 +154,10 @@ class Frame:
     def count(self) -> int:
         """How many tensors were saved so far."""
         return len(self.holders)
+
+    def path(self) -> Hashable:
+        """What the call saved, but for sizes: calls that took another way mostly differ."""
+        return (len(self.traits), *((len(t[0]), t[1]) for t in self.traits if t is not None))
 
     def clear(self, task: Any) -> None:
         """Drops what a recompute for this backward left in the holders."""

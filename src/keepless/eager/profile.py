@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import collections
 import threading
-import types
 import weakref
 from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
 import torch
 
-from keepless.eager import closures, modules, randomness
+from keepless.eager import closures, hooks, randomness, world
 from keepless.eager.randomness import Stream
 from keepless.eager.watch import Watch
+from keepless.eager.world import Variable
 
 _MANY = 64
 _REMEMBERED = 4096
@@ -44,26 +44,30 @@ class Profile:
     """Where a region's state is, found by watching one call.
 
     Attributes:
-        fixed: tensors that the region may read and did not write: parameters, buffers, tensors of closures.
-        state: tensors that the region writes and that are not its inputs; saved before each call.
         inputs: positions of the inputs that it writes; cloned before each call.
-        attributes: attributes of modules and objects that it sets; saved before each call.
-        streams: streams of random numbers that it draws from, besides torch's default on the CPU.
+        streams: streams of random numbers that it may draw from, besides torch's default on the CPU.
+        draws: whether it draws from that one.
         observers: ids of the hooks that only look; they run once.
-        home, names: the function's globals, and the names of those that it reads as data.
-        draws: whether it draws from torch's default stream on the CPU.
-        varies: whether calls were seen to take different paths: each call is watched.
+        paths: signatures of what watched calls saved; a call with another went a way that nobody watched.
+        varies: whether a call was seen to take such a way: each call is watched.
     """
 
-    def __init__(self, function: Callable[..., Any], args: tuple[Any, ...], watch: Watch, drawn: list[Stream]) -> None:
-        roots = [m for root in closures.modules_of(function, args) for m in _family(root)]
+    def __init__(
+        self, function: Callable[..., Any], args: tuple[Any, ...], watch: Watch, variables: list[Variable]
+    ) -> None:
+        roots = [m for root in closures.modules_of(function, args) for m in family(root)]
         known = {id(module): module for module in (*roots, *watch.called.values())}
         self._modules = [weakref.ref(module) for module in known.values()]
+        self._flags = [(weakref.ref(module), module.training) for module in known.values()]
         self._status = self.status()
+        self._variables: list[tuple[Any, str, bool]] = []
+        for item in variables:
+            holder = item.holder if isinstance(item.holder, dict) else _reference(item.holder)
+            if holder is not None:
+                self._variables.append((holder, item.name, item.is_set))
+        bound = {(id(item.holder), item.name) for item in variables if item.is_set}
         written = {id(tensor) for tensor, _ in watch.before.values()}
         written |= _statistics(known.values())
-        self.attributes = [(weakref.ref(holder), name) for holder, name in watch.changed_attributes()]
-        bound = {(id(holder), name) for holder, name in watch.changed_attributes()}
         self._fixed, self._state, located = _places(known.values(), written, bound)
         others = [(key, ref) for key, ref in watch.read.items() if key not in located]
         self._loose_fixed = [ref for key, ref in others if key not in written]
@@ -71,16 +75,16 @@ class Profile:
         self._parameters = {id(p) for module in known.values() for p in module._parameters.values() if p is not None}
         self._parameters |= {id(t) for t in (ref() for _, ref in others) if isinstance(t, torch.nn.Parameter)}
         self.inputs = tuple(sorted(watch.inputs))
-        self.streams = drawn
-        self.observers = watch.seen_hooks - watch.active_hooks
-        self.home, self.names = closures.read_globals(function)
+        self.observers = watch.judge.seen - watch.judge.active
+        self.streams: list[Stream] = []
         self.draws = True
+        self.paths: set[Hashable] = set()
         self.varies = False
         self.anchors: list[weakref.ref[Any]] = []
 
     def status(self) -> list[Any]:
         """Training flags and hooks of the region's modules; a call under another status is watched anew."""
-        found: list[Any] = [modules.global_hooks()]
+        found: list[Any] = [hooks.global_hooks()]
         for reference in self._modules:
             module = reference()
             if module is None:
@@ -88,7 +92,7 @@ class Profile:
                 continue
             found.append(module.training)
             if module._forward_hooks or module._forward_pre_hooks:
-                found.append(modules.hooks_of(module))
+                found.append(hooks.hooks_of(module))
         return found
 
     def holds(self) -> bool:
@@ -96,36 +100,46 @@ class Profile:
         return all(anchor() is not None for anchor in self.anchors) and self.status() == self._status
 
     def fixed(self) -> list[torch.Tensor]:
-        """The tensors that must not change between forward and backward."""
+        """Parameters, buffers and other tensors that the region may read and does not write."""
         return _tensors_at(self._fixed, self._loose_fixed)
 
     def state(self) -> list[torch.Tensor]:
-        """The tensors whose values of before the call are needed again."""
+        """The tensors that it writes and that are not its inputs: their values of before a call are needed again."""
         return _tensors_at(self._state, self._loose_state)
+
+    def variables(self) -> list[Variable]:
+        """The attributes and globals that it sets or reads as data, as they are now."""
+        found = []
+        for holder, name, is_set in self._variables:
+            if holder.__class__ is weakref.ref:
+                holder = holder()
+                if holder is None:
+                    continue
+            found.append(world.variable_now(holder, name, is_set))
+        return found
 
     def knows(self, parameter: torch.Tensor) -> bool:
         """Whether the watched call could have used this parameter."""
         return id(parameter) in self._parameters
 
-    @property
-    def skips(self) -> bool:
-        """Whether a recompute leaves hooks out."""
-        return bool(self.observers)
-
-    def without_observers(
-        self, call: Callable[..., Any], module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        """A call of a module in a recompute."""
-        if self.observers.isdisjoint((*modules.hooks_of(module), *modules.global_hooks())):
-            return call(module, *args, **kwargs)
-        return modules.call_without(module, self.observers, args, kwargs)
-
-    def training_flags(self) -> list[tuple[torch.nn.Module, bool]]:
-        """The modules with their training flags now."""
-        return [(module, module.training) for ref in self._modules if (module := ref()) is not None]
+    def flags_that_differ(self) -> list[tuple[torch.nn.Module, bool]]:
+        """The modules whose training flag is another than in the forward, with the flag now."""
+        return [
+            (module, module.training)
+            for reference, flag in self._flags
+            if (module := reference()) is not None and module.training is not flag
+        ]
 
 
-def _family(root: torch.nn.Module) -> list[torch.nn.Module]:
+def _reference(holder: Any) -> weakref.ref[Any] | None:
+    try:
+        return weakref.ref(holder)
+    except TypeError:
+        return None
+
+
+def family(root: torch.nn.Module) -> list[torch.nn.Module]:
+    """A module with its submodules; without them where they are many, as in a whole model."""
     found = []
     for module in root.modules():
         found.append(module)
@@ -164,26 +178,12 @@ def _places(
     return fixed, state, located
 
 
-def possible_streams(holders: Iterable[Any]) -> list[Stream]:
-    """Streams that a region might draw from, looked at while it is watched: every device, Python, NumPy, and the
-    generator objects on its modules."""
+def global_streams() -> list[Stream]:
+    """Every device's stream, Python's and NumPy's."""
     found = randomness.device_streams(randomness.every_device())
     found.append(randomness.PYTHON)
     numpy = randomness.numpy_stream()
-    if numpy is not None:
-        found.append(numpy)
-    family = [m for h in holders for m in (_family(h) if isinstance(h, torch.nn.Module) else [h])]
-    return found + randomness.streams_in(value for holder in family for value in vars(holder).values())
-
-
-def named_streams(function: Callable[..., Any], known: Iterable[torch.nn.Module]) -> list[Stream]:
-    """Global streams of Python and NumPy that the code of a region names."""
-    found: list[Stream] = []
-    for code in (function, *(type(module).forward for module in known)):
-        plain = closures.plain(code)
-        if plain.__class__ is types.FunctionType:
-            found += randomness.named_in(plain.__code__, plain.__globals__)
-    return found
+    return [*found, numpy] if numpy is not None else found
 
 
 _profiles: collections.OrderedDict[Hashable, Profile] = collections.OrderedDict()
@@ -204,8 +204,9 @@ def remember(key: Hashable, anchors: list[Any], profile: Profile) -> None:
     profile.anchors = references
     with _lock:
         before = _profiles.pop(key, None)
-        if before is not None and before.varies:
-            profile.varies = True
+        if before is not None:
+            profile.varies = profile.varies or before.varies
+            profile.paths |= before.paths
         _profiles[key] = profile
         while len(_profiles) > _REMEMBERED:
             _profiles.popitem(last=False)

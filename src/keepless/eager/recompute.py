@@ -10,11 +10,12 @@ from typing import Any
 import torch
 
 from keepless import _compat
-from keepless.eager import counters, modules, randomness
+from keepless.eager import counters, hooks, randomness
 from keepless.eager.determinism import described
 from keepless.eager.failures import CheckpointError
 from keepless.eager.frame import Frame, Holder
-from keepless.eager.watch import Quiet, Refuse
+from keepless.eager.profile import Profile
+from keepless.eager.watch import Quiet, Refuse, Unseen
 from keepless.errors import StaleTensorError
 
 # Recomputes that move shared state (generators, buffers, attributes) take turns.
@@ -59,7 +60,7 @@ def _fill(frame: Frame, task: Any) -> None:
         reference = weakref.ref(frame)
         _compat.at_end_of_backward(lambda: _forget(reference, task))
     run = _Run(frame, task)
-    if frame.state or frame.attributes or len(frame.random) > 1:
+    if frame.state or frame.variables or len(frame.random) > 1:
         with _turn:
             run.go()
     else:
@@ -120,23 +121,23 @@ class _Run:
     def go(self) -> None:
         """Runs the region as it ran; puts back all that this changes."""
         frame = self.frame
-        self._check_globals()
         changed = self._changed()
         inputs = [self._input(position) for position in range(len(frame.inputs))]
         args, kwargs = frame.arguments.filled(inputs)
         random = [(stream, stream.get()) for stream, _ in frame.random]
         state = _swap(frame.state)
-        attributes = [(holder, name, *modules.read_attribute(holder, name)) for holder, name, _, _ in frame.attributes]
-        flags = [(module, module.training) for module, flag in frame.flags if module.training is not flag]
+        variables = [item.now() for item in frame.variables if item.is_set or item.differs()]
+        flags = frame.profile.flags_that_differ() if frame.profile is not None else []
         grad = torch.is_grad_enabled()
         try:
             randomness.put(frame.random)
-            for restored in frame.attributes:
-                modules.write_attribute(*restored)
+            if variables:
+                for item in frame.variables:
+                    item.put_back()
             for module, now in flags:
                 module.training = not now
             torch._C._set_grad_enabled(True)
-            special = self._special(changed)
+            special = self._special(changed, inputs)
             if special is None:
                 self._call(args, kwargs)
             else:
@@ -146,8 +147,8 @@ class _Run:
             torch._C._set_grad_enabled(grad)
             for module, now in flags:
                 module.training = now
-            for restored in attributes:
-                modules.write_attribute(*restored)
+            for item in variables:
+                item.put_back()
             _put_back(state)
             randomness.put(random)
 
@@ -160,27 +161,29 @@ class _Run:
             return
         finally:
             _compat.pop_saved_tensor_hooks()
-        if frame.over and not frame.early_stop and self.count != len(frame.holders):
+        if frame.is_over and not frame.early_stop and self.count != len(frame.holders):
             raise went_another_way(
                 frame, f"saved a different number of tensors: {self.count}, the forward {len(frame.holders)}"
             )
 
-    def _special(self, changed: list[torch.Tensor]) -> contextlib.ExitStack | None:
+    def _special(self, changed: list[torch.Tensor], inputs: list[torch.Tensor]) -> contextlib.ExitStack | None:
         frame = self.frame
         profile = frame.profile
         again = not frame.ambient.is_now()
-        skips = profile is not None and profile.skips
-        if not (again or skips or changed or frame.known is None or frame.context is not None):
+        skip = profile.observers - frame.acting if profile is not None and profile.observers else None
+        unseen = profile is not None and frame.known is not None and not self._is_seen(profile)
+        if not (again or skip or changed or unseen or frame.known is None or frame.context is not None):
             return None
         stack = contextlib.ExitStack()
         if again:
             stack.enter_context(frame.ambient.again())
-        if skips:
-            assert profile is not None
-            stack.enter_context(modules.calls_through(profile.without_observers))
+        if skip:
+            stack.enter_context(hooks.calls_through(hooks.without(skip)))
         if frame.known is None:
             quiet: Any = Quiet
             stack.enter_context(quiet())
+        if unseen:
+            stack.enter_context(Unseen(frame.state, frame.clones, frame.random, inputs, self._not_watched))
         if changed:
             stack.enter_context(Refuse(changed, self._stale))
         if frame.context is not None:
@@ -202,12 +205,18 @@ class _Run:
             return tensor
         return tensor.detach().requires_grad_()
 
-    def _check_globals(self) -> None:
-        frame = self.frame
-        for name, before in frame.names.items():
-            now = frame.home.get(name)
-            if now is not before and not (isinstance(now, (bool, int, float, str)) and now == before):
-                raise went_another_way(frame, f"would read another value of the global variable {name!r}")
+    def _is_seen(self, profile: Profile) -> bool:
+        path = self.frame.path()
+        if path in profile.paths:
+            return True
+        profile.varies = True
+        return False
+
+    def _not_watched(self, what: str) -> CheckpointError:
+        return CheckpointError(
+            f"checkpoint: {self.frame.name} took a way that it did not take when it was watched, and {what}; "
+            "what that was before is not known. From the next call on the region is watched: run the step again"
+        )
 
     def _changed(self) -> list[torch.Tensor]:
         frame = self.frame

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -12,7 +11,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from keepless import _compat
-from keepless.eager import modules, randomness
+from keepless.eager import containers, hooks, randomness, world
+from keepless.eager.world import Variable
 from keepless.errors import StaleTensorError
 
 _SMALL = 1 << 20
@@ -92,6 +92,35 @@ class Refuse(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class Unseen(TorchDispatchMode):
+    """Around a recompute whose forward went a way that was not watched: raises where that would not be right."""
+
+    def __init__(
+        self,
+        state: Iterable[tuple[torch.Tensor, Any]],
+        clones: Iterable[int],
+        random: randomness.State,
+        inputs: list[torch.Tensor],
+        error: Callable[[str], Exception],
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.made = {storage_of(tensor) for tensor, _ in state} | {storage_of(inputs[position]) for position in clones}
+        self.streams = {stream.key for stream, _ in random}
+        self.error = error
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        drawn = draws_of(func, args, kwargs)
+        if drawn is not False and drawn is not True and id(drawn) not in self.streams:
+            raise self.error("drew from a torch.Generator that it had not used")
+        for tensor in writes_of(func, args, kwargs):
+            if storage_of(tensor) not in self.made:
+                raise self.error(f"changed a tensor of shape {list(tensor.shape)} in place")
+        result = func(*args, **kwargs)
+        self.made.update(storage_of(tensor) for tensor in tensors_in((result,)))
+        return result
+
+
 class Watch(TorchDispatchMode):
     """Sees every op of a region and every module that it calls.
 
@@ -103,12 +132,12 @@ class Watch(TorchDispatchMode):
         called: id -> module.
     """
 
-    def __init__(self, inputs: list[torch.Tensor], packs: Callable[[], int]) -> None:
+    def __init__(self, inputs: list[torch.Tensor], count: Callable[[], int]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.given: dict[Any, list[tuple[int, torch.Tensor]]] = {}
         for position, tensor in enumerate(inputs):
             self.given.setdefault(storage_of(tensor), []).append((position, tensor))
-        self.packs = packs
+        self.judge = hooks.Judge(lambda: (self.effects, count()))
         self.made: set[Any] = set()
         self.owners: dict[Any, torch.Tensor] = {}
         self.inputs: dict[int, torch.Tensor] = {}
@@ -118,10 +147,8 @@ class Watch(TorchDispatchMode):
         self.called: dict[int, torch.nn.Module] = {}
         self.attributes: dict[int, tuple[Any, dict[str, Any]]] = {}
         self.small_buffers: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self.active_hooks: set[int] = set()
-        self.seen_hooks: set[int] = set()
+        self.globals: list[tuple[dict[str, Any], dict[str, world.Attribute]]] = []
         self.effects = 0
-        self.stack: contextlib.ExitStack
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -159,51 +186,25 @@ class Watch(TorchDispatchMode):
     def look_at(self, holder: Any) -> None:
         """Remembers the attributes of a module or object before the region changes them."""
         if id(holder) not in self.attributes:
-            self.attributes[id(holder)] = (holder, modules.own_attributes(holder))
+            self.attributes[id(holder)] = (holder, world.looked_at(holder))
+
+    def look_at_globals(self, home: dict[str, Any], names: Iterable[str]) -> None:
+        """Remembers globals that the region's code names."""
+        self.globals.append((home, {name: (home[name], containers.content_of(home[name])) for name in names}))
 
     def route(
         self, call: Callable[..., Any], module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """A call of a module inside the region."""
-        if id(module) in self.called:
-            return call(module, *args, **kwargs)
-        self.called[id(module)] = module
-        self.look_at(module)
-        for dictionary in modules.hook_dictionaries(module):
-            self._judge_in(dictionary)
-        for buffer in module._buffers.values():
-            if buffer is not None and buffer.layout is torch.strided and buffer.nbytes <= _SMALL:
-                with torch.no_grad():
-                    self.small_buffers.append((buffer, buffer.detach().clone()))
+        if id(module) not in self.called:
+            self.called[id(module)] = module
+            self.look_at(module)
+            self.judge.judge_in(*hooks.hook_dictionaries(module))
+            with torch.no_grad():
+                for buffer in module._buffers.values():
+                    if buffer is not None and buffer.layout is torch.strided and buffer.nbytes <= _SMALL:
+                        self.small_buffers.append((buffer, buffer.detach().clone()))
         return call(module, *args, **kwargs)
-
-    def judge_hooks(self, stack: contextlib.ExitStack) -> None:
-        """Hooks that run from now until the stack closes are judged: does one do anything but look?"""
-        self.stack = stack
-        for dictionary in modules.hook_dictionaries():
-            self._judge_in(dictionary)
-
-    def _judge_in(self, dictionary: dict[int, Any]) -> None:
-        for key, hook in list(dictionary.items()):
-            judged = dictionary[key] = self._judge(key, hook)
-            self.stack.callback(_unjudge, dictionary, key, judged, hook)
-
-    def _judge(self, key: int, hook: Callable[..., Any]) -> Callable[..., Any]:
-        def judged(module: Any, *args: Any, **kwargs: Any) -> Any:
-            attributes = modules.own_attributes(module)
-            effects, packs = self.effects, self.packs()
-            given = hook(module, *args, **kwargs)
-            self.seen_hooks.add(key)
-            if (
-                given is not None
-                or effects != self.effects
-                or packs != self.packs()
-                or modules.changed_attributes(module, attributes)
-            ):
-                self.active_hooks.add(key)
-            return given
-
-        return judged
 
     def finish(self) -> None:
         """Adds the small buffers that changed without an op that says so."""
@@ -211,15 +212,19 @@ class Watch(TorchDispatchMode):
             if id(buffer) not in self.before and not torch.equal(buffer, before):
                 self.before[id(buffer)] = (buffer, before)
 
-    def changed_attributes(self) -> list[tuple[Any, str]]:
-        """Attributes of modules and objects that the region set."""
-        return [
-            (holder, name)
-            for holder, before in self.attributes.values()
-            for name in modules.changed_attributes(holder, before)
-        ]
-
-
-def _unjudge(dictionary: dict[int, Any], key: int, judged: Any, hook: Any) -> None:
-    if dictionary.get(key) is judged:
-        dictionary[key] = hook
+    def variables(self, names: set[str]) -> list[Variable]:
+        """The attributes that the region set, or that code with these names reads as data, as they were before."""
+        found = []
+        for holder, before in self.attributes.values():
+            changed = set(world.changed(holder, before))
+            for name in before.keys() | changed:
+                value, content = before.get(name, (world.MISSING, None))
+                is_buffer = isinstance(holder, torch.nn.Module) and name in holder._buffers
+                if name in changed or (name in names and not is_buffer and world.is_kept_data(value)):
+                    found.append(Variable(holder, name, value, content, name in changed))
+        for home, before in self.globals:
+            for name, (value, content) in before.items():
+                is_set = home.get(name) is not value or (content is not None and not content.is_now())
+                if is_set or world.is_kept_data(value):
+                    found.append(Variable(home, name, value, content, is_set))
+        return found

@@ -1,4 +1,4 @@
-"""Modules that a region calls: their hooks, their attributes, their training flags.
+"""Calls of modules inside a region, and their hooks.
 
 While a region is watched or run again, `torch.nn.Module._call_impl` goes through a route of this thread; other threads
 keep the module's own. The route is taken down when no thread needs it.
@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from keepless.eager import world
+
 _Module: Any = torch.nn.Module
 _Route = Callable[[Callable[..., Any], torch.nn.Module, tuple[Any, ...], dict[str, Any]], Any]
 
@@ -20,10 +22,6 @@ _lock = threading.Lock()
 _users = 0
 _original: Callable[..., Any] = _Module._call_impl
 _local = threading.local()
-
-MISSING: Any = object()
-CONTAINERS = (list, dict, set)
-_OWN = frozenset(name for name in torch.nn.Module().__dict__ if name not in ("training",) and name.startswith("_"))
 
 
 def _routed(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -59,71 +57,56 @@ def routing() -> bool:
     return getattr(_local, "route", None) is not None
 
 
-def own_attributes(holder: Any) -> dict[str, Any]:
-    """The attributes of a module or another object that its own code may set, lists, dicts and sets with a copy.
+class Judge:
+    """Runs hooks and finds those that do more than look.
 
-    A module's buffers are among them (their names may be bound to other tensors); parameters, submodules and hooks are
-    not.
+    A hook looks if it returns nothing, sets no attribute of its module, and leaves `effects()` as it was.
+
+    Attributes:
+        seen: ids of the hooks that ran.
+        active: ids of those that did something.
     """
-    return {
-        name: (value, value.copy()) if value.__class__ in CONTAINERS else (value, None)
-        for name, value in _attributes(holder).items()
-    }
+
+    def __init__(self, effects: Callable[[], Any]) -> None:
+        self.effects = effects
+        self.seen: set[int] = set()
+        self.active: set[int] = set()
+        self._undo = contextlib.ExitStack()
+
+    def __enter__(self) -> Judge:
+        self.judge_in(*hook_dictionaries())
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._undo.close()
+
+    def judge_in(self, *dictionaries: dict[int, Any]) -> None:
+        """Hooks in these dictionaries are judged until the block ends."""
+        for dictionary in dictionaries:
+            for key, hook in list(dictionary.items()):
+                if not isinstance(hook, _Judged):
+                    judged = dictionary[key] = _Judged(self, key, hook)
+                    self._undo.callback(_unjudge, dictionary, key, judged)
 
 
-def _attributes(holder: Any) -> dict[str, Any]:
-    found = {name: value for name, value in getattr(holder, "__dict__", {}).items() if name not in _OWN}
-    if isinstance(holder, _Module):
-        found.update(holder._buffers)
-    return found
+class _Judged:
+    def __init__(self, judge: Judge, key: int, hook: Callable[..., Any]) -> None:
+        self.judge, self.key, self.hook = judge, key, hook
+
+    def __call__(self, module: Any, *args: Any, **kwargs: Any) -> Any:
+        judge = self.judge
+        attributes = world.looked_at(module)
+        before = judge.effects()
+        given = self.hook(module, *args, **kwargs)
+        judge.seen.add(self.key)
+        if given is not None or before != judge.effects() or world.changed(module, attributes):
+            judge.active.add(self.key)
+        return given
 
 
-def _home(holder: Any, name: str) -> dict[str, Any]:
-    is_buffer = isinstance(holder, _Module) and name in holder._buffers
-    home: dict[str, Any] = holder._buffers if is_buffer else holder.__dict__
-    return home
-
-
-def changed_attributes(holder: Any, before: dict[str, Any]) -> list[str]:
-    """The attributes that were set, deleted, or whose list, dict or set now holds something else."""
-    now = _attributes(holder)
-    changed = [name for name in now if name not in before]
-    for name, (value, copy) in before.items():
-        current = now.get(name, MISSING)
-        if current is not value or (copy is not None and not _same_content(current, copy)):
-            changed.append(name)
-    return changed
-
-
-def _same_content(one: Any, other: Any) -> bool:
-    if len(one) != len(other):
-        return False
-    if isinstance(one, dict):
-        return all(key in other and other[key] is value for key, value in one.items())
-    if isinstance(one, set):
-        return bool(one == other)
-    return all(a is b for a, b in zip(one, other, strict=True))
-
-
-def read_attribute(holder: Any, name: str) -> tuple[Any, Any]:
-    """The value of an own attribute, and a copy of its content where it is a list, dict or set."""
-    value = _home(holder, name).get(name, MISSING)
-    return value, value.copy() if value.__class__ in CONTAINERS else None
-
-
-def write_attribute(holder: Any, name: str, value: Any, content: Any) -> None:
-    """Puts back what `read_attribute` gave: the same object, with the same content."""
-    home = _home(holder, name)
-    if value is MISSING:
-        home.pop(name, None)
-        return
-    if content is not None:
-        if isinstance(value, list):
-            value[:] = content
-        else:
-            value.clear()
-            value.update(content)
-    home[name] = value
+def _unjudge(dictionary: dict[int, Any], key: int, judged: _Judged) -> None:
+    if dictionary.get(key) is judged:
+        dictionary[key] = judged.hook
 
 
 def hooks_of(module: torch.nn.Module) -> tuple[int, ...]:
@@ -149,6 +132,17 @@ def hook_dictionaries(module: torch.nn.Module | None = None) -> list[dict[int, A
         return [state._global_forward_pre_hooks, state._global_forward_hooks]
     m: Any = module
     return [m._forward_pre_hooks, m._forward_hooks]
+
+
+def without(skip: set[int]) -> _Route:
+    """A route that leaves these hooks out."""
+
+    def route(call: Callable[..., Any], module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if skip.isdisjoint((*hooks_of(module), *global_hooks())):
+            return call(module, *args, **kwargs)
+        return call_without(module, skip, args, kwargs)
+
+    return route
 
 
 def call_without(module: torch.nn.Module, skip: set[int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -1,0 +1,128 @@
+"""The objects that a region's code can reach by name: modules, and plain objects with attributes."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from keepless.eager import closures, code, containers
+from keepless.eager.containers import Content
+
+MISSING: Any = object()
+_MANY = 256
+_DEPTH = 3
+_SMALL = 64
+_OWN = frozenset(name for name in torch.nn.Module().__dict__ if name.startswith("_"))
+_FOREIGN = ("torch", "numpy", "builtins", "random", "functools", "re", "logging", "threading", "weakref")
+
+Attribute = tuple[Any, Content | None]
+
+
+def holders_of(function: Callable[..., Any], values: Iterable[Any], modules: Iterable[torch.nn.Module]) -> list[Any]:
+    """The modules, and the plain objects with attributes that a region's closure, arguments and modules hold."""
+    found: dict[int, Any] = {id(module): module for module in modules}
+    waiting = [(value, 0) for value in (closures.owner(function), *closures.all_held(function), *values)]
+    waiting += [(value, 1) for module in found.values() for value in attributes_of(module).values()]
+    while waiting and len(found) < _MANY:
+        value, depth = waiting.pop()
+        if id(value) in found or depth > _DEPTH:
+            continue
+        if isinstance(value, (list, tuple, set)):
+            waiting += [(item, depth + 1) for item in list(value)[:_MANY]]
+        elif isinstance(value, dict):
+            waiting += [(item, depth + 1) for item in list(value.values())[:_MANY]]
+        elif _is_plain(value):
+            found[id(value)] = value
+            waiting += [(item, depth + 1) for item in value.__dict__.values()]
+    return list(found.values())
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (type, types.ModuleType, types.FunctionType, types.MethodType, torch.Tensor)):
+        return False
+    return hasattr(value, "__dict__") and type(value).__module__.split(".")[0] not in _FOREIGN
+
+
+def attributes_of(holder: Any) -> dict[str, Any]:
+    """The attributes that an object's own code may set: of a module also its buffers, but not parameters, submodules
+    and hooks."""
+    found = {name: value for name, value in getattr(holder, "__dict__", {}).items() if name not in _OWN}
+    if isinstance(holder, torch.nn.Module):
+        found.update(holder._buffers)
+    return found
+
+
+def looked_at(holder: Any) -> dict[str, Attribute]:
+    """An object's attributes, with the contents of those that are lists, dicts or sets."""
+    return {name: (value, containers.content_of(value)) for name, value in attributes_of(holder).items()}
+
+
+def changed(holder: Any, before: dict[str, Attribute]) -> list[str]:
+    """The attributes that were set or deleted, or whose content is another."""
+    now = attributes_of(holder)
+    names = [name for name in now if name not in before]
+    for name, (value, content) in before.items():
+        if now.get(name, MISSING) is not value or (content is not None and not content.is_now()):
+            names.append(name)
+    return names
+
+
+def is_kept_data(value: Any) -> bool:
+    """Whether a variable that code reads is data that can be held: code and activations are not."""
+    if isinstance(value, torch.Tensor):
+        return value.grad_fn is None
+    return value is not MISSING and code.is_data(value)
+
+
+class Variable:
+    """A variable as it was: an attribute of an object, or a global.
+
+    Attributes:
+        holder: the object, or the namespace of a global.
+        value: what it was; `MISSING` where it was not set.
+        content: what that held, where it is a list, dict or set.
+        is_set: whether the region sets it.
+    """
+
+    __slots__ = ("content", "holder", "home", "is_set", "name", "value")
+
+    def __init__(self, holder: Any, name: str, value: Any, content: Content | None, is_set: bool) -> None:
+        self.holder, self.name, self.value, self.content, self.is_set = holder, name, value, content, is_set
+        if isinstance(holder, dict):
+            self.home = holder
+        else:
+            is_buffer = isinstance(holder, torch.nn.Module) and name in holder._buffers
+            self.home = holder._buffers if is_buffer else holder.__dict__
+
+    def now(self) -> Variable:
+        """The variable as it is."""
+        value = self.home.get(self.name, MISSING)
+        content = containers.content_of(value) if self.content is not None else None
+        return Variable(self.holder, self.name, value, content, self.is_set)
+
+    def differs(self) -> bool:
+        """Whether it is another now."""
+        return self.home.get(self.name, MISSING) is not self.value or not (
+            self.content is None or self.content.is_now()
+        )
+
+    def put_back(self) -> None:
+        """Makes it what it was."""
+        if self.content is not None:
+            self.content.put_back()
+        if self.value is MISSING:
+            self.home.pop(self.name, None)
+        else:
+            self.home[self.name] = self.value
+
+
+def variable_now(holder: Any, name: str, is_set: bool) -> Variable:
+    """An attribute or global as it is now, with its content where the region sets it or it is small."""
+    variable = Variable(holder, name, MISSING, None, is_set)
+    value = variable.value = variable.home.get(name, MISSING)
+    if value.__class__ in (list, dict, set) and (is_set or len(value) <= _SMALL):
+        variable.content = Content(value)
+    return variable
