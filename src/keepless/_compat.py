@@ -477,3 +477,10 @@ def caller_source() -> str:
             return f"{'/'.join(parts[-2:])}:{frame.f_lineno}"
         frame = frame.f_back
     return ""
+
+
+def is_compiled(value: Any) -> bool:
+    """Whether a module or function was given to torch.compile."""
+    if isinstance(value, torch.nn.Module):
+        return type(value).__name__ == "OptimizedModule" or getattr(value, "_compiled_call_impl", None) is not None
+    return hasattr(value, "_torchdynamo_orig_callable")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import types
 import weakref
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -20,18 +20,22 @@ from keepless.eager import containers
 
 _PLAIN = (bool, int, float, str, bytes, type(None))
 _DEPTH = 4
+_MANY = 64
+_FOREIGN = ("torch", "numpy", "builtins", "random", "collections", "types")
 
 
-def region_key(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Hashable, list[Any]]:
+def region_key(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Hashable, list[Any]]:
     """A name for the code and the modules of a region, and the objects by whose identity it goes.
 
     Two calls with equal keys run the same code on the same modules; tensors do not enter.
     """
     anchors: list[Any] = []
     key = _name(function, anchors, 0)
-    for value in args:
-        if isinstance(value, torch.nn.Module):
-            key = (key, _identity(value, anchors))
+    for value in (*args, *kwargs.values()) if kwargs else args:
+        if not isinstance(value, torch.Tensor) and value.__class__ not in _PLAIN:
+            key = (key, *(_identity(module, anchors) for module in modules_in(value)))
     return key, anchors
 
 
@@ -43,20 +47,48 @@ def _identity(value: Any, anchors: list[Any]) -> Hashable:
 def _name(value: Any, anchors: list[Any], depth: int) -> Any:
     kind: Any = value.__class__
     if kind is types.FunctionType:
-        cells = value.__closure__
-        if not cells or depth > _DEPTH:
+        held = _held(value)
+        if not held or depth > _DEPTH:
             return value.__code__
-        return (value.__code__, *(_name(inside, anchors, depth + 1) for _, inside in filled(cells)))
+        return (value.__code__, *[_name(inside, anchors, depth + 1) for inside in held])
     if kind in _PLAIN:
         return (kind, value)
+    if isinstance(value, torch.Tensor):
+        return kind
     if kind is types.MethodType:
         return (value.__func__, _identity(value.__self__, anchors))
     if kind is functools.partial:
         parts = (value.func, *value.args, *value.keywords.values())
-        return ("partial", *(_name(part, anchors, depth + 1) for part in parts))
+        return ("partial", *[_name(part, anchors, depth + 1) for part in parts])
     if isinstance(value, torch.nn.Module) or (callable(value) and not isinstance(value, type)):
         return _identity(value, anchors)
-    return kind
+    return (kind, *[_identity(module, anchors) for module in modules_in(value)])
+
+
+def _held(function: Any) -> list[Any]:
+    held = [inside for _, inside in filled(function.__closure__)] if function.__closure__ else []
+    if function.__defaults__:
+        held += function.__defaults__
+    if function.__kwdefaults__:
+        held += function.__kwdefaults__.values()
+    return held
+
+
+def modules_in(value: Any, depth: int = 0) -> list[torch.nn.Module]:
+    """The modules that a value is or holds: in lists, tuples and dicts, and as attributes of plain objects."""
+    if isinstance(value, torch.nn.Module):
+        return [value]
+    if depth > 2 or value.__class__ in _PLAIN or isinstance(value, torch.Tensor):
+        return []
+    if isinstance(value, (list, tuple)):
+        inside = list(value)
+    elif isinstance(value, dict):
+        inside = list(value.values())
+    elif type(value).__module__.split(".")[0] in _FOREIGN or isinstance(value, type) or callable(value):
+        return []
+    else:
+        inside = list(getattr(value, "__dict__", {}).values())
+    return [module for item in inside[:_MANY] for module in modules_in(item, depth + 1)]
 
 
 def filled(cells: tuple[types.CellType, ...]) -> Iterator[tuple[types.CellType, Any]]:
@@ -134,25 +166,26 @@ def owner(function: Callable[..., Any]) -> Any:
 
 
 def held_values(function: Callable[..., Any]) -> list[Any]:
-    """What the cells of a function hold, whatever wraps it."""
-    cells = getattr(plain(function), "__closure__", None)
-    return [inside for _, inside in filled(cells)] if cells else []
+    """What the cells and the defaults of a function hold, whatever wraps it."""
+    inside = plain(function)
+    return _held(inside) if inside.__class__ is types.FunctionType else []
 
 
-def modules_of(function: Callable[..., Any], args: tuple[Any, ...]) -> list[torch.nn.Module]:
+def modules_of(function: Callable[..., Any], values: Iterable[Any]) -> list[torch.nn.Module]:
     """The modules that a function is, is bound to, closes over, or is given."""
-    found: list[torch.nn.Module] = []
-    waiting: list[tuple[Any, int]] = [(function, 0), *((value, _DEPTH) for value in args)]
+    found: list[torch.nn.Module] = [module for value in values for module in modules_in(value)]
+    waiting: list[tuple[Any, int]] = [(function, 0)]
     while waiting:
         value, depth = waiting.pop()
-        if isinstance(value, torch.nn.Module):
-            found.append(value)
-        elif value.__class__ is types.MethodType:
+        if value.__class__ is types.MethodType:
             waiting += [(value.__self__, _DEPTH), (value.__func__, depth)]
         elif value.__class__ is functools.partial:
             waiting += [(part, depth + 1) for part in (value.func, *value.args, *value.keywords.values())]
-        elif value.__class__ is types.FunctionType and depth < _DEPTH:
-            waiting += [(inside, depth + 1) for _, inside in filled(value.__closure__ or ())]
+        elif value.__class__ is types.FunctionType:
+            if depth < _DEPTH:
+                waiting += [(inside, depth + 1) for inside in _held(value)]
+        else:
+            found += modules_in(value)
     return found
 
 

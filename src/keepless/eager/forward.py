@@ -93,7 +93,7 @@ class _Call:
 
     def run(self, preserve: bool) -> Any:
         """The region's result."""
-        key, anchors = closures.region_key(self.function, self.args)
+        key, anchors = closures.region_key(self.function, self.args, self.kwargs)
         known = profile.recall(key)
         if known is not None and not known.varies:
             return self.with_profile(known, preserve)
@@ -155,11 +155,12 @@ class _Call:
     def watched(self) -> tuple[Any, Profile]:
         """A first call: what it reads, writes and draws is seen, op by op and module by module."""
         counters.count("watched")
-        function, args, frame = self.function, self.args, self.frame
+        function, frame = self.function, self.frame
+        values = (*self.args, *self.kwargs.values())
         watch = Watch(self.tensors, frame.count)
         frame.hold_inputs(self.tensors, ())
-        family = [m for root in closures.modules_of(function, args) for m in profile.family(root)]
-        for holder in world.holders_of(function, (*args, *self.kwargs.values()), family):
+        family = [m for root in closures.modules_of(function, values) for m in profile.family(root)]
+        for holder in world.holders_of(function, values, family):
             watch.look_at(holder)
         code = Code(function, [holder for holder, _ in watch.attributes.values()])
         for home, names in code.globals_read():
@@ -182,7 +183,7 @@ class _Call:
         frame.versions = _compat.versions(frame.fixed)
         code = Code(function, [*(holder for holder, _ in watch.attributes.values()), *watch.called.values()])
         frame.variables = watch.variables(code.names)
-        found = Profile(function, args, watch, frame.variables)
+        found = Profile(function, values, watch, frame.variables)
         drawn = [stream for stream, _ in frame.random if stream is not randomness.DEFAULT]
         found.streams = list({stream.key: stream for stream in (*drawn, *named)}.values())
         found.draws = randomness.DEFAULT in moved

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from keepless import _compat
 from keepless.eager import closures, hooks, randomness, world
 from keepless.eager.randomness import Stream
 from keepless.eager.watch import Watch
@@ -48,14 +49,15 @@ class Profile:
         streams: streams of random numbers that it may draw from, besides torch's default on the CPU.
         draws: whether it draws from that one.
         observers: ids of the hooks that only look; they run once.
+        is_compiled: whether torch.compile's code is in it; that runs otherwise where ops are seen one by one.
         paths: signatures of what watched calls saved; a call with another went a way that nobody watched.
         varies: whether a call was seen to take such a way: each call is watched.
     """
 
     def __init__(
-        self, function: Callable[..., Any], args: tuple[Any, ...], watch: Watch, variables: list[Variable]
+        self, function: Callable[..., Any], values: tuple[Any, ...], watch: Watch, variables: list[Variable]
     ) -> None:
-        roots = [m for root in closures.modules_of(function, args) for m in family(root)]
+        roots = [m for root in closures.modules_of(function, values) for m in family(root)]
         known = {id(module): module for module in (*roots, *watch.called.values())}
         self._modules = [weakref.ref(module) for module in known.values()]
         self._flags = [(weakref.ref(module), module.training) for module in known.values()]
@@ -80,6 +82,8 @@ class Profile:
         self.draws = True
         self.paths: set[Hashable] = set()
         self.varies = False
+        held = (function, *closures.all_held(function), *known.values())
+        self.is_compiled = any(_compat.is_compiled(value) for value in held)
         self.anchors: list[weakref.ref[Any]] = []
 
     def status(self) -> list[Any]:

@@ -207,7 +207,8 @@ class Watch(TorchDispatchMode):
         return call(module, *args, **kwargs)
 
     def finish(self) -> None:
-        """Adds the small buffers that changed without an op that says so."""
+        """Ends the watching; adds the small buffers that changed without an op that says so."""
+        self.judge.effects = _none
         for buffer, before in self.small_buffers:
             if id(buffer) not in self.before and not torch.equal(buffer, before):
                 self.before[id(buffer)] = (buffer, before)
@@ -228,3 +229,7 @@ class Watch(TorchDispatchMode):
                 if is_set or world.is_kept_data(value):
                     found.append(Variable(home, name, value, content, is_set))
         return found
+
+
+def _none() -> None:
+    return None
