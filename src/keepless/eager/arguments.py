@@ -25,12 +25,13 @@ class Arguments:
     reach the recompute. Other objects are held as they are.
     """
 
-    __slots__ = ("args", "kwargs", "streams")
+    __slots__ = ("args", "kwargs", "others", "streams")
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[torch.Tensor]) -> None:
         taking = _Taking(tensors)
         self.args = [taking.take(value) for value in args]
         self.kwargs = {name: taking.take(value) for name, value in kwargs.items()} if kwargs else {}
+        self.others = taking.others
         self.streams = randomness.streams_in(taking.others) if taking.others else []
 
     def filled(self, tensors: list[torch.Tensor]) -> tuple[list[Any], dict[str, Any]]:

@@ -43,7 +43,10 @@ def run(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
     frame = Frame(function, options.trait, options.early_stop)
     tensors: list[torch.Tensor] = []
     frame.arguments = Arguments(args, kwargs, tensors)
-    frame.own_streams = frame.arguments.streams + randomness.streams_in(closures.held_values(function))
+    held = closures.held_values(function)
+    if held or frame.arguments.others:
+        frame.own_streams = frame.arguments.streams + randomness.streams_in(held)
+        frame.own_objects = [value for value in (*frame.arguments.others, *held) if world.is_plain(value)]
     counters.count("regions")
     call = _Call(function, args, kwargs, frame, tensors)
     if options.context_fn or options.debug:
@@ -182,8 +185,9 @@ class _Call:
         frame.fixed = [t for key, ref in watch.read.items() if key not in written and (t := ref()) is not None]
         frame.versions = _compat.versions(frame.fixed)
         code = Code(function, [*(holder for holder, _ in watch.attributes.values()), *watch.called.values()])
-        frame.variables = watch.variables(code.names)
-        found = Profile(function, values, watch, frame.variables)
+        known = watch.variables(code.names)
+        frame.variables = [*known, *(item for found in watch.hook_variables.values() for item in found)]
+        found = Profile(function, values, watch, known)
         drawn = [stream for stream, _ in frame.random if stream is not randomness.DEFAULT]
         found.streams = list({stream.key: stream for stream in (*drawn, *named)}.values())
         found.draws = randomness.DEFAULT in moved

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from keepless import _compat
-from keepless.eager import closures, randomness
+from keepless.eager import closures, randomness, world
 from keepless.eager.ambient import Ambient
 from keepless.eager.arguments import Arguments
 from keepless.eager.determinism import Trait
@@ -68,6 +68,7 @@ class Frame:
         "known",
         "name",
         "on_failure",
+        "own_objects",
         "own_streams",
         "profile",
         "random",
@@ -92,6 +93,7 @@ class Frame:
         self.grads: list[bool] = []
         self.random: randomness.State = []
         self.own_streams: list[randomness.Stream] = []
+        self.own_objects: list[Any] = []
         self.state: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.fixed: list[torch.Tensor] = []
         self.versions: list[int] = []
@@ -122,14 +124,19 @@ class Frame:
                 self.state = [(tensor, tensor.detach().clone()) for tensor in state]
         self.fixed = profile.fixed()
         streams = [*profile.streams, *self.own_streams]
-        for variable in profile.variables():
+        variables = profile.variables()
+        for holder in self.own_objects:
+            if not profile.is_known(holder):
+                variables += world.variables_of(holder)
+        for module in profile.hooked():
+            variables += world.variables_of_hooks(module)
+        for variable in variables:
             value = variable.value
             if isinstance(value, torch.Tensor):
-                if not variable.is_set:
-                    if value.grad_fn is not None:
-                        continue
-                    if all(value is not tensor for tensor, _ in self.state):
-                        self.fixed.append(value)
+                if value.grad_fn is None and all(value is not tensor for tensor, _ in self.state):
+                    self.fixed.append(value)
+                elif not variable.is_set:
+                    continue
             elif value.__class__ not in _PLAIN and variable.content is None:
                 streams += randomness.streams_in((value,))
             self.variables.append(variable)

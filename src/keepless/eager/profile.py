@@ -76,6 +76,7 @@ class Profile:
         self._loose_state = [ref for key, ref in others if key in written]
         self._parameters = {id(p) for module in known.values() for p in module._parameters.values() if p is not None}
         self._parameters |= {id(t) for t in (ref() for _, ref in others) if isinstance(t, torch.nn.Parameter)}
+        self._hooked = any(hooks.hooks_of(module) for module in known.values())
         self.inputs = tuple(sorted(watch.inputs))
         self.observers = watch.judge.seen - watch.judge.active
         self.streams: list[Stream] = []
@@ -121,6 +122,14 @@ class Profile:
                     continue
             found.append(world.variable_now(holder, name, is_set))
         return found
+
+    def is_known(self, holder: Any) -> bool:
+        """Whether an object's attributes are among the variables."""
+        return any(ref.__class__ is weakref.ref and ref() is holder for ref, _, _ in self._variables)
+
+    def hooked(self) -> list[torch.nn.Module]:
+        """The modules with forward hooks."""
+        return [m for ref in self._modules if (m := ref()) is not None and hooks.hooks_of(m)] if self._hooked else []
 
     def knows(self, parameter: torch.Tensor) -> bool:
         """Whether the watched call could have used this parameter."""

@@ -148,6 +148,7 @@ class Watch(TorchDispatchMode):
         self.attributes: dict[int, tuple[Any, dict[str, Any]]] = {}
         self.small_buffers: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.globals: list[tuple[dict[str, Any], dict[str, world.Attribute]]] = []
+        self.hook_variables: dict[int, list[Variable]] = {}
         self.effects = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -199,7 +200,9 @@ class Watch(TorchDispatchMode):
         if id(module) not in self.called:
             self.called[id(module)] = module
             self.look_at(module)
-            self.judge.judge_in(*hooks.hook_dictionaries(module))
+            if hooks.hooks_of(module):
+                self.hook_variables[id(module)] = world.variables_of_hooks(module)
+                self.judge.judge_in(*hooks.hook_dictionaries(module))
             with torch.no_grad():
                 for buffer in module._buffers.values():
                     if buffer is not None and buffer.layout is torch.strided and buffer.nbytes <= _SMALL:

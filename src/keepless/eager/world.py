@@ -24,7 +24,7 @@ Attribute = tuple[Any, Content | None]
 def holders_of(function: Callable[..., Any], values: Iterable[Any], modules: Iterable[torch.nn.Module]) -> list[Any]:
     """The modules, and the plain objects with attributes that a region's closure, arguments and modules hold."""
     found: dict[int, Any] = {id(module): module for module in modules}
-    waiting = [(value, 0) for value in (closures.owner(function), *closures.all_held(function), *values)]
+    waiting = [(value, 0) for value in (function, closures.owner(function), *closures.all_held(function), *values)]
     waiting += [(value, 1) for module in found.values() for value in attributes_of(module).values()]
     while waiting and len(found) < _MANY:
         value, depth = waiting.pop()
@@ -34,13 +34,14 @@ def holders_of(function: Callable[..., Any], values: Iterable[Any], modules: Ite
             waiting += [(item, depth + 1) for item in list(value)[:_MANY]]
         elif isinstance(value, dict):
             waiting += [(item, depth + 1) for item in list(value.values())[:_MANY]]
-        elif _is_plain(value):
+        elif is_plain(value):
             found[id(value)] = value
             waiting += [(item, depth + 1) for item in value.__dict__.values()]
     return list(found.values())
 
 
-def _is_plain(value: Any) -> bool:
+def is_plain(value: Any) -> bool:
+    """Whether a value is an object of the user's with attributes of its own."""
     if isinstance(value, (type, types.ModuleType, types.FunctionType, types.MethodType, torch.Tensor)):
         return False
     return hasattr(value, "__dict__") and type(value).__module__.split(".")[0] not in _FOREIGN
@@ -117,6 +118,27 @@ class Variable:
             self.home.pop(self.name, None)
         else:
             self.home[self.name] = self.value
+
+
+def variables_of(holder: Any) -> list[Variable]:
+    """Every attribute of an object that is data, as if the region set it: for objects that nobody watched."""
+    return [
+        Variable(holder, name, value, content, True)
+        for name, (value, content) in looked_at(holder).items()
+        if is_kept_data(value)
+    ]
+
+
+def variables_of_hooks(module: torch.nn.Module) -> list[Variable]:
+    """The lists, dicts and sets in the closures of a module's forward hooks, with what they hold."""
+    m: Any = module
+    held = [v for hook in (*m._forward_pre_hooks.values(), *m._forward_hooks.values()) for v in closures.all_held(hook)]
+    found = []
+    for value in held:
+        content = containers.content_of(value)
+        if content is not None:
+            found.append(Variable({"": value}, "", value, content, True))
+    return found
 
 
 def variable_now(holder: Any, name: str, is_set: bool) -> Variable:
