@@ -65,7 +65,7 @@ def one_model_in_separate_graphs(checkpoint: Checkpoint) -> dict[str, object]:
         with lock:
             count[0] += 1
 
-    model.register_forward_hook(observe)
+    model[0].register_forward_hook(observe)
 
     def run(index: int) -> list[Tensor]:
         found: list[Tensor] = []
