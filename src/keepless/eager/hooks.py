@@ -71,6 +71,7 @@ class Judge:
         self.effects = effects
         self.seen: set[int] = set()
         self.active: set[int] = set()
+        self.thread = threading.get_ident()
         self._undo = contextlib.ExitStack()
 
     def __enter__(self) -> Judge:
@@ -83,10 +84,15 @@ class Judge:
     def judge_in(self, *dictionaries: dict[int, Any]) -> None:
         """Hooks in these dictionaries are judged until the block ends."""
         for dictionary in dictionaries:
-            for key, hook in list(dictionary.items()):
-                if not isinstance(hook, _Judged):
-                    judged = dictionary[key] = _Judged(self, key, hook)
-                    self._undo.callback(_unjudge, dictionary, key, judged)
+            for key in list(dictionary):
+                with _lock:
+                    self._judge_hook(dictionary, key)
+
+    def _judge_hook(self, dictionary: dict[int, Any], key: int) -> None:
+        hook = dictionary.get(key)
+        if hook is not None and not (isinstance(hook, _Judged) and hook.judge is self):
+            judged = dictionary[key] = _Judged(self, key, hook)
+            self._undo.callback(_unjudge, dictionary, key, judged)
 
 
 class _Judged:
@@ -95,6 +101,8 @@ class _Judged:
 
     def __call__(self, module: Any, *args: Any, **kwargs: Any) -> Any:
         judge = self.judge
+        if threading.get_ident() != judge.thread:
+            return self.hook(module, *args, **kwargs)
         attributes = world.looked_at(module)
         before = judge.effects()
         given = self.hook(module, *args, **kwargs)
@@ -105,8 +113,14 @@ class _Judged:
 
 
 def _unjudge(dictionary: dict[int, Any], key: int, judged: _Judged) -> None:
-    if dictionary.get(key) is judged:
-        dictionary[key] = judged.hook
+    with _lock:
+        outer = dictionary.get(key)
+        if outer is judged:
+            dictionary[key] = judged.hook
+        while isinstance(outer, _Judged):  # another thread's judge may have come around this one
+            if outer.hook is judged:
+                outer.hook = judged.hook
+            outer = outer.hook
 
 
 def hooks_of(module: torch.nn.Module) -> tuple[int, ...]:
