@@ -20,7 +20,7 @@ from keepless.eager.frame import Frame
 from keepless.eager.hooks import Judge
 from keepless.eager.profile import Profile
 from keepless.eager.recompute import unpack
-from keepless.eager.watch import Watch
+from keepless.eager.watch import Effects, Watch
 
 Contexts = Callable[[], tuple[contextlib.AbstractContextManager[Any], contextlib.AbstractContextManager[Any]]]
 
@@ -127,8 +127,8 @@ class _Call:
     def _judging(self, known: Profile) -> Any:
         """Hooks that only looked when they were watched are judged again: they may do more by now."""
         frame = self.frame
-        state = torch.default_generator.get_state
-        judge = Judge(lambda: (frame.count(), state().numpy().tobytes()))
+        effects = Effects()
+        judge = Judge(lambda: (frame.count(), effects.count), effects)
 
         def route(call: Callable[..., Any], module: torch.nn.Module, args: Any, kwargs: Any) -> Any:
             if not known.observers.isdisjoint(hooks.hooks_of(module)):

@@ -60,15 +60,16 @@ def routing() -> bool:
 class Judge:
     """Runs hooks and finds those that do more than look.
 
-    A hook looks if it returns nothing, sets no attribute of its module, and leaves `effects()` as it was.
+    `around` is entered for each. A hook looks if it returns nothing, sets no attribute of its module, and leaves `effects()` as it was.
 
     Attributes:
         seen: ids of the hooks that ran.
         active: ids of those that did something.
     """
 
-    def __init__(self, effects: Callable[[], Any]) -> None:
+    def __init__(self, effects: Callable[[], Any], around: Any = None) -> None:
         self.effects = effects
+        self.around = around if around is not None else contextlib.nullcontext()
         self.seen: set[int] = set()
         self.active: set[int] = set()
         self.thread = threading.get_ident()
@@ -105,7 +106,8 @@ class _Judged:
             return self.hook(module, *args, **kwargs)
         attributes = world.looked_at(module)
         before = judge.effects()
-        given = self.hook(module, *args, **kwargs)
+        with judge.around:
+            given = self.hook(module, *args, **kwargs)
         judge.seen.add(self.key)
         if given is not None or before != judge.effects() or world.changed(module, attributes):
             judge.active.add(self.key)

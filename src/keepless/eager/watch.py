@@ -92,6 +92,20 @@ class Refuse(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class Effects(TorchDispatchMode):
+    """Counts the ops that write in place or draw random numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if draws_of(func, args, kwargs) is not False or writes_of(func, args, kwargs):
+            self.count += 1
+        return func(*args, **kwargs)
+
+
 class Unseen(TorchDispatchMode):
     """Around a recompute whose forward went a way that was not watched: raises where that would not be right."""
 
