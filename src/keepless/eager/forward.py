@@ -186,7 +186,9 @@ class _Call:
         frame.versions = _compat.versions(frame.fixed)
         code = Code(function, [*(holder for holder, _ in watch.attributes.values()), *watch.called.values()])
         known = watch.variables(code.names)
-        frame.variables = [*known, *(item for found in watch.hook_variables.values() for item in found)]
+        acting = watch.judge.active
+        gathered = [v for pairs in watch.hook_variables.values() for key, v in pairs if key in acting]
+        frame.variables = [*known, *gathered]
         found = Profile(function, values, watch, known)
         drawn = [stream for stream, _ in frame.random if stream is not randomness.DEFAULT]
         found.streams = list({stream.key: stream for stream in (*drawn, *named)}.values())

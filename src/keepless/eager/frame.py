@@ -129,7 +129,7 @@ class Frame:
             if not profile.is_known(holder):
                 variables += world.variables_of(holder)
         for module in profile.hooked():
-            variables += world.variables_of_hooks(module)
+            variables += [item for _, item in world.variables_of_hooks(module, profile.observers)]
         for variable in variables:
             value = variable.value
             if isinstance(value, torch.Tensor):

@@ -60,7 +60,8 @@ def routing() -> bool:
 class Judge:
     """Runs hooks and finds those that do more than look.
 
-    `around` is entered for each. A hook looks if it returns nothing, sets no attribute of its module, and leaves `effects()` as it was.
+    `around` is entered for each. A hook only looks if it returns nothing, sets no attribute of its module, and leaves
+    `effects()` as it was.
 
     Attributes:
         seen: ids of the hooks that ran.

@@ -148,7 +148,8 @@ class _Run:
             for module, now in flags:
                 module.training = now
             for item in variables:
-                item.put_back()
+                if item.differs():
+                    item.put_back()
             _put_back(state)
             randomness.put(random)
 

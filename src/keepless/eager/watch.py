@@ -162,7 +162,7 @@ class Watch(TorchDispatchMode):
         self.attributes: dict[int, tuple[Any, dict[str, Any]]] = {}
         self.small_buffers: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.globals: list[tuple[dict[str, Any], dict[str, world.Attribute]]] = []
-        self.hook_variables: dict[int, list[Variable]] = {}
+        self.hook_variables: dict[int, list[tuple[int, Variable]]] = {}
         self.effects = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -215,7 +215,7 @@ class Watch(TorchDispatchMode):
             self.called[id(module)] = module
             self.look_at(module)
             if hooks.hooks_of(module):
-                self.hook_variables[id(module)] = world.variables_of_hooks(module)
+                self.hook_variables[id(module)] = world.variables_of_hooks(module, set())
                 self.judge.judge_in(*hooks.hook_dictionaries(module))
             with torch.no_grad():
                 for buffer in module._buffers.values():

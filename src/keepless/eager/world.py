@@ -129,15 +129,15 @@ def variables_of(holder: Any) -> list[Variable]:
     ]
 
 
-def variables_of_hooks(module: torch.nn.Module) -> list[Variable]:
-    """The lists, dicts and sets in the closures of a module's forward hooks, with what they hold."""
+def variables_of_hooks(module: torch.nn.Module, skip: set[int]) -> list[tuple[int, Variable]]:
+    """The lists, dicts and sets in the closures of a module's forward hooks, with what they hold and the hook's id."""
     m: Any = module
-    held = [v for hook in (*m._forward_pre_hooks.values(), *m._forward_hooks.values()) for v in closures.all_held(hook)]
     found = []
-    for value in held:
-        content = containers.content_of(value)
-        if content is not None:
-            found.append(Variable({"": value}, "", value, content, True))
+    for key, hook in (*m._forward_pre_hooks.items(), *m._forward_hooks.items()):
+        for value in closures.all_held(hook) if key not in skip else ():
+            content = containers.content_of(value)
+            if content is not None:
+                found.append((key, Variable({"": value}, "", value, content, True)))
     return found
 
 
