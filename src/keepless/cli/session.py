@@ -77,10 +77,11 @@ def session(as_json: bool, debug: bool) -> Iterator[Session]:
         if debug:
             traceback.print_exc()
         name = type(error).__name__
-        shown = str(error) if isinstance(error, (KeeplessError, OSError)) else f"{name}: {error}"
+        message = _words(error)
+        shown = message if isinstance(error, (KeeplessError, OSError)) else f"{name}: {message}"
         print(f"Error: {shown}", file=sys.stderr)
         if as_json:
-            facts: dict[str, Any] = {"type": name, "message": str(error)}
+            facts: dict[str, Any] = {"type": name, "message": message}
             if isinstance(error, InfeasibleBudget):
                 facts |= {
                     "smallest_budget": error.smallest_budget,
@@ -94,6 +95,13 @@ def session(as_json: bool, debug: bool) -> Iterator[Session]:
     current.finish()
     if current.code:
         raise typer.Exit(current.code)
+
+
+def _words(error: Exception) -> str:
+    """What an error says, without the system's numbers."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"The file {str(error.filename)!r} cannot be used: {error.strerror[0].lower()}{error.strerror[1:]}."
+    return str(error)
 
 
 def _code(error: Exception) -> int:

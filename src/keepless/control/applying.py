@@ -71,8 +71,8 @@ def _on_miss(
             bound=error.bound,
             blocking=error.blocking,
         ) from None
-    capture = capture_of(other, model)
-    assert capture is not None
+    made = capture_of(other, model)
+    assert made is not None
     if len(planned.entries) >= MAX_ENTRIES:
         warnings.warn(
             f"A planned model has had more than {MAX_ENTRIES} different steps. Each new one is planned on the spot, "
@@ -80,7 +80,7 @@ def _on_miss(
             stacklevel=2,
         )
     del planned.entries[MAX_ENTRIES - 1 :]
-    return make_entry(model, capture.flat, capture.binding, other.program)
+    return make_entry(model, made.flat, made.binding, other.program)
 
 
 def remove(model: M) -> M:

@@ -273,8 +273,17 @@ def _solve(measured: Measured, settings: Settings) -> Plan:
         found = solve(graph, cost, budget, solver=settings.solver, seed=settings.seed)
     except InfeasibleBudget as error:
         low = smallest(graph, cost)
-        raise explain_infeasible(graph, cost, settings.budget, low.program, low.peak, error.bound) from None
+        raise explain_infeasible(
+            graph, cost, settings.budget, low.program, low.peak, error.bound, _own_lowest(settings.solver, error)
+        ) from None
     return plan_of(measured, found, budget)
+
+
+def _own_lowest(solver: str | Solver, error: InfeasibleBudget) -> tuple[str, int] | None:
+    """A solver's name and the lowest peak that it found; None for the default planner."""
+    if named_solver(solver) is SOLVERS["keepless"]:
+        return None
+    return repr(solver) if isinstance(solver, str) else type(solver).__name__, error.smallest_budget
 
 
 def plan_of(measured: Measured, found: Solution, budget: Budget) -> Plan:

@@ -14,7 +14,7 @@ from keepless.cost import CostModel
 from keepless.ir import Certificate, Graph, Status
 from keepless.solve.bound import witness_text
 from keepless.solve.classics import Dtr, Revolve, Rotor, SqrtN
-from keepless.solve.exact.hunt import hunted
+from keepless.solve.exact.hunt import MOST_STATES, hunted
 from keepless.solve.floor import floor_bound
 from keepless.solve.improve import improve
 from keepless.solve.lagrange import Woven, better
@@ -98,7 +98,10 @@ class _Course:
     @property
     def fastest(self) -> float:
         """No order within the limit is faster."""
-        return self.base + self.bound.seconds
+        least = self.base + self.bound.seconds
+        if self.best.peak > self.limit:
+            return least
+        return self.best.seconds if self.proven else min(least, self.best.seconds)
 
     @property
     def is_enough(self) -> bool:
@@ -165,12 +168,16 @@ class _Course:
         if self.search.is_over or self._floor[0] > self.limit:
             return
         own = self.search.inner()
+        if self.search.work is not None:
+            own.work = min(MOST_STATES, self.search.work - self.search.spent)
         found = hunted(planner.graph, planner.cost, self.limit, any_order=planner.is_free, search=own)
         self.search.spend(own.spent)
+        self.search.is_out_of_work |= own.is_out_of_work and own.spent < MOST_STATES
         if found.order is not None:
             self._take(Woven.judged(planner.tables, found.order))
         if found.is_over:
             self.proven = f"{EXHAUSTIVE} {found.states} states, all that could be faster"
+            self._tell()
 
     def _classics(self) -> Iterator[Woven]:
         """The classics' orders that fit; each classic solves once per search."""
@@ -208,7 +215,7 @@ class _Course:
             NAME,
             self._status(floor),
             space=FREE_SPACE if self.planner.is_free else SPACE,
-            bound_seconds=self.best.seconds if self.proven and self.best.peak <= self.limit else self.fastest,
+            bound_seconds=self.fastest,
             bound_bytes=floor,
             witness=self.proven or witness_text(self.bound, where),
             solve_seconds=time.perf_counter() - self._begin,
