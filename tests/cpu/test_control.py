@@ -301,6 +301,20 @@ def test_one_plan_for_many_instances(is_loaded: bool, tmp_path: Path) -> None:
     assert gone() is None
 
 
+@pytest.mark.parametrize("name", ["mlp", "conv", "lm"])
+def test_peaks_of_tiny_steps_are_predicted_to_a_few_bytes(name: str) -> None:
+    """The generator's state, held for a second backward, counts; the gradient of the loss is not seen."""
+    model: nn.Module = {"mlp": zoo.mlp, "conv": zoo.convnet, "lm": zoo.TinyLM}[name]()
+    batch: Any = {"mlp": X, "conv": torch.randn(2, 3, 12, 12), "lm": Inputs(IDS, labels=IDS)}[name]
+    everything_kept = keepless.plan(model, batch, "1GB", cache=False)
+    for budget in (everything_kept.smallest_budget, "1GB"):
+        result = keepless.verify(model, batch, keepless.plan(model, batch, budget, cache=False), repeats=1)
+        assert result.equal
+        assert result.measured_peak <= result.predicted_peak + 16
+        if name != "mlp":  # whose peak is a draw of random numbers, for which a state is counted that nobody records
+            assert result.measured_peak >= result.predicted_peak - 16
+
+
 def test_verify_of_another_step_says_so() -> None:
     """A batch or a mode that the plan is not for is refused, in words that help."""
     model = zoo.TinyLM()

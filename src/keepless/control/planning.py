@@ -18,7 +18,7 @@ from keepless.control.captured import Capture, Captures, Measured, Settings
 from keepless.control.checks import check_module, check_optimizer
 from keepless.control.reserve import budget_with_reserve, explain_infeasible, with_reserve
 from keepless.control.signature import batch_signature, model_signature
-from keepless.control.trials import cost_model, measure_costs, measure_loss
+from keepless.control.trials import cost_model, held_nbytes, measure_costs, measure_loss
 from keepless.errors import BatchError, InfeasibleBudget, MeasureError
 from keepless.ir import Budget, Phase, parse_bytes
 from keepless.ir.text import fingerprint
@@ -173,7 +173,8 @@ def _measure(model: torch.nn.Module, batch: Any, settings: Settings, tell: Progr
             ) from error
         loss = None
         if like is not None and chosen is not None and like.graph.loss_op is not None:
-            loss = OpCost(like.cost.seconds[like.graph.loss_op], like.cost.scratch[like.graph.loss_op], 0.0, 1)
+            scratch = max(0, like.cost.scratch[like.graph.loss_op] - held_nbytes(binding))
+            loss = OpCost(like.cost.seconds[like.graph.loss_op], scratch, 0.0, 1)
         elif settings.loss_fn is not None:
             loss = measure_loss(binding, settings.loss_fn, batch)
     cost = cost_model(binding, costs, optimizer=settings.optimizer, loss=loss, accumulate=settings.accumulate)

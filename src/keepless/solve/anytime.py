@@ -109,7 +109,7 @@ class _Course:
         return self.best.seconds <= self.fastest * (1 + self.planner.enough)
 
     def run(self) -> Solution:
-        """The whole search."""
+        """The whole search. Ctrl-C ends it with its best so far; where nothing fits yet, or the second time, at once."""
         try:
             self._first()
             if self.best.peak <= self.limit and len(self.best.order) > self.planner.tables.num_ops:
@@ -117,6 +117,8 @@ class _Course:
             if len(self.best.order) > self.planner.tables.num_ops or self.best.peak > self.limit:
                 self._exhaust()
         except KeyboardInterrupt:
+            if self.search.is_interrupted or self.best.peak > self.limit:
+                raise
             self.search.interrupt()
         return self._solution()
 
