@@ -1,7 +1,8 @@
 """What all commands share: where output goes, what errors become, how progress is shown.
 
 Exit codes: 0 it fits; 3 the budget is infeasible; 2 bad usage, which includes a budget, a model's name, a plan file or
-a graph file that cannot be read; 130 ended by Ctrl-C before there was anything to give; 1 anything else. With `--json` stdout is one JSON object, errors included.
+a graph file that cannot be read; 130 ended by Ctrl-C before there was anything to give; 1 anything else. With `--json`
+stdout is one JSON object, errors included.
 """
 
 from __future__ import annotations

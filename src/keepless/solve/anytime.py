@@ -109,7 +109,7 @@ class _Course:
         return self.best.seconds <= self.fastest * (1 + self.planner.enough)
 
     def run(self) -> Solution:
-        """The whole search. Ctrl-C ends it with its best so far; where nothing fits yet, or the second time, at once."""
+        """The whole search. Ctrl-C ends it with its best so far: at once if nothing fits yet or it came twice."""
         try:
             self._first()
             if self.best.peak <= self.limit and len(self.best.order) > self.planner.tables.num_ops:
