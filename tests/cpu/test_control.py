@@ -352,8 +352,6 @@ import sys, copy, torch
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 import models as zoo, keepless
 from keepless.capture import Inputs
-from keepless.control import Capture
-from keepless.control.trials import _real
 torch.set_num_threads(1)
 torch.manual_seed(0)
 model = zoo.mlp()
