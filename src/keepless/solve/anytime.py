@@ -31,6 +31,9 @@ _CLASSICS: tuple[Solver, ...] = (Revolve(), Rotor(), Dtr(), SqrtN())
 """Their orders are starts, too: on chains some of them are optimal."""
 _CLASSICS_OPS = 4000
 """Ops beyond which they take too long."""
+_SMALL_OPS = 1500
+_FAR = 0.03
+"""A certified gap that makes the classics worth their seconds beyond so many ops."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +146,7 @@ class _Course:
         self._certify()
         pool = [self.best]
         if not self.is_enough:
-            for woven in chain(self.planner.others(self.limit, self.search), self._classics()):
+            for woven in chain(self.planner.others(self.limit, self.search), self._more_classics()):
                 pool.append(woven)
                 self._take(woven)
                 if self.is_enough:
@@ -194,8 +197,14 @@ class _Course:
             if self._tried[number].peak <= self.limit:
                 yield self._tried[number]
 
+    def _more_classics(self) -> Iterator[Woven]:
+        """The classics' orders, where there is one or much may be missing: on larger graphs they take seconds."""
+        is_small = self.planner.tables.num_ops <= _SMALL_OPS
+        if is_small or self._tried or self.best.seconds > self.fastest * (1 + _FAR):
+            yield from self._classics()
+
     def _certify(self) -> None:
-        found = self.planner.bound(self.limit, self.best)
+        found = self.planner.bound(self.limit, self.best, self.bound)
         if found.seconds > self.bound.seconds:
             self.bound = found
             self._tell()
