@@ -10,7 +10,7 @@ import models as zoo
 import numpy as np
 import pytest
 import torch
-from test_control import everything, same
+from test_control import IDS, everything, same
 from torch import nn
 
 import keepless
@@ -64,6 +64,18 @@ def test_huge_and_tiny_budgets() -> None:
     assert caught.value.smallest_budget >= caught.value.bound > 0
     assert caught.value.blocking
     keepless.plan(model, X, caught.value.smallest_budget, cache=False)
+
+
+@pytest.mark.parametrize("solver", ["keep_all", "every_k"])
+def test_infeasible_for_one_solver(solver: str) -> None:
+    """Another solver's refusal states its own lowest budget, which it can plan for, and the default planner's."""
+    model, batch = zoo.TinyLM(), keepless.Inputs(IDS, labels=IDS)
+    low = keepless.plan(model, batch, 2**40, cache=False).smallest_budget
+    with pytest.raises(keepless.InfeasibleBudget, match=f"solver '{solver}': .* default planner's needs") as caught:
+        keepless.plan(model, batch, low, solver=solver)
+    assert caught.value.smallest_budget > low
+    assert f"the default planner with {low} bytes" in str(caught.value)
+    assert keepless.plan(model, batch, caught.value.smallest_budget, solver=solver).certificate.solver == solver
 
 
 class Forward(nn.Module):

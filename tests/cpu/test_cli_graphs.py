@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,18 @@ DIAMOND = {
     "sinks": ["d"],
 }
 """Peak 24 as listed (a, b and c while c runs); 24 with a made twice (a, c and d)."""
+
+RECOMPUTED = {
+    "nodes": [
+        {"id": "a", "seconds": 0.1, "nbytes": 2, "inputs": []},
+        {"id": "b", "seconds": 0.2, "nbytes": 2, "inputs": ["a"]},
+        {"id": "c", "seconds": 0.3, "nbytes": 2, "inputs": ["b"]},
+        {"id": "d", "seconds": 0.4, "nbytes": 1, "inputs": ["c"]},
+        {"id": "e", "seconds": 0.7, "nbytes": 1, "inputs": ["a", "d"]},
+    ],
+    "sinks": ["e"],
+}
+"""Peak 6 as listed; 5 with a made twice."""
 
 Invoke = Callable[..., Any]
 
@@ -401,7 +413,7 @@ def test_an_interrupted_search_that_found_nothing_says_so(invoke: Invoke, walker
     walker.at_unit, walker.do = 50, lambda: os.kill(os.getpid(), signal.SIGINT)
     done = invoke("solve", "graph.json", "-b", "23", "--solver", "walker")
     assert done.exit_code == 3
-    assert "ended early" in done.stderr
+    assert "ended by Ctrl-C" in done.stderr
 
 
 def test_limits_of_work_and_time_reach_the_solver(invoke: Invoke, walker: Walker) -> None:
@@ -409,6 +421,9 @@ def test_limits_of_work_and_time_reach_the_solver(invoke: Invoke, walker: Walker
     words = ["solve", "graph.json", "-b", "24", "--solver", "walker", "--json"]
     answer = json.loads(invoke(*words, "--work-limit", "20").stdout)
     assert (answer["work"], answer["time_limited"], answer["gap"]) == (20, False, 0.25)
+    assert (answer["status"], answer["work_limited"]) == ("feasible", True)
+    said = invoke(*words[:-1], "--work-limit", "20").stdout
+    assert "status   feasible, ended by the limit of 20 units of work (solver walker" in said
     answer = json.loads(invoke(*words, "--time-limit", "0.05").stdout)
     assert answer["time_limited"] is True
     assert answer["status"] == "time limited"
@@ -422,6 +437,49 @@ def test_progress_is_told_on_stderr(invoke: Invoke, walker: Walker) -> None:
     assert (
         standing_line(Standing("s", float("inf"), 2048, 0.0, 7)) == "nothing fits yet | lowest peak 2.00 KiB | work 7"
     )
+
+
+@pytest.mark.parametrize("solver", ["keepless", "exhaustive"])
+def test_the_last_line_of_progress_is_the_answer(invoke: Invoke, solver: str) -> None:
+    """Also where an exhaustive search proves the plan last, and although lines are seconds apart."""
+    path = Path("dag.json")
+    path.write_text(json.dumps(RECOMPUTED))
+    done = invoke("solve", str(path), "-b", "5", "--solver", solver, "--json")
+    answer = json.loads(done.stdout)
+    assert (answer["status"], answer["plan"]["num_replays"]) == ("optimal", 1)
+    last = standing_line(Standing("", answer["plan"]["seconds"], answer["plan"]["peak"], answer["bound_seconds"], 0))
+    assert done.stderr.splitlines()[-1].startswith(last.partition(" | work")[0])
+    assert answer["bound_seconds"] <= answer["plan"]["seconds"]
+
+
+@pytest.mark.parametrize("solver", ["keepless", "exhaustive", "dtr"])
+def test_a_limit_of_work_is_said_where_it_ended_the_search(invoke: Invoke, solver: str) -> None:
+    """One unit of work is not enough for a proof; without a limit nothing is said."""
+    Path("dag.json").write_text(json.dumps(RECOMPUTED))
+    words = ["solve", "dag.json", "-b", "5", "--solver", solver]
+    short = invoke(*words, "--work-limit", "1")
+    assert "ended by the limit of 1 units of work" in (short.stdout if short.exit_code == 0 else short.stderr)
+    assert "ended by" not in invoke(*words).stdout
+
+
+def test_a_plans_budget_is_shown_as_it_was_given(invoke: Invoke) -> None:
+    """The reserve that a model's plan leaves free is named beside it."""
+    assert invoke("solve", CHAIN, "-b", "0.7", "--save", "s.plan").exit_code == 0
+    plan = keepless.load("s.plan")
+    limit, reserve = plan.budget.limits["device"] + 70_000, 70_000
+    replace(plan, budget=replace(plan.budget, limits={"device": limit}, reserve=reserve)).save("r.plan")
+    answer = json.loads(invoke("check", "r.plan", "--json").stdout)
+    assert (answer["budget"], answer["reserve"]) == (limit, reserve)
+    assert f"({limit} bytes) less its reserve of 68.36 KiB (70000 bytes)" in invoke("check", "r.plan").stdout
+    assert json.loads(invoke("check", "r.plan", "-b", str(limit), "--json").stdout)["reserve"] == 0
+
+
+def test_a_missing_file_is_told_in_words(invoke: Invoke) -> None:
+    """Not by the system's error numbers."""
+    for words in (["check", "none.plan"], ["check", "none.json", "p.txt"], ["solve", "none.json", "-b", "1"]):
+        done = invoke(*words)
+        assert (done.exit_code, "Errno" in done.stderr) == (2, False)
+        assert f"{words[1]!r}" in done.stderr
 
 
 @pytest.mark.parametrize("solver", sorted(solvers.SOLVERS))

@@ -14,6 +14,7 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 from keepless.capture import Inputs
+from keepless.ir import Phase
 
 
 class Apply(nn.Module):
@@ -154,6 +155,24 @@ def in_place(h: torch.Tensor) -> torch.Tensor:
     return other.relu_()
 
 
+def saved_copies(h: torch.Tensor) -> torch.Tensor:
+    h = F.elu_(F.hardtanh_(h * 2, -0.5, 0.5) + h)
+    return F.silu(h.clone(), inplace=True) + F.silu(h.t().clone().t(), inplace=True)
+
+
+class Copies(nn.Module):
+    """Outputs that are copies of each other and of what the backward reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        h = torch.tanh(self.layer(x))
+        copy = h.clone()
+        return (F.hardtanh_(h * 2) * copy).sum(), h, copy
+
+
 def checkpointed(h: torch.Tensor) -> torch.Tensor:
     return checkpoint(lambda y: F.dropout(torch.tanh(y), 0.3), h, use_reentrant=False)
 
@@ -224,6 +243,8 @@ CASES: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
     "noise": lambda: (Apply(noise), x()),
     "dropouts": lambda: (Apply(dropouts), x()),
     "in place": lambda: (Apply(in_place), x()),
+    "saved copies": lambda: (Apply(saved_copies), x()),
+    "copies given back": lambda: (Copies(), x()),
     "checkpoint inside": lambda: (Apply(checkpointed), x()),
     "one gradient": lambda: (OneGradient(), x()),
     "one storage": lambda: (OneStorage(), x()),
@@ -247,6 +268,21 @@ def test_programs_equal_plain_eager(name: str) -> None:
     model, batch = CASES[name]()
     replays = zoo.check_equal(model, batch, programs=3)
     assert replays > 0
+
+
+def test_a_copy_that_autograd_saves_is_its_source() -> None:
+    """An activation that works in place saves a copy of its input; only copies that the caller is given are made."""
+
+    def forward_copies(model: nn.Module) -> int:
+        ops = zoo.capture(model, x())[1].graph.ops
+        return sum(op.name == "aten.clone.default" and op.phase is Phase.FORWARD for op in ops)
+
+    model = Copies()
+    assert (forward_copies(Apply(saved_copies)), forward_copies(model)) == (0, 1)
+    flat, binding = zoo.capture(model, x())
+    zoo.install(model, flat, binding, zoo.keep_all(binding.graph))
+    _, h, copy = model(x())
+    assert h.untyped_storage().data_ptr() != copy.untyped_storage().data_ptr()
 
 
 def test_output_identity_is_eagers() -> None:

@@ -12,7 +12,7 @@ from test_solve_models import Tape, batch_norm_net, chain, dense, gpt, unet
 
 from keepless.cost import CostModel
 from keepless.errors import InfeasibleBudget, SolverError
-from keepless.ir import Budget, Effect, Graph, Kind, Phase, Run, Status
+from keepless.ir import Budget, Effect, Graph, Kind, Phase, Run, Status, Value
 from keepless.machine import simulate, verify
 from keepless.passes import evaluate
 from keepless.solve import SOLVERS, Search, Standing, can_recheck, floor_bound, recheck, smallest, solve
@@ -285,6 +285,22 @@ def test_forward_only_and_empty_graphs() -> None:
     assert solve(empty, CostModel((), ()), Budget({"device": 1})).peak == 0
 
 
+@pytest.mark.parametrize("solver", sorted(SOLVERS))
+def test_graphs_without_ops_in_less_than_their_inputs(solver: str) -> None:
+    """A typed error with the inputs' bytes, whether they stay or not; and so where there is nothing at all."""
+    if solver == "intervals" and find_spec("ortools") is None:
+        pytest.skip("OR-tools is not installed")
+    values = (Value(0, "x", 1000, Kind.INPUT),)
+    for pinned, limit in ((frozenset[int](), 10), (frozenset({0}), 999), (frozenset({0}), -1)):
+        graph = Graph((), values, frozenset({0}), pinned)
+        with pytest.raises(InfeasibleBudget, match="no ops") as caught:
+            solve(graph, CostModel((), ()), Budget({"device": limit}), solver=solver)
+        assert (caught.value.smallest_budget, caught.value.bound, caught.value.blocking) == (1000, 1000, "")
+    empty = Graph((), (), frozenset(), frozenset())
+    with pytest.raises(InfeasibleBudget):
+        solve(empty, CostModel((), ()), Budget({"device": -1}), solver=solver)
+
+
 def test_a_solver_is_a_name_or_an_object() -> None:
     """An object with a solve method is taken as it is; what is neither is refused, and so is a wrong program."""
     graph, cost = gpt(2, 64, 32, 2)
@@ -301,7 +317,10 @@ def test_a_search_counts_work_and_says_when_the_clock_ends_it() -> None:
     """Work is counted; a clock that runs out and an interrupt end the search, and only the first is said."""
     search = Search(work=3)
     assert [search.spend() for _ in range(4)] == [True, True, True, False]
-    assert (search.spent, search.is_cut_by_clock) == (3, False)
+    assert (search.spent, search.is_cut_by_clock, search.is_out_of_work) == (3, False, True)
+    enough = Search(work=3)
+    assert [enough.spend() for _ in range(3)] == [True, True, True]
+    assert enough.ending == ""
     late = Search(seconds=0.0)
     assert not late.spend()
     assert late.is_cut_by_clock

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -221,6 +222,8 @@ class Drafting:
             self.mutation(node, args, module, source)
             return
         target: Any = node.target
+        if target is torch.ops.aten.clone.default and phase is Phase.FORWARD and self.same_bytes(node):
+            return
         if target is torch.ops.aten.native_dropout.default and self.dropout(node, args, phase, module, source):
             return
         if target is torch.ops.aten.native_dropout_backward.default:
@@ -288,6 +291,30 @@ class Drafting:
                 outputs.append((item, slot))
             self.slot_of[(node, item)] = slot
         return outputs if fresh[0] else None
+
+    def same_bytes(self, node: torch.fx.Node) -> bool:
+        """Whether a copy can be its source, which it then is: what autograd saves of an op that works in place.
+
+        In the captured step nothing is written over while it is read later, so that a copy of an activation in the
+        same layout holds the same bytes. What the caller is given, or gave, keeps its own storage.
+        """
+        source = self.slot_of[(node.args[0], None)]  # type: ignore[index]
+        value, was, copy = self.slot_value[source], self.examples[source], node.meta["val"]
+        is_same = was.shape == copy.shape and was.stride() == copy.stride() and not was.storage_offset()
+        is_whole = was.untyped_storage().nbytes() == copy.untyped_storage().nbytes()
+        keys = {_compat.storage_key(was), _compat.storage_key(copy)}
+        if not (is_same and is_whole) or value in self.resident or keys & self.given_back:
+            return False
+        self.value_of_storage[_compat.storage_key(copy)] = value
+        self.slot_of[(node, None)] = source
+        return True
+
+    @cached_property
+    def given_back(self) -> set[Any]:
+        """Storages of what the captured step returns."""
+        last = next(node for node in self.traced.module.graph.nodes if node.op == "output")
+        found = [item.meta["val"] for item in last.args[0] if isinstance(item, torch.fx.Node)]
+        return {_compat.storage_key(val) for val in found if isinstance(val, torch.Tensor)}
 
     def is_uninitialized(self, node: Any) -> bool:
         """Whether a node is `empty_like`: what is drawn into it was drawn in place."""

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     help="Train a PyTorch model inside a memory budget, with the same gradients bit for bit.",
-    epilog="Exit codes: 0 it fits, 3 the budget is infeasible, 2 bad usage, 1 any other error.",
+    epilog="Exit codes: 0 it fits, 3 the budget is infeasible, 2 bad usage, 130 ended by Ctrl-C, 1 any other error.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -13,7 +13,7 @@ from keepless.cli.searching import ended_by_ctrl_c, searching
 from keepless.cli.session import Session, UsageError, read_budget, session
 from keepless.cost import CostModel, GraphFile, read_graph
 from keepless.errors import BudgetError, GraphError, InfeasibleBudget, PlanError, ProgramError
-from keepless.ir import DEVICE, Budget, Graph, Program, Run, Timeline, format_bytes, parse_bytes
+from keepless.ir import DEVICE, Budget, Graph, Program, Run, Status, Timeline, format_bytes, parse_bytes
 from keepless.ir.budget import MAX_NBYTES
 from keepless.ir.order_text import format_order, looks_like_program, parse_order
 from keepless.ir.strict_json import read_bytes
@@ -78,8 +78,8 @@ def solve_command(
             with searching(search), ended_by_ctrl_c(search):
                 found = solvers.solve(file.graph, file.cost, _budget(limit, file.cost), solver, seed, search)
         except InfeasibleBudget as error:
-            if search.is_interrupted or search.is_cut_by_clock:
-                error.args = (f"{error} The search was ended early; a longer one may find less.",)
+            if search.ending:
+                error.args = (f"{error} The search was {search.ending}; a longer one may find less.",)
             raise
         if output is not None:
             output.write_text(format_program(found.program), encoding="utf-8")
@@ -109,19 +109,18 @@ def check_command(
         if program is None:
             plan = _load(file)
             given = _given(plan.graph, plan.cost)
-            limit = plan.budget.device if budget is None else _limit(budget, given.peak)
+            limits = plan.budget if budget is None else _budget(_limit(budget, given.peak), plan.cost)
             if budget is not None:
-                simulate(plan.graph, plan.program, plan.cost, budget=_budget(limit, plan.cost))
-            _report(current, plan.graph, plan.program, plan.predicted, given, limit)
+                simulate(plan.graph, plan.program, plan.cost, budget=limits)
+            _report(current, plan.graph, plan.program, plan.predicted, given, limits)
             _recheck(current, plan)
             return
         found = read_graph(file)
         given = _given(found.graph, found.cost)
-        chosen = None if budget is None else _limit(budget, given.peak)
+        within = None if budget is None else _budget(_limit(budget, given.peak), found.cost)
         checked = _program(program, found)
-        within = None if chosen is None else _budget(chosen, found.cost)
         timeline = simulate(found.graph, checked, found.cost, budget=within)
-        _report(current, found.graph, checked, timeline, given, chosen)
+        _report(current, found.graph, checked, timeline, given, within)
 
 
 def _given(graph: Graph, cost: CostModel) -> Evaluation:
@@ -247,12 +246,13 @@ def _describe(current: Session, found: Solution, given: Evaluation, limit: int, 
         "work": search.spent,
         "interrupted": search.is_interrupted,
         "time_limited": search.is_cut_by_clock,
+        "work_limited": search.is_out_of_work,
     }
     bound = "none proven"
     if gap is not None:
         among = f" (among programs with {claim.space})" if claim.space else ""
         bound = f"{format_seconds(claim.bound_seconds)}: the plan is at most {max(gap, 0.0):.2%} slower{among}"
-    ended = ", ended by Ctrl-C" if search.is_interrupted else ", cut by the clock" if search.is_cut_by_clock else ""
+    ended = f", {search.ending}" if search.ending and claim.status is not Status.OPTIMAL else ""
     current.show(
         _table(
             [
@@ -270,9 +270,10 @@ def _describe(current: Session, found: Solution, given: Evaluation, limit: int, 
 
 
 def _report(
-    current: Session, graph: Graph, program: Program, timeline: Timeline, given: Evaluation, limit: int | None
+    current: Session, graph: Graph, program: Program, timeline: Timeline, given: Evaluation, budget: Budget | None
 ) -> None:
-    """What a verified program costs."""
+    """What a verified program costs; a budget as it was given, with its reserve."""
+    limit, reserve = (None, 0) if budget is None else (budget.limits[DEVICE], budget.reserve)
     index = timeline.peak_index if timeline.events else -1
     instr = program[index] if index >= 0 else None
     op = graph.where(graph.ops[instr.op]) if isinstance(instr, Run) else ""
@@ -282,6 +283,7 @@ def _report(
     current.answer = {
         "verified": True,
         "budget": limit,
+        "reserve": reserve,
         "peak": timeline.peak,
         "peak_instruction": index if index >= 0 else None,
         "peak_op": op or None,
@@ -296,7 +298,9 @@ def _report(
         ("program", timeline.peak, timeline.seconds, program.num_replays),
     ]
     rows += [] if limit is None else [("budget", limit, None, None)]
+    rows += [("of it reserve", reserve, None, None)] if reserve else []
     fits = "" if limit is None else f", within the budget of {format_bytes(limit)} ({limit} bytes)"
+    fits += f" less its reserve of {format_bytes(reserve)} ({reserve} bytes)" if reserve else ""
     current.show(
         _table(rows, given),
         f"peak     {timeline.peak} bytes at {where}",

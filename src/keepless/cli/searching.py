@@ -54,16 +54,19 @@ def searching(search: Search) -> Iterator[None]:
             search.tell = lambda standing: status.update(Text(standing_line(standing)))
             yield
         return
-    told = -_LINE_EVERY
+    told, last, shown = -_LINE_EVERY, "", ""
 
     def tell(standing: Standing) -> None:
-        nonlocal told
+        nonlocal told, last, shown
+        last = standing_line(standing)
         if search.elapsed - told >= _LINE_EVERY:
-            told = search.elapsed
-            print(standing_line(standing), file=sys.stderr)
+            told, shown = search.elapsed, last
+            print(last, file=sys.stderr)
 
     search.tell = tell
     yield
+    if last != shown:
+        print(last, file=sys.stderr)
 
 
 def standing_line(standing: Standing) -> str:

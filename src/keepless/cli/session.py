@@ -1,7 +1,8 @@
 """What all commands share: where output goes, what errors become, how progress is shown.
 
 Exit codes: 0 it fits; 3 the budget is infeasible; 2 bad usage, which includes a budget, a model's name, a plan file or
-a graph file that cannot be read; 1 anything else. With `--json` stdout is one JSON object, errors included.
+a graph file that cannot be read; 130 ended by Ctrl-C before there was anything to give; 1 anything else. With `--json`
+stdout is one JSON object, errors included.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from keepless.errors import (
     SolverError,
 )
 
-FAILED, BAD_USAGE, INFEASIBLE = 1, 2, 3
+FAILED, BAD_USAGE, INFEASIBLE, INTERRUPTED = 1, 2, 3, 130
 
 
 class UsageError(KeeplessError):
@@ -72,15 +73,23 @@ def session(as_json: bool, debug: bool) -> Iterator[Session]:
             yield current
     except (typer.Exit, typer.Abort):
         raise
+    except KeyboardInterrupt:
+        words = "Ended by Ctrl-C, before there was anything to give."
+        print(words, file=sys.stderr)
+        if as_json:
+            facts: dict[str, Any] = {"type": "KeyboardInterrupt", "message": words}
+            print(json.dumps({"error": facts, "exit_code": INTERRUPTED}, indent=1))
+        raise typer.Exit(INTERRUPTED) from None
     except Exception as error:  # the one place where any error becomes text; --debug shows the traceback
         current.code = _code(error)
         if debug:
             traceback.print_exc()
         name = type(error).__name__
-        shown = str(error) if isinstance(error, (KeeplessError, OSError)) else f"{name}: {error}"
+        message = _words(error)
+        shown = message if isinstance(error, (KeeplessError, OSError)) else f"{name}: {message}"
         print(f"Error: {shown}", file=sys.stderr)
         if as_json:
-            facts: dict[str, Any] = {"type": name, "message": str(error)}
+            facts = {"type": name, "message": message}
             if isinstance(error, InfeasibleBudget):
                 facts |= {
                     "smallest_budget": error.smallest_budget,
@@ -94,6 +103,13 @@ def session(as_json: bool, debug: bool) -> Iterator[Session]:
     current.finish()
     if current.code:
         raise typer.Exit(current.code)
+
+
+def _words(error: Exception) -> str:
+    """What an error says, without the system's numbers."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"The file {str(error.filename)!r} cannot be used: {error.strerror[0].lower()}{error.strerror[1:]}."
+    return str(error)
 
 
 def _code(error: Exception) -> int:

@@ -3,7 +3,7 @@
 from keepless.control.applying import apply as apply
 from keepless.control.applying import planned_forward as planned_forward
 from keepless.control.applying import remove as remove
-from keepless.control.captured import Capture as Capture
+from keepless.control.captured import Captures as Captures
 from keepless.control.curves import BudgetPoint as BudgetPoint
 from keepless.control.curves import StepCurve as StepCurve
 from keepless.control.curves import make_curve as make_curve

@@ -10,7 +10,7 @@ import torch
 
 from keepless._compat import tree_flatten
 from keepless.capture import FlatInputs, Inputs, flatten_inputs
-from keepless.control.captured import Capture
+from keepless.control.captured import Capture, Captures
 from keepless.control.checks import check_module, check_plan
 from keepless.control.planning import make_like, recapture
 from keepless.control.signature import batch_signature, check_signature, model_signature
@@ -31,8 +31,8 @@ def apply(model: M, plan: Plan) -> M:
     check_plan(plan)
     check_signature(plan.signature, model_signature(model), "model")
     planned = PlannedForward(remove(model), [], None)
-    capture = plan.capture
-    if isinstance(capture, Capture) and capture.is_of(model):
+    capture = capture_of(plan, model)
+    if capture is not None:
         planned.entries.append(make_entry(model, capture.flat, capture.binding, plan.program))
         for entry in planned.entries:
             entry.recipe.counters = planned.counters
@@ -60,7 +60,8 @@ def _on_miss(
         return None  # nothing will be differentiated
     inputs = Inputs(*args, **kwargs)
     if not planned.entries:
-        return bind_loaded(model, plan, flatten_inputs(inputs))
+        capture = bind(model, plan, flatten_inputs(inputs))
+        return make_entry(model, capture.flat, capture.binding, plan.program)
     try:
         other = make_like(model, inputs, plan)
     except InfeasibleBudget as error:
@@ -70,7 +71,8 @@ def _on_miss(
             bound=error.bound,
             blocking=error.blocking,
         ) from None
-    assert isinstance(other.capture, Capture)
+    made = capture_of(other, model)
+    assert made is not None
     if len(planned.entries) >= MAX_ENTRIES:
         warnings.warn(
             f"A planned model has had more than {MAX_ENTRIES} different steps. Each new one is planned on the spot, "
@@ -78,7 +80,7 @@ def _on_miss(
             stacklevel=2,
         )
     del planned.entries[MAX_ENTRIES - 1 :]
-    return make_entry(model, other.capture.flat, other.capture.binding, other.program)
+    return make_entry(model, made.flat, made.binding, other.program)
 
 
 def remove(model: M) -> M:
@@ -99,8 +101,13 @@ def planned_forward(model: torch.nn.Module) -> PlannedForward | None:
     return found if isinstance(found, PlannedForward) else None
 
 
-def bind_loaded(model: torch.nn.Module, plan: Plan, flat: FlatInputs) -> Entry:
-    """Captures a model for a plan from a file, and refuses the plan if the captured step is another.
+def capture_of(plan: Plan, model: torch.nn.Module) -> Capture | None:
+    """The plan's capture of this model, if there is one."""
+    return plan.capture.of(model) if isinstance(plan.capture, Captures) else None
+
+
+def bind(model: torch.nn.Module, plan: Plan, flat: FlatInputs) -> Capture:
+    """Captures a model for a plan that has not captured it, and refuses the plan if the captured step is another.
 
     Raises:
         PlanError: names what differs.
@@ -114,8 +121,11 @@ def bind_loaded(model: torch.nn.Module, plan: Plan, flat: FlatInputs) -> Entry:
             f"{planned[:12]}, though parameters and batch agree. It differs at {_first_difference(capture, plan)}. "
             "Another version of torch or of the model's code is the usual cause. Plan again."
         )
-    plan.capture = capture
-    return make_entry(model, capture.flat, capture.binding, plan.program)
+    if isinstance(plan.capture, Captures):
+        plan.capture.add(capture)
+    else:
+        plan.capture = Captures(capture)
+    return capture
 
 
 def _first_difference(capture: Capture, plan: Plan) -> str:

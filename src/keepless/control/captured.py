@@ -55,6 +55,25 @@ class Capture:
         )
 
 
+class Captures:
+    """A plan's captures, one for each model that it was used with. Those of models that are gone are forgotten."""
+
+    def __init__(self, first: Capture) -> None:
+        self.settings = first.settings
+        self.grad_outputs = first.binding.grad_outputs
+        self._captures = [first]
+
+    def of(self, model: torch.nn.Module) -> Capture | None:
+        """The capture of this model, if there is one."""
+        return next((capture for capture in self._captures if capture.is_of(model)), None)
+
+    def add(self, capture: Capture) -> None:
+        """Keeps a capture in the place of an older one of the same model."""
+        model = capture.model() if capture.model is not None else None
+        others = [(one, one.model() if one.model is not None else None) for one in self._captures]
+        self._captures = [one for one, other in others if other is not None and other is not model] + [capture]
+
+
 @dataclass(frozen=True)
 class Measured:
     """A captured step with its measured costs, before any budget.

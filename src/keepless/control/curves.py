@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from keepless.control.captured import Measured, Settings
+from keepless.control.captured import Captures, Measured, Settings
 from keepless.control.checks import check_module
 from keepless.control.planning import Progress, measure_step, plan_of, read_budget, read_settings
 from keepless.control.reserve import budget_with_reserve, explain_infeasible, with_reserve
@@ -114,7 +114,7 @@ class StepCurve:
             lowest, peak = curve.points[0].solution.program, curve.smallest_nbytes
             raise explain_infeasible(graph, self.measured.cost, nbytes, lowest, peak, error.bound) from None
         plan = plan_of(self.measured, found, allowed)
-        plan.capture = replace(self.measured.capture, settings=replace(self.settings, budget=nbytes))
+        plan.capture = Captures(replace(self.measured.capture, settings=replace(self.settings, budget=nbytes)))
         return plan
 
     def draw(self, path: str | os.PathLike[str], *, budget: str | int | float | None = None, title: str = "") -> None:

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 
 from keepless.capture import FlatInputs, Inputs, StepShape, flatten_inputs, lower, planned_device, trace_step
-from keepless.control.captured import Capture, Measured, Settings
+from keepless.control.captured import Capture, Captures, Measured, Settings
 from keepless.control.checks import check_module, check_optimizer
 from keepless.control.reserve import budget_with_reserve, explain_infeasible, with_reserve
 from keepless.control.signature import batch_signature, model_signature
-from keepless.control.trials import cost_model, measure_costs, measure_loss
+from keepless.control.trials import cost_model, held_nbytes, measure_costs, measure_loss
 from keepless.errors import BatchError, InfeasibleBudget, MeasureError
 from keepless.ir import Budget, Phase, parse_bytes
 from keepless.ir.text import fingerprint
@@ -130,10 +130,10 @@ def make_like(model: torch.nn.Module, inputs: Inputs, plan: Plan) -> Plan:
 
     A loss function is not called: its targets may lie outside this call. Its cost is taken as before.
     """
-    capture = plan.capture
-    assert isinstance(capture, Capture)
+    captures = plan.capture
+    assert isinstance(captures, Captures)
     stand = any(p.is_leaf and p.grad is not None for p in model.parameters())
-    settings = replace(capture.settings, accumulate=capture.settings.accumulate or stand)
+    settings = replace(captures.settings, accumulate=captures.settings.accumulate or stand)
     return _make(model, inputs, settings, None, plan)
 
 
@@ -143,7 +143,7 @@ def _make(model: torch.nn.Module, batch: Any, settings: Settings, progress: Prog
     tell("solve", 0, 1)
     plan = _solve(measured, settings)
     tell("solve", 1, 1)
-    plan.capture = measured.capture
+    plan.capture = Captures(measured.capture)
     return plan
 
 
@@ -161,7 +161,7 @@ def _measure(model: torch.nn.Module, batch: Any, settings: Settings, tell: Progr
     with _untouched(model):
         tell("capture", 0, 1)
         before = like.capture if like is not None and not settings.own_loss else None
-        chosen = before.binding.grad_outputs if isinstance(before, Capture) else None
+        chosen = before.grad_outputs if isinstance(before, Captures) else None
         capture, given = _capture(model, flat, batch, settings, chosen)
         tell("capture", 1, 1)
         binding = capture.binding
@@ -173,7 +173,8 @@ def _measure(model: torch.nn.Module, batch: Any, settings: Settings, tell: Progr
             ) from error
         loss = None
         if like is not None and chosen is not None and like.graph.loss_op is not None:
-            loss = OpCost(like.cost.seconds[like.graph.loss_op], like.cost.scratch[like.graph.loss_op], 0.0, 1)
+            scratch = max(0, like.cost.scratch[like.graph.loss_op] - held_nbytes(binding))
+            loss = OpCost(like.cost.seconds[like.graph.loss_op], scratch, 0.0, 1)
         elif settings.loss_fn is not None:
             loss = measure_loss(binding, settings.loss_fn, batch)
     cost = cost_model(binding, costs, optimizer=settings.optimizer, loss=loss, accumulate=settings.accumulate)
@@ -220,7 +221,7 @@ def _refs(model: torch.nn.Module) -> tuple[weakref.ref[torch.nn.Module], ...]:
 
 
 def recapture(model: torch.nn.Module, flat: FlatInputs, plan: Plan) -> Capture:
-    """Captures a model again for a plan that was loaded from a file."""
+    """Captures a model for a plan from a file, or for one that was made with another instance of the model."""
     signature = plan.signature
     shape = StepShape(
         bool(signature.get("accumulate")),
@@ -237,11 +238,18 @@ def recapture(model: torch.nn.Module, flat: FlatInputs, plan: Plan) -> Capture:
         own = signature.get("loss_position")
         traced = replace(traced, loss_position=own if type(own) is int else None)
         binding = lower(traced, flat, model, shape)
+    known = plan.capture
+    settings = known.settings if isinstance(known, Captures) else _settings_of(plan, shape, own_loss=type(own) is int)
+    return Capture(binding, flat.without_tensors(), settings, traced.as_compiled, weakref.ref(model), _refs(model))
+
+
+def _settings_of(plan: Plan, shape: StepShape, *, own_loss: bool) -> Settings:
+    """What a plan from a file was asked for, as far as it says."""
     step = next((op.id for op in plan.graph.ops if op.phase is Phase.OPTIMIZER), None)
     footprint = None
     if step is not None:
         footprint = OptimizerFootprint(shape.state_nbytes, plan.cost.scratch[step], plan.cost.seconds[step])
-    settings = Settings(
+    return Settings(
         plan.budget.limits["device"],
         footprint,
         None,
@@ -251,9 +259,8 @@ def recapture(model: torch.nn.Module, flat: FlatInputs, plan: Plan) -> Capture:
         plan.certificate.solver if plan.certificate.solver in SOLVERS else "keepless",
         plan.certificate.seed,
         CostCache(),
-        own_loss=type(own) is int,
+        own_loss=own_loss,
     )
-    return Capture(binding, flat.without_tensors(), settings, traced.as_compiled, weakref.ref(model), _refs(model))
 
 
 def _whole(item: object) -> int:
@@ -267,8 +274,17 @@ def _solve(measured: Measured, settings: Settings) -> Plan:
         found = solve(graph, cost, budget, solver=settings.solver, seed=settings.seed)
     except InfeasibleBudget as error:
         low = smallest(graph, cost)
-        raise explain_infeasible(graph, cost, settings.budget, low.program, low.peak, error.bound) from None
+        raise explain_infeasible(
+            graph, cost, settings.budget, low.program, low.peak, error.bound, _own_lowest(settings.solver, error)
+        ) from None
     return plan_of(measured, found, budget)
+
+
+def _own_lowest(solver: str | Solver, error: InfeasibleBudget) -> tuple[str, int] | None:
+    """A solver's name and the lowest peak that it found; None for the default planner."""
+    if named_solver(solver) is SOLVERS["keepless"]:
+        return None
+    return repr(solver) if isinstance(solver, str) else type(solver).__name__, error.smallest_budget
 
 
 def plan_of(measured: Measured, found: Solution, budget: Budget) -> Plan:

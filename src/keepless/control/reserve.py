@@ -38,23 +38,44 @@ def with_reserve(peak: int) -> int:
 
 
 def explain_infeasible(
-    graph: Graph, cost: CostModel, budget: int, lowest: Program, peak: int, bound: int
+    graph: Graph,
+    cost: CostModel,
+    budget: int,
+    lowest: Program,
+    peak: int,
+    bound: int,
+    own: tuple[str, int] | None = None,
 ) -> InfeasibleBudget:
     """The error with what the floor is made of, and what would lower it.
 
     Arguments:
         budget: that is too small, in bytes.
-        lowest: the program of the lowest peak that was found.
-        peak: the smallest that is stated.
+        lowest: the program of the lowest peak that the default planner found.
+        peak: the smallest that is stated for it.
         bound: no program has a lower one.
+        own: name and lowest peak of the solver that was asked for, where that is another one.
     """
     needed = with_reserve(peak)
     floor = find_floor(graph, cost, lowest)
+    size = f"{format_bytes(budget)} ({budget} bytes)"
+    helps = [*floor.advice, f"a budget of {needed} bytes"]
+    if own is None:
+        text = (
+            f"The budget {size} is too small. The smallest budget for which a plan was found is "
+            f"{format_bytes(needed)} ({needed} bytes)"
+        )
+    else:
+        name, least = own[0], with_reserve(own[1])
+        text = (
+            f"The budget {size} is too small for the solver {name}: the lowest plan that it found needs "
+            f"{format_bytes(least)} ({least} bytes); the default planner's needs {format_bytes(needed)} "
+            f"({needed} bytes)"
+        )
+        helps = [*floor.advice, f"a budget of {least} bytes", f"the default planner with {max(needed, budget)} bytes"]
+        needed = least
     return InfeasibleBudget(
-        f"The budget {format_bytes(budget)} ({budget} bytes) is too small. The smallest budget for "
-        f"which a plan was found is {format_bytes(needed)} ({needed} bytes); no plan can need less than "
-        f"{format_bytes(bound)}. {describe_floor(graph, floor)} What would help: {'; '.join(floor.advice)}; or a "
-        f"budget of {needed} bytes.",
+        f"{text}; no plan can need less than {format_bytes(bound)}. {describe_floor(graph, floor)} What would help: "
+        f"{'; '.join(helps[:-1])}; or {helps[-1]}.",
         smallest_budget=needed,
         bound=bound,
         blocking=graph.where(floor.op),

@@ -11,7 +11,7 @@ from keepless import _compat
 from keepless.binding import Binding, Call, OpCode, map_refs, slots_of
 from keepless.capture import DELIVER, LOSS, OPTIMIZER
 from keepless.cost import CostModel, Origin
-from keepless.ir import Kind, Op
+from keepless.ir import Effect, Kind, Op
 from keepless.measure import CostCache, OpCost, OptimizerFootprint, Trial, measure_ops
 
 ACCUMULATE_BYTES_PER_S = 4e9
@@ -49,6 +49,7 @@ def cost_model(
         accumulate: gradients are added to existing ones.
     """
     graph = binding.graph
+    held = held_nbytes(binding)
     seconds: list[float] = []
     scratch: list[int] = []
     for op in graph.ops:
@@ -67,11 +68,23 @@ def cost_model(
             assert cost is not None, f"op {graph.where(op)} was not measured"
             seconds.append(cost.seconds)
             scratch.append(cost.scratch)
+        if op.name != OPTIMIZER:
+            scratch[-1] += held
     spreads = sorted(cost.spread for cost in costs.values())
     spread = spreads[len(spreads) // 2] if spreads else 0.0
     total = sum(seconds)
     late = sum(seconds[op.id] for op in graph.ops if (cost := costs.get(op.key)) is not None and cost.disturbed)
     return CostModel(tuple(seconds), tuple(scratch), {}, Origin.MEASURED, spread, late / total if total else 0.0)
+
+
+def held_nbytes(binding: Binding) -> int:
+    """Bytes that the engine itself holds from a step's forward to the end of its backward: the generator's state, for
+    a second backward, where the step draws random numbers. They count as scratch of every op but the optimizer's.
+
+    The states of CUDA's generators are not on the device.
+    """
+    draws = any(Effect.RNG in op.effects for op in binding.graph.ops)
+    return torch.get_rng_state().nbytes if draws and binding.device.type == "cpu" else 0
 
 
 def measure_costs(

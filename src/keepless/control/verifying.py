@@ -15,7 +15,7 @@ import torch
 
 from keepless._compat import ambient_state
 from keepless.capture import Inputs, flatten_inputs
-from keepless.control.applying import apply, bind_loaded, planned_forward, remove
+from keepless.control.applying import apply, bind, capture_of, planned_forward, remove
 from keepless.control.captured import Capture
 from keepless.control.checks import check_module, check_plan
 from keepless.errors import PlanError
@@ -100,10 +100,7 @@ def verify(model: torch.nn.Module, batch: Any, plan: Plan, *, loss_fn: Any, repe
     with _restored(model):
         remove(model)
         try:
-            if not isinstance(plan.capture, Capture):
-                bind_loaded(model, plan, flat)
-            capture = plan.capture
-            assert isinstance(capture, Capture)
+            capture = capture_of(plan, model) or bind(model, plan, flat)
             if ambient_state(capture.binding.device.type) != capture.binding.ambient:
                 raise PlanError(
                     "The plan was made under another autocast, default dtype or choice of kernels than stands around "
@@ -219,11 +216,20 @@ def _reference(run: _Runner, plan: Plan, capture: Capture) -> tuple[_Outcome, st
 @contextlib.contextmanager
 def _with_program(model: torch.nn.Module, capture: Capture, program: Any) -> Iterator[None]:
     entry = make_entry(model, capture.flat, capture.binding, program)
-    model.__dict__["forward"] = PlannedForward(model, [entry], None)
+    model.__dict__["forward"] = PlannedForward(model, [entry], _refuse)
     try:
         yield
     finally:
         remove(model)
+
+
+def _refuse(
+    planned: PlannedForward, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], reason: str
+) -> None:
+    raise PlanError(
+        f"The plan was made for another step than the one to verify: {reason}. Give verify the model and a batch as "
+        "they were planned for, or plan for these."
+    )
 
 
 def _noise(run: _Runner, reference: _Outcome) -> float:

@@ -93,6 +93,9 @@ def solve(
     if found.peak > limit:
         raise _infeasible(graph, found, limit, where, found.certificate.solver)
     verify(graph, found.program, cost=cost, budget=budget)
+    if search is not None:  # the last word is what is given, whichever search met it
+        claim = found.certificate
+        search.report(Standing(claim.solver, found.seconds, found.peak, claim.bound_seconds, search.spent))
     return found
 
 
@@ -108,13 +111,14 @@ def smallest(graph: Graph, cost: CostModel) -> Solution:
 
 
 def _infeasible(graph: Graph, found: Solution, limit: int, where: int, solver: str) -> InfeasibleBudget:
-    blocking = graph.where(graph.ops[where])
+    blocking = graph.where(graph.ops[where]) if graph.ops else ""
     bound, low = found.smallest_bound, found.smallest_nbytes
-    reason = (
-        f"op {blocking} needs {format_bytes(bound)} at once, whatever is recomputed"
-        if limit < bound
-        else f"every plan needs at least {format_bytes(bound)} at op {blocking}"
-    )
+    if not graph.ops:
+        reason = f"the graph has no ops, and its inputs and pinned values are {format_bytes(bound)}"
+    elif limit < bound:
+        reason = f"op {blocking} needs {format_bytes(bound)} at once, whatever is recomputed"
+    else:
+        reason = f"every plan needs at least {format_bytes(bound)} at op {blocking}"
     return InfeasibleBudget(
         f"Budget {format_bytes(limit)} ({limit} bytes) is below the smallest peak that {solver!r} found, "
         f"{format_bytes(low)} ({low} bytes): {reason}. Raise the budget to {low} bytes, or use a smaller batch.",

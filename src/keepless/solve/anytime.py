@@ -14,7 +14,7 @@ from keepless.cost import CostModel
 from keepless.ir import Certificate, Graph, Status
 from keepless.solve.bound import witness_text
 from keepless.solve.classics import Dtr, Revolve, Rotor, SqrtN
-from keepless.solve.exact.hunt import hunted
+from keepless.solve.exact.hunt import MOST_STATES, hunted
 from keepless.solve.floor import floor_bound
 from keepless.solve.improve import improve
 from keepless.solve.lagrange import Woven, better
@@ -31,6 +31,9 @@ _CLASSICS: tuple[Solver, ...] = (Revolve(), Rotor(), Dtr(), SqrtN())
 """Their orders are starts, too: on chains some of them are optimal."""
 _CLASSICS_OPS = 4000
 """Ops beyond which they take too long."""
+_SMALL_OPS = 1500
+_FAR = 0.03
+"""A certified gap that makes the classics worth their seconds beyond so many ops."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,10 @@ class _Course:
     @property
     def fastest(self) -> float:
         """No order within the limit is faster."""
-        return self.base + self.bound.seconds
+        least = self.base + self.bound.seconds
+        if self.best.peak > self.limit:
+            return least
+        return self.best.seconds if self.proven else min(least, self.best.seconds)
 
     @property
     def is_enough(self) -> bool:
@@ -106,7 +112,7 @@ class _Course:
         return self.best.seconds <= self.fastest * (1 + self.planner.enough)
 
     def run(self) -> Solution:
-        """The whole search."""
+        """The whole search. Ctrl-C ends it with its best so far: at once if nothing fits yet or it came twice."""
         try:
             self._first()
             if self.best.peak <= self.limit and len(self.best.order) > self.planner.tables.num_ops:
@@ -114,6 +120,8 @@ class _Course:
             if len(self.best.order) > self.planner.tables.num_ops or self.best.peak > self.limit:
                 self._exhaust()
         except KeyboardInterrupt:
+            if self.search.is_interrupted or self.best.peak > self.limit:
+                raise
             self.search.interrupt()
         return self._solution()
 
@@ -138,7 +146,7 @@ class _Course:
         self._certify()
         pool = [self.best]
         if not self.is_enough:
-            for woven in chain(self.planner.others(self.limit, self.search), self._classics()):
+            for woven in chain(self.planner.others(self.limit, self.search), self._more_classics()):
                 pool.append(woven)
                 self._take(woven)
                 if self.is_enough:
@@ -165,12 +173,16 @@ class _Course:
         if self.search.is_over or self._floor[0] > self.limit:
             return
         own = self.search.inner()
+        if self.search.work is not None:
+            own.work = min(MOST_STATES, self.search.work - self.search.spent)
         found = hunted(planner.graph, planner.cost, self.limit, any_order=planner.is_free, search=own)
         self.search.spend(own.spent)
+        self.search.is_out_of_work |= own.is_out_of_work and own.spent < MOST_STATES
         if found.order is not None:
             self._take(Woven.judged(planner.tables, found.order))
         if found.is_over:
             self.proven = f"{EXHAUSTIVE} {found.states} states, all that could be faster"
+            self._tell()
 
     def _classics(self) -> Iterator[Woven]:
         """The classics' orders that fit; each classic solves once per search."""
@@ -185,8 +197,14 @@ class _Course:
             if self._tried[number].peak <= self.limit:
                 yield self._tried[number]
 
+    def _more_classics(self) -> Iterator[Woven]:
+        """The classics' orders, where there is one or much may be missing: on larger graphs they take seconds."""
+        is_small = self.planner.tables.num_ops <= _SMALL_OPS
+        if is_small or self._tried or self.best.seconds > self.fastest * (1 + _FAR):
+            yield from self._classics()
+
     def _certify(self) -> None:
-        found = self.planner.bound(self.limit, self.best)
+        found = self.planner.bound(self.limit, self.best, self.bound)
         if found.seconds > self.bound.seconds:
             self.bound = found
             self._tell()
@@ -208,7 +226,7 @@ class _Course:
             NAME,
             self._status(floor),
             space=FREE_SPACE if self.planner.is_free else SPACE,
-            bound_seconds=self.best.seconds if self.proven and self.best.peak <= self.limit else self.fastest,
+            bound_seconds=self.fastest,
             bound_bytes=floor,
             witness=self.proven or witness_text(self.bound, where),
             solve_seconds=time.perf_counter() - self._begin,

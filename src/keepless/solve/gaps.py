@@ -87,6 +87,8 @@ class Gaps:
 
     def _evict_once(self, target: int) -> bool:
         profile = self.lives.profile
+        if not profile.size:  # a graph without ops
+            return False
         top = int(profile.argmax())
         now = _excess(profile, target)
         best: tuple[float, list[int], Lives] | None = None

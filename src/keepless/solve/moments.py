@@ -85,10 +85,14 @@ class Network:
 
 
 class Relaxation:
-    """The linear program of a graph, for any moments and limit."""
+    """The linear program of a graph, for any moments and limit.
+
+    `work` counts simplex iterations times rows of the last program, `work_done` of all.
+    """
 
     def __init__(self, tables: Tables) -> None:
         self.tables = tables
+        self.work = self.work_done = 0
         loss = tables.loss
         made = [v for p in range(loss) for v in tables.writes[p] if v not in tables.static]
         self.values = sorted(set(made))
@@ -171,7 +175,9 @@ class Relaxation:
                 memory.append(rows.add_one(resident, weights, (limit - moment.other) / _MIB))
             else:
                 cost[resident] += weights * prices.get(moment.op, 0.0) * _MIB
-        seconds, multipliers = _solve(cost, rows, upper)
+        seconds, multipliers, iterations = _solve(cost, rows, upper)
+        self.work = iterations * rows.num
+        self.work_done += self.work
         if prices is None:
             found = {m.op: float(multipliers[row]) / _MIB for m, row in zip(moments, memory, strict=True)}
             return Bound(max(seconds, 0.0), found)
@@ -224,17 +230,20 @@ class _Rows:
         return csr_matrix((value, (row, column)), shape=(self.num, width)), np.concatenate(self._right)
 
 
-def _solve(cost: Floats, rows: _Rows, upper: Floats) -> tuple[float, Floats]:
-    """A lower bound of the linear program by weak duality, and the multipliers; 0 where the solver gave none."""
+def _solve(cost: Floats, rows: _Rows, upper: Floats) -> tuple[float, Floats, int]:
+    """A lower bound of the linear program by weak duality, the multipliers and the simplex iterations.
+
+    0 and zeros where the solver gave none.
+    """
     matrix, right = rows.matrix(len(cost))
     bounds = np.stack([np.zeros(len(cost)), upper], axis=1)
     unit = float(cost.sum()) / max(int(np.count_nonzero(cost)), 1) or 1.0  # the solver's tolerances are absolute
     found = linprog(cost / unit, A_ub=matrix, b_ub=right, bounds=bounds, method="highs-ds")
     if found.status != 0:
-        return 0.0, np.zeros(rows.num)
+        return 0.0, np.zeros(rows.num), int(found.nit)
     multipliers: Floats = np.maximum(-found.ineqlin.marginals, 0.0) * unit
     reduced = cost + matrix.T @ multipliers
-    return float(np.minimum(reduced, 0.0) @ upper - multipliers @ right), multipliers
+    return float(np.minimum(reduced, 0.0) @ upper - multipliers @ right), multipliers, int(found.nit)
 
 
 def _unneeded(tables: Tables) -> set[int]:

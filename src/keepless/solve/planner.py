@@ -95,10 +95,16 @@ class Planner:
         """What bounds rest on."""
         return Relaxation(self.tables)
 
-    def bound(self, limit: int, woven: Woven) -> Bound:
-        """Seconds of recomputation that every order within the limit has, from the moments where this one is tight."""
+    def bound(self, limit: int, woven: Woven, known: Bound | None = None) -> Bound:
+        """Seconds of recomputation that every order within the limit has, from the moments where this one is tight.
+
+        Arguments:
+            limit: bytes.
+            woven: an order.
+            known: a bound for this limit, to go on from.
+        """
         enough = woven.seconds / (1 + self.enough) - float(self.tables.seconds.sum())
-        return best_bound(self.relaxation, limit, candidates(self.tables, woven), enough)
+        return best_bound(self.relaxation, limit, candidates(self.tables, woven), enough, known)
 
     @cached_property
     def is_free(self) -> bool:

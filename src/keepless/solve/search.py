@@ -52,6 +52,10 @@ class Search:
             hundredths of CP-SAT's deterministic seconds. None: the solver's own default.
         seconds: of wall clock. None: no such limit, and a reproducible plan.
         tell: called with what there is, whenever it becomes better.
+
+    Attributes:
+        spent: units so far.
+        is_cut_by_clock, is_interrupted, is_out_of_work: who ended the search before its own end.
     """
 
     work: int | None = None
@@ -60,6 +64,7 @@ class Search:
     spent: int = 0
     is_cut_by_clock: bool = False
     is_interrupted: bool = False
+    is_out_of_work: bool = False
     _begin: float = field(default_factory=time.monotonic)
 
     @property
@@ -74,7 +79,9 @@ class Search:
 
     def spend(self, units: int = 1) -> bool:
         """Counts units of work; False where a limit is reached and the solver must end with its best so far."""
-        if self.is_interrupted or self.is_cut_by_clock or (self.work is not None and self.spent + units > self.work):
+        if self.work is not None and self.spent + units > self.work:
+            self.is_out_of_work = True
+        if self.is_interrupted or self.is_cut_by_clock or self.is_out_of_work:
             return False
         if self.seconds is not None and self.elapsed > self.seconds:
             self.is_cut_by_clock = True
@@ -87,7 +94,18 @@ class Search:
         """Whether a limit is reached or somebody ended it; counts nothing."""
         if self.seconds is not None and self.elapsed > self.seconds:
             self.is_cut_by_clock = True
-        return self.is_interrupted or self.is_cut_by_clock or (self.work is not None and self.spent >= self.work)
+        if self.work is not None and self.spent >= self.work:
+            self.is_out_of_work = True
+        return self.is_interrupted or self.is_cut_by_clock or self.is_out_of_work
+
+    @property
+    def ending(self) -> str:
+        """What ended the search before its own end, in words; empty where nothing did."""
+        if self.is_interrupted:
+            return "ended by Ctrl-C"
+        if self.is_cut_by_clock:
+            return "cut by the clock"
+        return f"ended by the limit of {self.work} units of work" if self.is_out_of_work else ""
 
     def inner(self) -> Search:
         """A search of its own work within what this one's clock has left."""

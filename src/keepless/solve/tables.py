@@ -35,6 +35,7 @@ class Lives:
         seconds: of the step.
         reads: `value * span + position` of every read, ascending, where `span` exceeds the order's length.
         span: see `reads`.
+        start_nbytes: bytes before the first op.
     """
 
     value: Ints
@@ -44,11 +45,12 @@ class Lives:
     seconds: float
     reads: Ints
     span: int
+    start_nbytes: int = 0
 
     @property
     def peak(self) -> int:
         """Highest bytes on the device."""
-        return int(self.profile.max()) if len(self.profile) else 0
+        return int(self.profile.max()) if len(self.profile) else self.start_nbytes
 
     def next_read(self, value: int, position: int) -> int:
         """The first position after `position` that reads the value; -1 if none does."""
@@ -177,7 +179,9 @@ class Tables:
         first = np.flatnonzero(is_write)
         if not len(first):
             profile = self.static_nbytes + self.scratch[runs]
-            return Lives(first, first, first, profile, float(self.seconds[runs].sum()), first, num + 2)
+            return Lives(
+                first, first, first, profile, float(self.seconds[runs].sum()), first, num + 2, self._start_nbytes
+            )
         last = np.append(first[1:], len(rank)) - 1
         position = where[rank] // 2 - 1
         inst_value, start, end = value[rank[first]], np.maximum(position[first], 0), position[last]
@@ -194,7 +198,7 @@ class Tables:
         span = num + 2
         events = rank[~is_write]
         reads = value[events] * span + where[events] // 2 - 1
-        return Lives(inst_value, start, end, profile, float(self.seconds[runs].sum()), reads, span)
+        return Lives(inst_value, start, end, profile, float(self.seconds[runs].sum()), reads, span, self._start_nbytes)
 
     def _reuse(self, runs: Ints, num: int, profile: Ints, value: Ints, start: Ints, end: Ints) -> None:
         """Take the bytes of inputs whose storage an output takes over from the profile."""

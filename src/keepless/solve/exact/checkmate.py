@@ -308,4 +308,6 @@ class _Model:
         )
         if result.status == 1 and time.monotonic() - begin >= left:
             search.is_cut_by_clock = True
+        elif result.status == 1 and search.work is not None:
+            search.is_out_of_work = True
         return result

@@ -59,6 +59,8 @@ def run_solver(model: Retention, work: int, seed: int, search: Search) -> Answer
     is_over = status in (cp_model.OPTIMAL, cp_model.INFEASIBLE)
     if not is_over and time.monotonic() - begin >= left:
         search.is_cut_by_clock = True
+    elif not is_over and search.work is not None:
+        search.is_out_of_work = True
     bound = solver.best_objective_bound if has_order else 0.0
     return Answer(
         order=model.order(solver) if has_order else None,

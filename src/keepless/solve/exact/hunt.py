@@ -35,7 +35,8 @@ _SCANNED = 200
 """States of the same ops that a new one is compared with."""
 _TOLD_EVERY = 20_000
 _SMALL_OPS = 24
-_SMALL_STATES = 20_000
+MOST_STATES = 20_000
+"""That `hunted` looks at."""
 _Move: TypeAlias = tuple[float, int, int, float]
 """Estimate and node of the state before, the op that runs, seconds of replays with it."""
 
@@ -85,7 +86,7 @@ def hunted(graph: Graph, cost: CostModel, limit: int, *, any_order: bool, search
         return Hunted(None, False, 0)
     masks = Masks(graph, cost, may_run_again(graph, backward_again=False))
     peak = evaluate(graph, cost, range(len(graph.ops))).peak
-    hunt = Hunt(masks, limit, any_order, search or Search(), _SMALL_STATES, peak)
+    hunt = Hunt(masks, limit, any_order, search or Search(), MOST_STATES, peak)
     order = hunt.run()
     return Hunted(order, hunt.is_over, hunt.states)
 
@@ -210,7 +211,7 @@ class Hunt:
     def _push(self, move: _Move, done: int, resident: int, owed: int) -> bool:
         """Queue a state unless another one is as good; False where the work is spent."""
         estimate, node, op_id, paid = move
-        if self.states >= self.most or not self.search.spend():
+        if (self.search.work is None and self.states >= self.most) or not self.search.spend():
             return False
         self.states += 1
         resident &= self.useful(done)
