@@ -484,3 +484,9 @@ def is_compiled(value: Any) -> bool:
     if isinstance(value, torch.nn.Module):
         return type(value).__name__ == "OptimizedModule" or getattr(value, "_compiled_call_impl", None) is not None
     return hasattr(value, "_torchdynamo_orig_callable")
+
+
+def user_saved_tensor_hooks() -> Any:
+    """The saved-tensor hooks around this call that are not a checkpoint's; None where there are none."""
+    find = getattr(torch.utils.checkpoint, "_current_user_saved_tensors_hooks", None)
+    return None if find is None else find()

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from keepless import _compat
-from keepless.eager import closures, counters, hooks, profile, randomness, world
+from keepless.eager import closures, counters, hooks, profile, randomness, selective, world
 from keepless.eager.arguments import Arguments
 from keepless.eager.code import Code
 from keepless.eager.debugging import OpLogs
@@ -118,7 +118,8 @@ class _Call:
         return result
 
     def _plainly(self) -> Any:
-        _compat.push_saved_tensor_hooks(self.frame.pack, unpack)
+        frame = self.frame
+        _compat.push_saved_tensor_hooks(selective.marked(frame.pack) if frame.is_selective else frame.pack, unpack)
         try:
             return self.function(*self.args, **self.kwargs)
         finally:
@@ -199,6 +200,12 @@ class _Call:
 
 
 @contextlib.contextmanager
+def _both(one: contextlib.AbstractContextManager[Any], other: contextlib.AbstractContextManager[Any]) -> Iterator[None]:
+    with one, other:
+        yield
+
+
+@contextlib.contextmanager
 def _contexts(frame: Frame, options: Options) -> Iterator[None]:
     """The context around the forward; the frame gets the one for its recompute."""
     if options.context_fn is None:
@@ -211,7 +218,10 @@ def _contexts(frame: Frame, options: Options) -> Iterator[None]:
     if hasattr(around, "respect_saved_tensors_hooks"):
         around.respect_saved_tensors_hooks = options.respect_saved_tensors_hooks
     ended = False
-    with around:
+    draws = selective.Draws()
+    frame.is_selective = True
+    frame.context = _both(frame.context, selective.Redraws(draws))
+    with around, draws:
         yield
         ended = True
     if not ended:

@@ -65,6 +65,7 @@ class Frame:
         "holders",
         "inputs",
         "is_over",
+        "is_selective",
         "known",
         "name",
         "on_failure",
@@ -100,7 +101,7 @@ class Frame:
         self.variables: list[Variable] = []
         self.acting: set[int] = set()
         self.context: AbstractContextManager[Any] | None = None
-        self.is_over = False
+        self.is_over = self.is_selective = False
         self.known: Profile | None = None
         self.profile: Profile | None = None
         self.on_failure: Callable[[CheckpointError], None] | None = None

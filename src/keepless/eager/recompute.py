@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from keepless import _compat
-from keepless.eager import counters, hooks, randomness
+from keepless.eager import counters, hooks, randomness, selective
 from keepless.eager.determinism import described
 from keepless.eager.failures import CheckpointError
 from keepless.eager.frame import Frame, Holder
@@ -155,7 +155,7 @@ class _Run:
 
     def _call(self, args: list[Any], kwargs: dict[str, Any]) -> None:
         frame = self.frame
-        _compat.push_saved_tensor_hooks(self.pack, _as_it_is)
+        _compat.push_saved_tensor_hooks(selective.marked(self.pack) if frame.is_selective else self.pack, _as_it_is)
         try:
             frame.function(*args, **kwargs)
         except _Done:
