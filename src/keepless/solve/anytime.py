@@ -37,7 +37,7 @@ _FAR = 0.03
 """A certified gap that makes the classics worth their seconds beyond so many ops."""
 _ON_CHAINS: tuple[Solver, ...] = (Revolve(), Rotor())
 _LONG_CHAIN_OPS = 150
-"""Ops beyond which these settle a chain of equal steps: a search on orders as long as theirs takes minutes for nothing."""
+"""Ops beyond which these settle a chain of equal steps: its orders are long, and searching on takes minutes in vain."""
 
 
 @dataclass(frozen=True)
