@@ -66,6 +66,7 @@ bench: $(VENV)/.ready
 
 bench-planner: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.planner
+	$(BIN)/python -m benchmarks.order
 
 bench-gpu: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.step --device cuda
