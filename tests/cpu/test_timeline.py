@@ -102,3 +102,5 @@ def test_bad_arguments_are_refused(subject: tuple[zoo.Workload, keepless.Plan]) 
             keepless.timeline(workload.model, batch, plan, repeats=repeats)  # type: ignore[arg-type]
     with pytest.raises(PlanError, match=r"not a keepless\.Plan"):
         keepless.timeline(workload.model, batch, "step.plan")  # type: ignore[arg-type]
+    with pytest.raises(PlanError, match="another step"):
+        keepless.timeline(workload.model, {name: tensor[:1] for name, tensor in batch.items()}, plan)

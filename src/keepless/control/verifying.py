@@ -239,7 +239,7 @@ def _refuse(
     planned: PlannedForward, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], reason: str
 ) -> None:
     raise PlanError(
-        f"The plan was made for another step than the one to verify: {reason}. Give the model and a batch as they were "
+        f"The plan was made for another step than this one: {reason}. Give the model and a batch as they were "
         "planned for, or plan for these."
     )
 
