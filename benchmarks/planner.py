@@ -6,7 +6,8 @@
 Steps are captured and measured once (`benchmarks.graphs`). Budgets go from the smallest found to everything kept by
 equal factors. Rows per budget: added time over everything kept, the certified gap, seconds to the first plan that fits
 and to the last; the certificate is checked again from its witness. DAGs are random and layered, with realistic spreads
-of bytes and seconds; budgets are 0.9 and 0.8 of the given order's peak.
+of bytes and seconds; budgets are 0.9 and 0.8 of the given order's peak. On the 4-layer GPT-2 a crude greedy over op
+times (`benchmarks.crude`) stands beside the planner, at the same peak and at the same bytes for the backward.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import time
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from benchmarks import graphs
+from benchmarks import crude, graphs
 from benchmarks.common import RESULTS, Table
 from keepless.cost import CostModel
 from keepless.ir import Graph, Kind, Op, Phase, Value
@@ -28,10 +29,14 @@ from keepless.passes import evaluate
 from keepless.solve import SOLVERS, Search, Standing, recheck
 from keepless.solve.anytime import plan
 from keepless.solve.planner import Planner
+from keepless.solve.tables import Tables
+from keepless.solve.weave import lazy_order
 
 BUDGETS = 12
 SIZES = (100, 250, 500, 1000)
 SEEDS = 3
+CRUDE = (0.1, 0.2, 0.47, 0.69, 0.84, 0.93)
+"""Shares of the saved bytes that the crude greedy sheds."""
 CLASSICS = ("every_k", "sqrt_n", "revolve", "rotor", "dtr", "knapsack")
 
 
@@ -109,6 +114,39 @@ def dags(table: Table, console: Console) -> None:
                     table.add(name, solver, "added", "ratio", found.seconds / given.seconds - 1)
 
 
+def greedy(table: Table, name: str, console: Console) -> None:
+    """The crude greedy's points on a captured step, and what the planner makes of the same peak and the same bytes."""
+    console.print(f"{name}: crude greedy")
+    graph, cost = graphs.load(name, console.print)
+    tables = Tables(graph, cost)
+    base, kept = sum(cost.seconds), tables.lives(tables.base).peak
+    points, cuts = crude.crude_points(tables), crude.cut_points(tables)
+    for share in CRUDE:
+        point = crude.fastest(points, share)
+        if point is None:
+            console.print(f"the greedy sheds at most {max(p.shed for p in points):.1%}")
+            return
+        peak = tables.lives(lazy_order(tables, point.replays)).peak
+        mine = SOLVERS["keepless"].solve(graph, cost, peak)
+        by_bytes = crude.fastest(cuts, point.shed)
+        assert by_bytes is not None
+        subject, contender = f"{name} crude", f"shed {share:.0%}"
+        table.add(subject, contender, "shed", "ratio", point.shed)
+        table.add(subject, contender, "peak_over_kept", "ratio", peak / kept)
+        table.add(subject, contender, "added_by_greedy", "ratio", point.added_seconds / base)
+        table.add(subject, contender, "added_at_the_same_peak", "ratio", mine.seconds / base - 1)
+        table.add(subject, contender, "added_at_the_same_bytes", "ratio", by_bytes.added_seconds / base)
+
+
+def show_greedy(console: Console, table: Table, name: str) -> None:
+    """The greedy beside the planner."""
+    columns = ("shed", "peak_over_kept", "added_by_greedy", "added_at_the_same_peak", "added_at_the_same_bytes")
+    shown = RichTable(*columns, title=f"{name}: crude greedy and planner")
+    for contender in dict.fromkeys(row.contender for row in table.rows if row.model == f"{name} crude"):
+        shown.add_row(*(f"{table.find(f'{name} crude', contender, column) or 0:.2%}" for column in columns))
+    console.print(shown)
+
+
 def simulation(table: Table) -> None:
     """Seconds to simulate a program of 10,000 runs."""
     graph, cost = layered(10_000, 0)
@@ -179,9 +217,11 @@ def main() -> None:
         table.write(RESULTS / "planner.csv")
     if not args.no_dags:
         dags(table, console)
+    greedy(table, "gpt2-4", console)
     simulation(table)
     table.write(RESULTS / "planner.csv")
     show(console, table, list(args.steps))
+    show_greedy(console, table, "gpt2-4")
 
 
 if __name__ == "__main__":

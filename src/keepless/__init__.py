@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from keepless.api import load as load
     from keepless.api import plan as plan
     from keepless.api import remove as remove
+    from keepless.api import timeline as timeline
     from keepless.api import verify as verify
     from keepless.api import with_loss as with_loss
     from keepless.eager import checkpoint as checkpoint
@@ -53,6 +54,7 @@ _HOMES = {
         "load",
         "plan",
         "remove",
+        "timeline",
         "verify",
         "with_loss",
     ),

@@ -1,4 +1,4 @@
-"""The public functions: plan, curve, apply, remove, fit, load, verify, with_loss."""
+"""The public functions: plan, curve, apply, remove, fit, load, verify, timeline, with_loss."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from keepless import control
 from keepless.capture import Inputs
 from keepless.control import Progress, StepCurve, Verification
+from keepless.ir import Timeline
 from keepless.machine import Plan, load_plan
 from keepless.solve import Solver
 
@@ -171,6 +172,21 @@ def verify(
     return control.verify(model, batch, plan, loss_fn=loss_fn, repeats=repeats)
 
 
+def timeline(
+    model: torch.nn.Module, batch: Any, plan: Plan, *, loss_fn: LossFn | None = None, repeats: int = 5
+) -> Timeline:
+    """What each instruction of the planned step takes on this batch: medians over some steps, without the optimizer's.
+
+    The same type as `plan.predicted`, with the same bytes; what the caller's loss takes counts for the LOSS op.
+    `keepless.solve.replan` makes a better cost model of it. The model is left as by `verify`.
+
+    Raises:
+        PlanError: the plan was made for another model or batch.
+        ParameterError: `repeats` is not a number of steps.
+    """
+    return control.measure_timeline(model, batch, plan, loss_fn=loss_fn, repeats=repeats)
+
+
 class WithLoss(torch.nn.Module):
     """A model whose forward returns its loss, so that the loss is captured, planned and recomputed with the model."""
 
@@ -209,6 +225,7 @@ __all__ = [
     "load",
     "plan",
     "remove",
+    "timeline",
     "verify",
     "with_loss",
 ]

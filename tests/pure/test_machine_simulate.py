@@ -13,6 +13,7 @@ from keepless.errors import ProgramError
 from keepless.ir import Budget, Graph, Kind, Op, Phase, Run, Timeline, Value
 from keepless.ir.text import parse_graph, parse_program
 from keepless.machine import Machine, reuse_pairs, simulate
+from keepless.passes import evaluate, from_order
 
 GRAPH = parse_graph(
     'value 0 "x" 8 input f\nvalue 1 "y" 16 input f\nvalue 2 "z" 4 activation f\n'
@@ -127,3 +128,29 @@ def test_timeline_adds_up(case: Case) -> None:
     assert all(event.peak >= event.resident for event in events)
     pinned = sum(case.graph.values[value].nbytes for value in case.graph.pinned)
     assert events[-1].resident == pinned
+
+
+def test_a_program_of_ten_thousand_ops() -> None:
+    """A chain of 5,000 steps and their backward, half of the states made again: every event, exact seconds and peak."""
+    half, state = 5_000, 8
+    values = [
+        Value(0, "x", state, Kind.INPUT),
+        *(Value(k + 1, f"v{k}", state, Kind.ACTIVATION) for k in range(2 * half)),
+    ]
+    ops = [Op(k, "step", (k,), (k + 1,), Phase.FORWARD) for k in range(half)]
+    ops += [Op(half + k, "back", (half - k - 1, half + k), (half + k + 1,), Phase.FORWARD) for k in range(half)]
+    graph = Graph(tuple(ops), tuple(values), frozenset({0}), frozenset({0, 2 * half}))
+    cost = CostModel(tuple(1.0 + op.id % 2 for op in ops), (0,) * len(ops))
+    order = list(range(half))
+    for op in range(half, 2 * half):
+        read = 2 * half - op - 1  # the state that the step began with: what step `read - 1` made
+        order += [read - 1, op] if read % 2 else [op]
+    found = simulate(graph, from_order(graph, order), cost)
+    runs = [event for event in found.events if event.end > event.start]
+    assert len(runs) == len(order) == 2 * half + half // 2
+    assert found.seconds == sum(cost.seconds[op] for op in order)
+    assert found.peak == evaluate(graph, cost, order, reuse=False).peak
+    assert found.peak < (half // 2 + 8) * state
+    whole = simulate(graph, from_order(graph, range(2 * half)), cost)
+    assert len([event for event in whole.events if event.end > event.start]) == 2 * half
+    assert whole.peak > half * state

@@ -21,6 +21,7 @@ from keepless.cli.options import (
     Debug,
     Device,
     Dtype,
+    ExportOption,
     Json,
     LearningRate,
     ModelArgument,
@@ -36,6 +37,7 @@ from keepless.cli.options import (
     Values,
 )
 from keepless.cli.session import FAILED, Session, UsageError, planning, read_budget, session
+from keepless.cost import format_graph
 from keepless.ir import format_bytes
 from keepless.machine import Plan, load_plan
 from keepless.report.tables import blocks_table, format_percent, peak_table, plan_dict, verdict
@@ -59,6 +61,7 @@ def plan_command(
     budget: BudgetOption = None,
     save: SaveOption = None,
     picture: PictureOption = None,
+    export: ExportOption = None,
     batch_size: BatchSize = 8,
     seq_len: SeqLen = 128,
     dtype: Dtype = "float32",
@@ -85,7 +88,12 @@ def plan_command(
             "cache": cache,
         }
         found = _planned(_build(recipe), budget, options)
+        if export is not None:
+            export.write_text(format_graph(found.graph, found.cost), encoding="ascii")
         _describe(current, found, values=values, save=save, picture=picture)
+        if export is not None:
+            current.answer["graph_file"] = str(export)
+            current.show(f"graph    {export}")
 
 
 app.command("curve")(curve_command)

@@ -31,3 +31,6 @@ Accumulates = Annotated[bool, typer.Option(help="Gradients are added to existing
 Outside = Annotated[str, typer.Option(help="Bytes on the device beside the model: a second model, say.")]
 Caches = Annotated[bool, typer.Option(help="Remember measured costs of ops on disk.")]
 Releases = Annotated[bool, typer.Option(help="The loop drops the model's outputs, all but the loss, before backward.")]
+ExportOption = Annotated[
+    Path | None, typer.Option(help="Write the step's graph and measured costs to this file, for keepless solve.")
+]

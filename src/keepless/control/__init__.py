@@ -10,5 +10,6 @@ from keepless.control.curves import make_curve as make_curve
 from keepless.control.planning import Progress as Progress
 from keepless.control.planning import make as make
 from keepless.control.planning import read_budget as read_budget
+from keepless.control.timing import measure_timeline as measure_timeline
 from keepless.control.verifying import Verification as Verification
 from keepless.control.verifying import verify as verify

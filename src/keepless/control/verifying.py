@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,17 +97,13 @@ def verify(model: torch.nn.Module, batch: Any, plan: Plan, *, loss_fn: Any, repe
     inputs = Inputs.of(batch)
     flat = flatten_inputs(inputs)
     before = planned_forward(model)
-    with _restored(model):
+    with restored(model):
         remove(model)
         try:
             capture = capture_of(plan, model) or bind(model, plan, flat)
-            if ambient_state(capture.binding.device.type) != capture.binding.ambient:
-                raise PlanError(
-                    "The plan was made under another autocast, default dtype or choice of kernels than stands around "
-                    "verify: call it under the same."
-                )
+            check_ambient(capture, "verify")
             loss_fn = loss_fn or capture.settings.loss_fn
-            run = _Runner(model, inputs, batch, loss_fn, capture)
+            run = Runner(model, inputs, batch, loss_fn, capture)
             reference, name, plain = _reference(run, plan, capture)
             noise = _noise(run, reference)
             apply(model, plan)
@@ -136,7 +132,20 @@ def verify(model: torch.nn.Module, batch: Any, plan: Plan, *, loss_fn: Any, repe
     )
 
 
-class _Runner:
+def check_ambient(capture: Capture, caller: str) -> None:
+    """Refuses to run a step under another autocast and the like than it was captured under.
+
+    Raises:
+        PlanError: they differ.
+    """
+    if ambient_state(capture.binding.device.type) != capture.binding.ambient:
+        raise PlanError(
+            "The plan was made under another autocast, default dtype or choice of kernels than stands around "
+            f"{caller}: call it under the same."
+        )
+
+
+class Runner:
     """Runs one forward and backward of whatever forward stands in the model."""
 
     def __init__(self, model: torch.nn.Module, inputs: Inputs, batch: Any, loss_fn: Any, capture: Capture) -> None:
@@ -194,7 +203,7 @@ class _Runner:
         return increments(self.forward_backward, self.device)
 
 
-def _reference(run: _Runner, plan: Plan, capture: Capture) -> tuple[_Outcome, str, _Outcome | None]:
+def _reference(run: Runner, plan: Plan, capture: Capture) -> tuple[_Outcome, str, _Outcome | None]:
     """The outcome to compare with, its name, and plain eager's where it was run."""
     model = run.model
     fits = plan.baseline_peak <= device_nbytes(run.device)
@@ -202,20 +211,23 @@ def _reference(run: _Runner, plan: Plan, capture: Capture) -> tuple[_Outcome, st
     if fits:
         plain = run.step()
         program = reuse_storage(graph, from_order(graph, range(len(graph.ops))))
-        with _with_program(model, capture, program):
+        with with_program(model, capture, program):
             kept = run.step()
         if not _differences(plain, kept):
             return plain, PLAIN, plain
         return kept, SAME_ENGINE, plain
     from keepless.solve import smallest
 
-    with _with_program(model, capture, smallest(graph, plan.cost).program):
+    with with_program(model, capture, smallest(graph, plan.cost).program):
         return run.step(), SMALLEST, None
 
 
 @contextlib.contextmanager
-def _with_program(model: torch.nn.Module, capture: Capture, program: Any) -> Iterator[None]:
-    entry = make_entry(model, capture.flat, capture.binding, program)
+def with_program(
+    model: torch.nn.Module, capture: Capture, program: Any, mark: Callable[[int], None] | None = None
+) -> Iterator[None]:
+    """The model trains by a program; calls that mean another step are refused. `mark` as in `make_entry`."""
+    entry = make_entry(model, capture.flat, capture.binding, program, mark)
     model.__dict__["forward"] = PlannedForward(model, [entry], _refuse)
     try:
         yield
@@ -227,12 +239,12 @@ def _refuse(
     planned: PlannedForward, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], reason: str
 ) -> None:
     raise PlanError(
-        f"The plan was made for another step than the one to verify: {reason}. Give verify the model and a batch as "
-        "they were planned for, or plan for these."
+        f"The plan was made for another step than this one: {reason}. Give the model and a batch as they were "
+        "planned for, or plan for these."
     )
 
 
-def _noise(run: _Runner, reference: _Outcome) -> float:
+def _noise(run: Runner, reference: _Outcome) -> float:
     """How far plain eager is from itself; where it cannot run, not known and given as 0."""
     again = run.step()
     once = run.step() if _differences(reference, again) else reference
@@ -288,7 +300,7 @@ def _set_rng(device: torch.device, state: torch.Tensor) -> None:
 
 
 @contextlib.contextmanager
-def _restored(model: torch.nn.Module) -> Iterator[None]:
+def restored(model: torch.nn.Module) -> Iterator[None]:
     """Gradients, buffers and generator states as they were, whatever happens."""
     device = next(model.parameters()).device
     grads = [(p, p.grad) for p in model.parameters()]

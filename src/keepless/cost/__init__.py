@@ -1,5 +1,7 @@
 """Costs: seconds and scratch per op, links between tiers; and graphs with their costs as JSON."""
 
+from keepless.cost.correct import corrected as corrected
+from keepless.cost.correct import op_ratios as op_ratios
 from keepless.cost.exchange import GraphFile as GraphFile
 from keepless.cost.exchange import parse_graph as parse_graph
 from keepless.cost.exchange import read_graph as read_graph

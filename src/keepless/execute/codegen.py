@@ -76,11 +76,13 @@ class Compiled:
 class _Writer:
     """Emits lines, instruction by instruction."""
 
-    def __init__(self, binding: Binding, program: Program) -> None:
+    def __init__(self, binding: Binding, program: Program, mark: Callable[[int], None] | None) -> None:
         self.binding = binding
         self.graph = binding.graph
         self.program = program
+        self.is_timed = mark is not None
         self.table: dict[str, Any] = {"_get_rng": torch.get_rng_state, "_set_rng": torch.set_rng_state, "_stale": stale}
+        self.table |= {"_mark": mark}
         self.names: dict[int, str] = {}
         self.lines: list[str] = []
         self.arguments: list[int] = sorted(
@@ -179,9 +181,7 @@ class _Writer:
 
     def forget(self, value: int) -> None:
         """Emits `del` for every name of a value."""
-        if value in self.static:
-            return
-        if value in self.held:
+        if value in self.static or value in self.held:
             return
         slots = self.live.pop(value, [])
         self.handed.pop(value, None)
@@ -325,10 +325,11 @@ class _Writer:
                 self.forget(instr.value)
                 if self.graph.values[instr.value].kind.value == "rng":
                     self.lines.append(f"del r{instr.value}")
+            self.lines += [f"_mark({index})"] * self.is_timed
         if self.waiting:
             self.cut()
         unpack = f"({''.join(f't{slot}, ' for slot in self.arguments)}) = A"
-        body = "\n    ".join([unpack, "del A", *self.lines])
+        body = "\n    ".join([unpack, "del A", *["_mark(-1)"] * self.is_timed, *self.lines])
         text = f"def step(A, O, G):\n    {body}\n"
         code: CodeType = compile(text, STEP_FILE, "exec")
         space = dict(self.table)
@@ -343,6 +344,6 @@ class _Writer:
         )
 
 
-def compile_step(binding: Binding, program: Program) -> Compiled:
-    """The generated step of a verified program."""
-    return _Writer(binding, program).write()
+def compile_step(binding: Binding, program: Program, mark: Callable[[int], None] | None = None) -> Compiled:
+    """The generated step of a verified program; it calls `mark` with -1 first, then with each instruction's index."""
+    return _Writer(binding, program, mark).write()

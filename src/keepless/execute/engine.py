@@ -202,9 +202,15 @@ class _Replay:
         return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
 
-def make_entry(model: torch.nn.Module, flat: FlatInputs, binding: Binding, program: Program) -> Entry:
-    """Lowers a verified program for a model; the model is not changed."""
-    compiled = compile_step(binding, program)
+def make_entry(
+    model: torch.nn.Module,
+    flat: FlatInputs,
+    binding: Binding,
+    program: Program,
+    mark: Callable[[int], None] | None = None,
+) -> Entry:
+    """Lowers a verified program for a model; the model is not changed. `mark` is told when instructions end."""
+    compiled = compile_step(binding, program, mark)
     guard = Guard(model, flat, binding, compiled.arguments)
     positions = tuple(sorted(binding.outputs))
     differentiable = tuple(positions.index(p) for p in binding.grad_outputs)

@@ -6,10 +6,11 @@ A solver's output is an order of op ids; drops, storage reuse, peak and seconds 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
-from keepless.cost import CostModel
+from keepless.cost import CostModel, corrected
 from keepless.errors import InfeasibleBudget, SolverError
-from keepless.ir import Budget, Certificate, Graph, Status, format_bytes
+from keepless.ir import Budget, Certificate, Graph, Program, Run, Status, Timeline, format_bytes
 from keepless.machine import verify
 from keepless.solve.anytime import Keepless
 from keepless.solve.anytime import plan as _plan
@@ -97,6 +98,47 @@ def solve(
         claim = found.certificate
         search.report(Standing(claim.solver, found.seconds, found.peak, claim.bound_seconds, search.spent))
     return found
+
+
+def replan(
+    graph: Graph,
+    cost: CostModel,
+    program: Program,
+    measured: Timeline,
+    budget: Budget,
+    solver: str | Solver = "keepless",
+    seed: int = 0,
+    search: Search | None = None,
+) -> tuple[CostModel, Solution]:
+    """What a measured step teaches: the corrected cost model, and a verified program for it within the budget.
+
+    Where the solver finds nothing faster, by the corrected costs, than the program that ran, that one stays.
+
+    Arguments:
+        cost: what the program was planned with.
+        program: what ran.
+        measured: its timeline; events may be missing (`keepless.cost.corrected`).
+        budget, solver, seed, search: as in `solve`.
+
+    Raises:
+        InfeasibleBudget: no order within the budget was found, and the program that ran is none.
+        SolverError, ProgramError: as `solve`.
+    """
+    better = corrected(graph, cost, program, measured)
+    order = [instr.op for instr in program if isinstance(instr, Run)]
+    ran = _solution(graph, better, order, Certificate("as it ran", Status.FEASIBLE))
+    try:
+        found = solve(graph, better, budget, solver, seed, search)
+    except InfeasibleBudget as error:
+        if ran.peak > budget.device:
+            raise
+        return better, ran.stating(ran.peak, error.bound)
+    if ran.peak <= budget.device and ran.seconds < found.seconds:
+        claim = replace(found.certificate, status=Status.FEASIBLE)
+        found = replace(
+            found, order=ran.order, seconds=ran.seconds, peak=ran.peak, program=ran.program, certificate=claim
+        )
+    return better, found
 
 
 def smallest(graph: Graph, cost: CostModel) -> Solution:

@@ -14,6 +14,7 @@ from keepless.cost import CostModel
 from keepless.ir import Certificate, Graph, Status
 from keepless.solve.bound import witness_text
 from keepless.solve.classics import Dtr, Revolve, Rotor, SqrtN
+from keepless.solve.classics.alike import steps_are_alike
 from keepless.solve.exact.hunt import MOST_STATES, hunted
 from keepless.solve.floor import floor_bound
 from keepless.solve.improve import improve
@@ -34,6 +35,9 @@ _CLASSICS_OPS = 4000
 _SMALL_OPS = 1500
 _FAR = 0.03
 """A certified gap that makes the classics worth their seconds beyond so many ops."""
+_ON_CHAINS: tuple[Solver, ...] = (Revolve(), Rotor())
+_LONG_CHAIN_OPS = 150
+"""Ops beyond which these settle a chain of equal steps: its orders are long, and searching on takes minutes in vain."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,8 @@ class _Course:
     def run(self) -> Solution:
         """The whole search. Ctrl-C ends it with its best so far: at once if nothing fits yet or it came twice."""
         try:
+            if self._is_settled():
+                return self._solution()
             self._first()
             if self.best.peak <= self.limit and len(self.best.order) > self.planner.tables.num_ops:
                 self._improve()
@@ -124,6 +130,19 @@ class _Course:
                 raise
             self.search.interrupt()
         return self._solution()
+
+    def _is_settled(self) -> bool:
+        """Whether the graph is a long chain of equal steps, and a schedule for these fits."""
+        planner = self.planner
+        is_long = _LONG_CHAIN_OPS < planner.tables.num_ops <= _CLASSICS_OPS
+        if not is_long or self.best.peak <= self.limit or not steps_are_alike(planner.tables):
+            return False
+        for solver in _ON_CHAINS:
+            if not self.search.is_over:
+                self._take(Woven.of(solver.solve(planner.graph, planner.cost, self.limit, self.seed)))
+        if self.best.peak <= self.limit:
+            self._certify()
+        return self.best.peak <= self.limit
 
     def _take(self, woven: Woven) -> None:
         if woven.beats(self.best, self.limit):
