@@ -490,3 +490,15 @@ def user_saved_tensor_hooks() -> Any:
     """The saved-tensor hooks around this call that are not a checkpoint's; None where there are none."""
     find = getattr(torch.utils.checkpoint, "_current_user_saved_tensors_hooks", None)
     return None if find is None else find()
+
+
+def next_node_number() -> int:
+    """The number that the next autograd node of this thread gets."""
+    home: Any = torch.autograd
+    return int(home._get_sequence_nr())
+
+
+def is_made_since(tensor: torch.Tensor, number: int) -> bool:
+    """Whether a tensor's autograd node is of that number or later."""
+    node: Any = tensor.grad_fn
+    return node is not None and hasattr(node, "_sequence_nr") and int(node._sequence_nr()) >= number

@@ -8,8 +8,8 @@ from typing import Any
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from keepless import _compat
+from keepless.eager.calls import tensors_in
 from keepless.eager.failures import CheckpointError
-from keepless.eager.watch import tensors_in
 
 
 class OpLog(TorchDispatchMode):

@@ -172,9 +172,17 @@ class _Call:
         named = [stream for item in code.functions for stream in randomness.named_in(item.__code__, item.__globals__)]
         own = randomness.streams_in(value for _, before in watch.attributes.values() for value, _ in before.values())
         before = randomness.save((randomness.DEFAULT, *profile.global_streams(), *frame.own_streams, *own))
-        with watch.judge, hooks.calls_through(watch.route), watch:
-            result = self._plainly()
+        if any(_compat.is_compiled(item) for item in (function, *closures.all_held(function), *family)):
+            result = self._compiled(watch, family)
+        else:
+            with watch.judge, hooks.calls_through(watch.route), watch:
+                result = self._plainly()
         watch.finish()
+        if watch.lost:
+            raise CheckpointError(
+                f"checkpoint: {watch.lost} that {frame.name} does not own, in place, by a function that is not known "
+                "for it; the values of before are gone. Clone the tensor first, or leave it outside the region"
+            )
         moved = randomness.moved(before)
         frame.random = [(stream, state) for stream, state in before if stream in moved or stream is randomness.DEFAULT]
         frame.random += watch.generators.values()
@@ -194,9 +202,21 @@ class _Call:
         drawn = [stream for stream, _ in frame.random if stream is not randomness.DEFAULT]
         found.streams = list({stream.key: stream for stream in (*drawn, *named)}.values())
         found.draws = randomness.DEFAULT in moved
+        found.fills_late = watch.fills_late
+        frame.early_stop = frame.early_stop and not watch.fills_late
         found.paths.add(frame.path())
         frame.profile = found
         return result, found
+
+    def _compiled(self, watch: Watch, family: list[torch.nn.Module]) -> Any:
+        """Compiled code would be traced with whoever watches it: only what it left changed is seen."""
+        for module in family:
+            watch.meet(module)
+        versions = _compat.versions(self.tensors)
+        result = self._plainly()
+        if _compat.versions(self.tensors) != versions:
+            watch.lost = "compiled code changed an input"
+        return result
 
 
 @contextlib.contextmanager

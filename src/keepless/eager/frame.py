@@ -119,6 +119,7 @@ class Frame:
         Without `preserve` torch's default stream is left alone where the region was not seen to draw from it.
         """
         self.known = self.profile = profile
+        self.early_stop = self.early_stop and not profile.fills_late
         state = profile.state()
         if state:
             with torch.no_grad():

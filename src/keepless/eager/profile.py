@@ -48,6 +48,7 @@ class Profile:
         inputs: positions of the inputs that it writes; cloned before each call.
         streams: streams of random numbers that it may draw from, besides torch's default on the CPU.
         draws: whether it draws from that one.
+        fills_late: whether an op in it fills a tensor after saving it; the recompute then runs to its end.
         observers: ids of the hooks that only look; they run once.
         is_compiled: whether torch.compile's code is in it; that runs otherwise where ops are seen one by one.
         paths: signatures of what watched calls saved; a call with another went a way that nobody watched.
@@ -81,6 +82,7 @@ class Profile:
         self.observers = watch.judge.seen - watch.judge.active
         self.streams: list[Stream] = []
         self.draws = True
+        self.fills_late = False
         self.paths: set[Hashable] = set()
         self.varies = False
         held = (function, *closures.all_held(function), *known.values())

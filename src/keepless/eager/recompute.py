@@ -15,7 +15,7 @@ from keepless.eager.determinism import described
 from keepless.eager.failures import CheckpointError
 from keepless.eager.frame import Frame, Holder
 from keepless.eager.profile import Profile
-from keepless.eager.watch import Quiet, Refuse, Unseen
+from keepless.eager.watch import Refuse, Unseen
 from keepless.errors import StaleTensorError
 
 # Recomputes that move shared state (generators, buffers, attributes) take turns.
@@ -173,16 +173,13 @@ class _Run:
         again = not frame.ambient.is_now()
         skip = profile.observers - frame.acting if profile is not None and profile.observers else None
         unseen = profile is not None and frame.known is not None and not self._is_seen(profile)
-        if not (again or skip or changed or unseen or frame.known is None or frame.context is not None):
+        if not (again or skip or changed or unseen or frame.context is not None):
             return None
         stack = contextlib.ExitStack()
         if again:
             stack.enter_context(frame.ambient.again())
         if skip:
             stack.enter_context(hooks.calls_through(hooks.without(skip)))
-        if frame.known is None:
-            quiet: Any = Quiet
-            stack.enter_context(quiet())
         if unseen:
             stack.enter_context(Unseen(frame.state, frame.clones, frame.random, inputs, self._not_watched))
         if changed:

@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from keepless import _compat
 from keepless.eager import randomness
+from keepless.eager.calls import draws_of, tensors_in
 from keepless.eager.randomness import Stream
-from keepless.eager.watch import draws_of, tensors_in
 
 
 def _stream_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Stream | None:

@@ -2,111 +2,55 @@
 
 from __future__ import annotations
 
-import functools
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 
 from keepless import _compat
 from keepless.eager import containers, hooks, randomness, world
+from keepless.eager.calls import draws_of, fills_late, reads_values, storage_of, tensors_in, writes_of
 from keepless.eager.world import Variable
 from keepless.errors import StaleTensorError
 
 _SMALL = 1 << 20
 
-# Normalisations write their running statistics without saying so: (running mean, running variance, training).
-_SILENT = {
-    "aten::native_batch_norm": (3, 4, 5),
-    "aten::cudnn_batch_norm": (3, 4, 5),
-    "aten::miopen_batch_norm": (3, 4, 5),
-}
 
-
-def storage_of(tensor: torch.Tensor) -> Any:
-    """Equal for tensors that share memory; sparse tensors stand for themselves."""
-    try:
-        return _compat.storage_key(tensor)
-    except (NotImplementedError, RuntimeError):
-        return ("impl", tensor._cdata)
-
-
-def tensors_in(values: Iterable[Any]) -> Iterator[torch.Tensor]:
-    """The tensors among an op's arguments or results, lists included."""
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from tensors_in(value)
-
-
-@functools.cache
-def _written(func: Any) -> tuple[tuple[int, str], ...]:
-    return tuple(
-        (position, argument.name)
-        for position, argument in enumerate(func._schema.arguments)
-        if argument.alias_info is not None and argument.alias_info.is_write
-    )
-
-
-def writes_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
-    """The tensors that an op changes in place."""
-    silent = _SILENT.get(func._schema.name)
-    if silent is not None:
-        mean, variance, training = silent
-        return list(tensors_in(args[mean : variance + 1])) if len(args) > training and args[training] else []
-    values = (args[at] if at < len(args) else kwargs.get(name) for at, name in _written(func))
-    return list(tensors_in(values))
-
-
-def draws_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Generator | bool:
-    """The generator that an op was given; True where it draws from a default one, False where it draws nothing."""
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, torch.Generator):
-            return value
-    return torch.Tag.nondeterministic_seeded in func.tags
-
-
-class Quiet(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Does nothing. A watched forward and its recompute both run under a mode, so that code that asks agrees."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return func(*args, **(kwargs or {}))
-
-
-class Refuse(TorchDispatchMode):
-    """Raises where an op uses one of the tensors that changed since the forward."""
+class Refuse(TorchFunctionMode):
+    """Raises where a call uses one of the tensors that changed since the forward."""
 
     def __init__(self, changed: Iterable[torch.Tensor], say: Callable[[torch.Tensor], str]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.changed = {storage_of(tensor): tensor for tensor in changed}
         self.say = say
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for tensor in tensors_in((*args, *(kwargs or {}).values())):
-            found = self.changed.get(storage_of(tensor))
-            if found is not None:
-                raise StaleTensorError(self.say(found))
-        return func(*args, **(kwargs or {}))
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if reads_values(func):
+            for tensor in tensors_in((*args, *kwargs.values())):
+                found = self.changed.get(storage_of(tensor))
+                if found is not None:
+                    raise StaleTensorError(self.say(found))
+        return func(*args, **kwargs)
 
 
-class Effects(TorchDispatchMode):
-    """Counts the ops that write in place or draw random numbers."""
+class Effects(TorchFunctionMode):
+    """Counts the calls that write in place or draw random numbers."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.count = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if draws_of(func, args, kwargs) is not False or writes_of(func, args, kwargs):
             self.count += 1
         return func(*args, **kwargs)
 
 
-class Unseen(TorchDispatchMode):
+class Unseen(TorchFunctionMode):
     """Around a recompute whose forward went a way that was not watched: raises where that would not be right."""
 
     def __init__(
@@ -117,26 +61,27 @@ class Unseen(TorchDispatchMode):
         inputs: list[torch.Tensor],
         error: Callable[[str], Exception],
     ) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.made = {storage_of(tensor) for tensor, _ in state} | {storage_of(inputs[position]) for position in clones}
         self.streams = {stream.key for stream, _ in random}
         self.error = error
+        self.start = _compat.next_node_number()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         drawn = draws_of(func, args, kwargs)
-        if drawn is not False and drawn is not True and id(drawn) not in self.streams:
+        if isinstance(drawn, torch.Generator) and id(drawn) not in self.streams:
             raise self.error("drew from a torch.Generator that it had not used")
         for tensor in writes_of(func, args, kwargs):
-            if storage_of(tensor) not in self.made:
+            if storage_of(tensor) not in self.made and not _compat.is_made_since(tensor, self.start):
                 raise self.error(f"changed a tensor of shape {list(tensor.shape)} in place")
         result = func(*args, **kwargs)
         self.made.update(storage_of(tensor) for tensor in tensors_in((result,)))
         return result
 
 
-class Watch(TorchDispatchMode):
-    """Sees every op of a region and every module that it calls.
+class Watch(TorchFunctionMode):
+    """Sees every call of torch in a region, and every module that it calls.
 
     Attributes:
         inputs: position of an input whose memory was written -> its values before.
@@ -147,12 +92,15 @@ class Watch(TorchDispatchMode):
     """
 
     def __init__(self, inputs: list[torch.Tensor], count: Callable[[], int]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.given: dict[Any, list[tuple[int, torch.Tensor]]] = {}
         for position, tensor in enumerate(inputs):
             self.given.setdefault(storage_of(tensor), []).append((position, tensor))
         self.judge = hooks.Judge(lambda: (self.effects, count()))
         self.made: set[Any] = set()
+        self.start = _compat.next_node_number()
+        self.lost = ""
+        self.fills_late = False
         self.owners: dict[Any, torch.Tensor] = {}
         self.inputs: dict[int, torch.Tensor] = {}
         self.before: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -165,29 +113,50 @@ class Watch(TorchDispatchMode):
         self.hook_variables: dict[int, list[tuple[int, Variable]]] = {}
         self.effects = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        outer = []
         for tensor in tensors_in((*args, *kwargs.values())):
             key = storage_of(tensor)
-            if key not in self.made and key not in self.given and key not in self.owners:
+            if key in self.made:
+                continue
+            if key not in self.given and key not in self.owners:
+                if _compat.is_made_since(tensor, self.start):  # by a custom function
+                    self.made.add(key)
+                    continue
                 self.owners[key] = tensor
                 self.read[id(tensor)] = weakref.ref(tensor)
+            outer.append(tensor)
         written = writes_of(func, args, kwargs)
         for tensor in written:
             self._before_write(tensor)
         drawn = draws_of(func, args, kwargs)
-        if drawn is not False:
-            self.effects += 1
-            if drawn is not True and id(drawn) not in self.generators:
-                stream = randomness.of_generator(drawn)
-                self.generators[id(drawn)] = (stream, stream.get())
-        self.effects += len(written)
+        if isinstance(drawn, torch.Generator) and id(drawn) not in self.generators:
+            stream = randomness.of_generator(drawn)
+            self.generators[id(drawn)] = (stream, stream.get())
+        self.fills_late = self.fills_late or fills_late(func)
+        self.effects += len(written) + (drawn is not False)
+        versions = _compat.versions(outer)
         result = func(*args, **kwargs)
+        if outer and _compat.versions(outer) != versions:
+            self._after_write(func, outer, versions)
         for tensor in tensors_in((result,)):
             key = storage_of(tensor)
             if key not in self.given and key not in self.owners:
                 self.made.add(key)
         return result
+
+    def _after_write(self, func: Any, outer: list[torch.Tensor], versions: list[int]) -> None:
+        for tensor, now, before in zip(outer, _compat.versions(outer), versions, strict=True):
+            key = storage_of(tensor)
+            owner = self.owners.get(key)
+            is_saved = owner is not None and (
+                id(owner) in self.before or any(b is owner for b, _ in self.small_buffers)
+            )
+            is_cloned = all(position in self.inputs for position, _ in self.given.get(key, ())) and key in self.given
+            if now != before and not is_saved and not is_cloned:
+                self.lost = f"{getattr(func, '__name__', func)} changed a tensor of shape {list(tensor.shape)}"
+        self.effects += 1
 
     def _before_write(self, tensor: torch.Tensor) -> None:
         key = storage_of(tensor)
@@ -212,16 +181,20 @@ class Watch(TorchDispatchMode):
     ) -> Any:
         """A call of a module inside the region."""
         if id(module) not in self.called:
-            self.called[id(module)] = module
-            self.look_at(module)
+            self.meet(module)
             if hooks.hooks_of(module):
                 self.hook_variables[id(module)] = world.variables_of_hooks(module, set())
                 self.judge.judge_in(*hooks.hook_dictionaries(module))
-            with torch.no_grad():
-                for buffer in module._buffers.values():
-                    if buffer is not None and buffer.layout is torch.strided and buffer.nbytes <= _SMALL:
-                        self.small_buffers.append((buffer, buffer.detach().clone()))
         return call(module, *args, **kwargs)
+
+    def meet(self, module: torch.nn.Module) -> None:
+        """Remembers a module's attributes, and the values of its small buffers."""
+        self.called[id(module)] = module
+        self.look_at(module)
+        with torch.no_grad():
+            for buffer in module._buffers.values():
+                if buffer is not None and buffer.layout is torch.strided and buffer.nbytes <= _SMALL:
+                    self.small_buffers.append((buffer, buffer.detach().clone()))
 
     def finish(self) -> None:
         """Ends the watching; adds the small buffers that changed without an op that says so."""
