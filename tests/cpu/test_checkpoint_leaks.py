@@ -1,0 +1,62 @@
+"""A thousand steps of checkpointed regions with the garbage collector off: nothing adds up."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import keepless
+from keepless.eager import profile
+
+
+class Storages(TorchDispatchMode):
+    """Weak references to the memory of every result of an op, in the recompute as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                self.seen[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        return result
+
+    def live(self) -> int:
+        """Bytes of what still lives; forgets the rest."""
+        self.seen = {key: pair for key, pair in self.seen.items() if not pair[0].expired()}
+        return sum(nbytes for _, nbytes in self.seen.values())
+
+
+@pytest.fixture
+def _no_collector() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("_no_collector")
+@pytest.mark.parametrize("fresh", [False, True], ids=["module", "closure"])
+def test_a_thousand_steps_end_at_the_bytes_of_the_third(fresh: bool) -> None:
+    """A region with BatchNorm and dropout, called as a module or through a lambda that is made anew in each step."""
+    net = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU(inplace=True), nn.Dropout(0.2))
+    x = torch.ones(4, 8)
+    storages = Storages()
+    counts = []
+    with storages:
+        for step in range(1000):
+            region = (lambda value: net(value)) if fresh else net
+            keepless.checkpoint(region, x, use_reentrant=False).sum().backward()
+            net.zero_grad()
+            if step in (2, 999):
+                counts.append((storages.live(), len(profile._profiles)))
+    assert counts[0] == counts[1]

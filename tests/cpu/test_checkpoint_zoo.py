@@ -1,0 +1,114 @@
+"""`keepless.checkpoint` around each block of models that people train: bit for bit as without, and less is saved."""
+
+from __future__ import annotations
+
+import random
+import warnings
+import weakref
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from checkpoint_models import LIBRARY, Case
+from checkpoint_nets import OWN
+from torch import Tensor
+
+import keepless
+from keepless.eager import checkpoint_counters, forget_regions, reset_checkpoint_counters
+
+ZOO = {**LIBRARY, **OWN}
+
+
+class Saved:
+    """The tensors that a forward saves for its backward: distinct storages, without parameters and batch."""
+
+    def __init__(self, model: torch.nn.Module, batch: dict[str, Tensor]) -> None:
+        known = [*model.parameters(), *model.buffers(), *batch.values()]
+        self.known = {tensor.untyped_storage().data_ptr() for tensor in known}
+        self.holders: list[weakref.ref[_Held]] = []
+
+    def pack(self, tensor: Tensor) -> _Held:
+        """The pack hook."""
+        held = _Held(tensor)
+        self.holders.append(weakref.ref(held))
+        return held
+
+    def nbytes(self) -> int:
+        """What is held now."""
+        found = {}
+        for reference in self.holders:
+            held = reference()
+            if held is not None:
+                storage = held.tensor.untyped_storage()
+                if storage.data_ptr() not in self.known:
+                    found[storage.data_ptr()] = storage.nbytes()
+        return sum(found.values())
+
+
+class _Held:
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+def _bits(tensor: Tensor | None) -> tuple[Any, ...] | None:
+    if tensor is None:
+        return None
+    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    return tensor.dtype, tuple(tensor.shape), tensor.stride(), flat.numpy().tobytes()
+
+
+def _seed(number: int) -> None:
+    torch.manual_seed(number)
+    random.seed(number)
+    np.random.seed(number)
+
+
+def trained(name: str, is_checkpointed: bool) -> tuple[dict[str, Any], int, Case]:
+    """Two optimizer steps: everything that comes of them, and the bytes saved at the end of the second forward."""
+    _seed(0)
+    case = ZOO[name]()
+    model = case.model
+    if is_checkpointed:
+        case.install(keepless.checkpoint)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    found: dict[str, Any] = {}
+    _seed(1)
+    for step in range(2):
+        batch = case.batch(step)
+        optimizer.zero_grad()
+        saved = Saved(model, batch)
+        with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda held: held.tensor):
+            output, loss = case.loss(model, batch)
+        nbytes = saved.nbytes()
+        found[f"{step} output"], found[f"{step} loss"] = _bits(output), _bits(loss)
+        loss.backward()
+        for key, parameter in model.named_parameters():
+            found[f"{step} gradient {key}"] = _bits(parameter.grad)
+        optimizer.step()
+    for key, tensor in model.state_dict().items():
+        found[f"state {key}"] = _bits(tensor)
+    for key, tensor in model.named_buffers():
+        found[f"buffer {key}"] = _bits(tensor)
+    found["draws"] = (_bits(torch.rand(4)), random.random(), float(np.random.rand()))
+    return found, nbytes, case
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_as_without_checkpoint(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two steps: outputs, losses, gradients, parameters, buffers, names, the next draws; less is saved."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=UserWarning, module="transformers|timm")
+        expected, plain_nbytes, _ = trained(name, is_checkpointed=False)
+        again, _, _ = trained(name, is_checkpointed=False)
+        assert expected == again, "the model itself is not deterministic"
+        forget_regions()
+        reset_checkpoint_counters()
+        got, nbytes, case = trained(name, is_checkpointed=True)
+    assert list(got) == list(expected)
+    assert [key for key in expected if got[key] != expected[key]] == []
+    counters = checkpoint_counters()
+    assert counters.regions >= 2 * case.num_blocks
+    assert counters.recomputes == counters.regions
+    assert counters.direct == 0
+    assert nbytes < plain_nbytes
