@@ -17,7 +17,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 pytest.importorskip("expecttest")
-from torch.testing._internal.common_modules import module_db  # noqa: E402
+from torch.testing._internal.common_modules import module_db
 
 import keepless
 from keepless.eager import checkpoint_counters

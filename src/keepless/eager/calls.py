@@ -15,16 +15,16 @@ import torch
 
 from keepless import _compat
 
-_DUNDERS = frozenset(
-    f"__{name}__" for name in "setitem iadd isub imul itruediv idiv ifloordiv iand ior ixor ipow imod".split()
-)
+_OPERATORS = ("setitem", "iadd", "isub", "imul", "itruediv", "idiv", "ifloordiv", "iand", "ior", "ixor", "ipow", "imod")
+_DUNDERS = frozenset(f"__{name}__" for name in _OPERATORS)
 _NOT_WRITES = frozenset({"requires_grad_", "detach_", "share_memory_", "rename_"})
 _READS_NO_VALUES = frozenset(
     {"__get__", "__set__", "size", "dim", "numel", "stride", "element_size", "is_floating_point"}
 )
 
 # Running statistics are written without a word: (mean, variance, training) by position, and by name.
-_NORMS = {"batch_norm": (3, 4, 5), "instance_norm": (3, 4, 5), "native_batch_norm": (3, 4, 5)}
+_NORM_NAMES = ("batch_norm", "instance_norm", "native_batch_norm", "_native_batch_norm_legit", "cudnn_batch_norm")
+_NORMS = dict.fromkeys((*_NORM_NAMES, "miopen_batch_norm", "_batch_norm_with_update"), (3, 4, 5))
 _FUNCTIONAL_NORMS = {"batch_norm": (1, 2, 5), "instance_norm": (1, 2, 5)}
 
 _RANDOM_TEXT = """
@@ -113,7 +113,8 @@ def _statistics(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> lis
     mean, variance, training = (
         args[place] if place < len(args) else kwargs.get(key) for place, key in zip(places, names, strict=True)
     )
-    return [mean, variance] if training or (training is None and name == "instance_norm") else []
+    always = name == "_batch_norm_with_update" or (training is None and name == "instance_norm")
+    return [mean, variance] if training or always else []
 
 
 @functools.cache
