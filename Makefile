@@ -63,6 +63,7 @@ test-fast: $(VENV)/.ready
 
 bench: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.step
+	$(BIN)/python -m benchmarks.checkpoint
 
 bench-planner: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.planner
