@@ -4,7 +4,7 @@
 
 Forward and backward of a small body, called as itself, through `keepless.checkpoint` and through torch's own function
 (`use_reentrant=False`), in turn, on one thread. The region was called before: no call is watched. The overhead is the
-time over plain; it holds the body's recompute, which is the same for both. `ratio` is ours over torch's, of the medians.
+time over plain; it holds the body's recompute, the same for both. `ratio` is ours over torch's, of the medians.
 """
 
 from __future__ import annotations
