@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from keepless.eager import randomness
+from keepless.eager import closures, randomness
 
 _PLAIN = (bool, int, float, str, type(None))
 
@@ -63,7 +63,7 @@ class _Taking:
         if isinstance(value, tuple) and hasattr(value, "_fields"):
             return kind(*(self.take(item) for item in value))
         self.others.append(value)
-        return value
+        return closures.frozen(value)
 
 
 def _given(value: Any, tensors: list[torch.Tensor]) -> Any:

@@ -34,8 +34,8 @@ def region_key(
     anchors: list[Any] = []
     key = _name(function, anchors, 0)
     for value in (*args, *kwargs.values()) if kwargs else args:
-        if not isinstance(value, torch.Tensor) and value.__class__ not in _PLAIN:
-            key = (key, *(_identity(module, anchors) for module in modules_in(value)))
+        if not isinstance(value, torch.Tensor):
+            key = (key, _name(value, anchors, 1))
     return key, anchors
 
 
@@ -48,6 +48,8 @@ def _name(value: Any, anchors: list[Any], depth: int) -> Any:
     kind: Any = value.__class__
     if kind is types.FunctionType:
         held = _held(value)
+        if global_names(value.__code__):
+            held += modules_named(value)
         if not held or depth > _DEPTH:
             return value.__code__
         return (value.__code__, *[_name(inside, anchors, depth + 1) for inside in held])
@@ -63,6 +65,20 @@ def _name(value: Any, anchors: list[Any], depth: int) -> Any:
     if isinstance(value, torch.nn.Module) or (callable(value) and not isinstance(value, type)):
         return _identity(value, anchors)
     return (kind, *[_identity(module, anchors) for module in modules_in(value)])
+
+
+@functools.lru_cache(maxsize=4096)
+def global_names(code: types.CodeType) -> tuple[str, ...]:
+    """The names that code reads, with those of the functions in it."""
+    inner = [name for item in code.co_consts if isinstance(item, types.CodeType) for name in global_names(item)]
+    return (*code.co_names, *inner)
+
+
+def modules_named(function: Any) -> list[Any]:
+    """The modules and callable objects that a function names as globals."""
+    home = function.__globals__
+    found = [home[name] for name in global_names(function.__code__) if name in home]
+    return [value for value in found if isinstance(value, (torch.nn.Module, types.FunctionType, types.MethodType))]
 
 
 def _held(function: Any) -> list[Any]:
@@ -173,8 +189,8 @@ def held_values(function: Callable[..., Any]) -> list[Any]:
 
 def modules_of(function: Callable[..., Any], values: Iterable[Any]) -> list[torch.nn.Module]:
     """The modules that a function is, is bound to, closes over, or is given."""
-    found: list[torch.nn.Module] = [module for value in values for module in modules_in(value)]
-    waiting: list[tuple[Any, int]] = [(function, 0)]
+    found: list[torch.nn.Module] = []
+    waiting: list[tuple[Any, int]] = [(function, 0), *((value, 1) for value in values)]
     while waiting:
         value, depth = waiting.pop()
         if value.__class__ is types.MethodType:
@@ -183,7 +199,7 @@ def modules_of(function: Callable[..., Any], values: Iterable[Any]) -> list[torc
             waiting += [(part, depth + 1) for part in (value.func, *value.args, *value.keywords.values())]
         elif value.__class__ is types.FunctionType:
             if depth < _DEPTH:
-                waiting += [(inside, depth + 1) for inside in _held(value)]
+                waiting += [(inside, depth + 1) for inside in (*_held(value), *modules_named(value))]
         else:
             found += modules_in(value)
     return found

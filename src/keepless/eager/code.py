@@ -6,8 +6,6 @@ import types
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import torch
-
 from keepless.eager import closures
 
 _FOREIGN = ("torch", "numpy", "random", "math", "functools", "typing", "collections", "contextlib")
@@ -52,17 +50,17 @@ class Code:
         for function in self.functions:
             if not _is_foreign(function):
                 home = function.__globals__
-                names = {name for name in _all_names(function.__code__) if name in home and is_data(home[name])}
+                names = {
+                    name
+                    for name in _all_names(function.__code__)
+                    if name in home and not isinstance(home[name], _FIXED)
+                }
                 found.setdefault(id(home), (home, set()))[1].update(names)
         return [(home, sorted(names)) for home, names in found.values() if names]
 
 
+_FIXED = (types.ModuleType, type, types.BuiltinFunctionType)
 _CALLABLE = (types.FunctionType, types.MethodType)
-
-
-def is_data(value: Any) -> bool:
-    """Whether a variable holds data rather than code: a number, text, tensor, container or plain object."""
-    return not isinstance(value, (types.ModuleType, torch.nn.Module)) and not callable(value)
 
 
 def _all_names(code: types.CodeType) -> Iterator[str]:

@@ -64,6 +64,7 @@ class Frame:
         "grads",
         "holders",
         "inputs",
+        "is_elsewhere",
         "is_over",
         "is_selective",
         "known",
@@ -101,7 +102,7 @@ class Frame:
         self.variables: list[Variable] = []
         self.acting: set[int] = set()
         self.context: AbstractContextManager[Any] | None = None
-        self.is_over = self.is_selective = False
+        self.is_over = self.is_selective = self.is_elsewhere = False
         self.known: Profile | None = None
         self.profile: Profile | None = None
         self.on_failure: Callable[[CheckpointError], None] | None = None
@@ -135,10 +136,8 @@ class Frame:
         for variable in variables:
             value = variable.value
             if isinstance(value, torch.Tensor):
-                if value.grad_fn is None and all(value is not tensor for tensor, _ in self.state):
+                if all(value is not tensor for tensor, _ in self.state):
                     self.fixed.append(value)
-                elif not variable.is_set:
-                    continue
             elif value.__class__ not in _PLAIN and variable.content is None:
                 streams += randomness.streams_in((value,))
             self.variables.append(variable)
@@ -154,10 +153,12 @@ class Frame:
         self.holders.append(weakref.ref(holder))
         self.traits.append(self.trait(tensor))
         known = self.known
-        if known is not None and tensor.__class__ is torch.nn.Parameter and not known.knows(tensor):
-            known.varies = True
-            self.fixed.append(tensor)
-            self.versions.append(tensor._version)
+        if known is not None and tensor.requires_grad:
+            parameter = tensor if tensor.__class__ is torch.nn.Parameter else tensor._base
+            if parameter.__class__ is torch.nn.Parameter and not known.knows(parameter):
+                known.varies = self.is_elsewhere = True
+                self.fixed.append(parameter)
+                self.versions.append(parameter._version)
         return holder
 
     def count(self) -> int:

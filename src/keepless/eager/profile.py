@@ -154,12 +154,12 @@ def _reference(holder: Any) -> weakref.ref[Any] | None:
 
 
 def family(root: torch.nn.Module) -> list[torch.nn.Module]:
-    """A module with its submodules; without them where they are many, as in a whole model."""
+    """A module with its submodules; only those with buffers or hooks where they are many."""
     found = []
     for module in root.modules():
         found.append(module)
-        if len(found) > _MANY and not isinstance(root, torch.nn.Sequential):
-            return [root]
+    if len(found) > _MANY:
+        return [module for module in found if module is root or module._buffers or hooks.hooks_of(module)]
     return found
 
 

@@ -205,7 +205,7 @@ class _Run:
 
     def _is_seen(self, profile: Profile) -> bool:
         path = self.frame.path()
-        if path in profile.paths or profile.is_compiled:
+        if (path in profile.paths and not self.frame.is_elsewhere) or profile.is_compiled:
             return True
         profile.varies = True
         return False

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from keepless.eager import closures, code, containers
+from keepless.eager import closures, containers
 from keepless.eager.containers import Content
 
 MISSING: Any = object()
 _MANY = 256
 _DEPTH = 3
-_SMALL = 64
+_SMALL = 4096
 _OWN = frozenset(name for name in torch.nn.Module().__dict__ if name.startswith("_"))
 _FOREIGN = ("torch", "numpy", "builtins", "random", "functools", "re", "logging", "threading", "weakref")
 
@@ -48,11 +48,12 @@ def is_plain(value: Any) -> bool:
 
 
 def attributes_of(holder: Any) -> dict[str, Any]:
-    """The attributes that an object's own code may set: of a module also its buffers, but not parameters, submodules
+    """The attributes that an object's own code may set: of a module also its buffers and submodules, but not parameters
     and hooks."""
     found = {name: value for name, value in getattr(holder, "__dict__", {}).items() if name not in _OWN}
     if isinstance(holder, torch.nn.Module):
         found.update(holder._buffers)
+        found.update(holder._modules)
     return found
 
 
@@ -72,10 +73,8 @@ def changed(holder: Any, before: dict[str, Attribute]) -> list[str]:
 
 
 def is_kept_data(value: Any) -> bool:
-    """Whether a variable that code reads is data that can be held: code and activations are not."""
-    if isinstance(value, torch.Tensor):
-        return value.grad_fn is None
-    return value is not MISSING and code.is_data(value)
+    """Whether what a variable holds may be another in the recompute: all but classes, packages and builtins."""
+    return value is not MISSING and not isinstance(value, (type, types.ModuleType, types.BuiltinFunctionType))
 
 
 class Variable:
@@ -95,8 +94,9 @@ class Variable:
         if isinstance(holder, dict):
             self.home = holder
         else:
-            is_buffer = isinstance(holder, torch.nn.Module) and name in holder._buffers
-            self.home = holder._buffers if is_buffer else holder.__dict__
+            self.home = holder.__dict__
+            if isinstance(holder, torch.nn.Module) and name not in self.home:
+                self.home = holder._modules if name in holder._modules else holder._buffers
 
     def now(self) -> Variable:
         """The variable as it is."""
