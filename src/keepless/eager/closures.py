@@ -21,7 +21,7 @@ from keepless.eager import containers
 _PLAIN = (bool, int, float, str, bytes, type(None))
 _DEPTH = 4
 _MANY = 64
-_FOREIGN = ("torch", "numpy", "builtins", "random", "collections", "types")
+_FOREIGN = ("torch", "numpy", "builtins", "random", "collections")
 
 
 def region_key(

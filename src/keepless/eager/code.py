@@ -59,7 +59,7 @@ class Code:
         return [(home, sorted(names)) for home, names in found.values() if names]
 
 
-_FIXED = (types.ModuleType, type, types.BuiltinFunctionType)
+_FIXED = (types.ModuleType, type)
 _CALLABLE = (types.FunctionType, types.MethodType)
 
 

@@ -68,6 +68,12 @@ class Profile:
             holder = item.holder if isinstance(item.holder, dict) else _reference(item.holder)
             if holder is not None:
                 self._variables.append((holder, item.name, item.is_set))
+        self._reached = [
+            (holder, item.name, weakref.ref(item.value))
+            for item in variables
+            if isinstance(item.value, torch.nn.Module)
+            and (holder := item.holder if isinstance(item.holder, dict) else _reference(item.holder)) is not None
+        ]
         bound = {(id(item.holder), item.name) for item in variables if item.is_set}
         written = {id(tensor) for tensor, _ in watch.before.values()}
         written |= _statistics(known.values())
@@ -104,7 +110,13 @@ class Profile:
 
     def holds(self) -> bool:
         """Whether the region is still the one that was watched."""
-        return all(anchor() is not None for anchor in self.anchors) and self.status() == self._status
+        if not all(anchor() is not None for anchor in self.anchors) or self.status() != self._status:
+            return False
+        for holder, name, module in self._reached:
+            at = holder() if holder.__class__ is weakref.ref else holder
+            if at is None or world.variable_now(at, name, False).value is not module():
+                return False
+        return True
 
     def fixed(self) -> list[torch.Tensor]:
         """Parameters, buffers and other tensors that the region may read and does not write."""

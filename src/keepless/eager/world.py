@@ -73,8 +73,8 @@ def changed(holder: Any, before: dict[str, Attribute]) -> list[str]:
 
 
 def is_kept_data(value: Any) -> bool:
-    """Whether what a variable holds may be another in the recompute: all but classes, packages and builtins."""
-    return value is not MISSING and not isinstance(value, (type, types.ModuleType, types.BuiltinFunctionType))
+    """Whether what a variable holds may be another in the recompute: all but classes and packages."""
+    return value is not MISSING and not isinstance(value, (type, types.ModuleType))
 
 
 class Variable:
