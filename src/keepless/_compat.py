@@ -110,11 +110,19 @@ def user_source() -> str:
         if own and inside:
             return ""
         inside = inside or not own
-        if inside and not name.startswith((_TORCH_DIR, "<")) and "contextlib" not in name:
-            parts = name.replace("\\", "/").split("/")
-            return f"{'/'.join(parts[-2:])}:{frame.f_lineno}"
+        if inside and _is_users(name):
+            return _place(frame)
         frame = frame.f_back
     return ""
+
+
+def _is_users(name: str) -> bool:
+    return not name.startswith((_TORCH_DIR, "<")) and "contextlib" not in name
+
+
+def _place(frame: Any) -> str:
+    parts = frame.f_code.co_filename.replace("\\", "/").split("/")
+    return f"{'/'.join(parts[-2:])}:{frame.f_lineno}"
 
 
 @contextlib.contextmanager
@@ -229,10 +237,7 @@ def leaf_variables(tensor: torch.Tensor) -> list[torch.Tensor]:
 
 def function_modes() -> tuple[Any, ...]:
     """The torch-function modes around this call; a default device counts with its device."""
-    if not torch._C._len_torch_function_stack():
-        return ()
-    modes = torch.overrides._get_current_function_mode_stack()  # type: ignore[no-untyped-call]
-    return tuple((type(mode).__name__, str(getattr(mode, "device", ""))) for mode in modes)
+    return tuple((type(mode).__name__, str(getattr(mode, "device", ""))) for mode in function_mode_stack())
 
 
 def forward_ad_active() -> bool:
@@ -472,9 +477,8 @@ def caller_source() -> str:
     frame: Any = sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_filename
-        if not name.startswith((_OWN_DIR, _TORCH_DIR, "<")) and "contextlib" not in name:
-            parts = name.replace("\\", "/").split("/")
-            return f"{'/'.join(parts[-2:])}:{frame.f_lineno}"
+        if not name.startswith(_OWN_DIR) and _is_users(name):
+            return _place(frame)
         frame = frame.f_back
     return ""
 

@@ -8,8 +8,6 @@ import torch
 
 from keepless.eager import closures, randomness
 
-_PLAIN = (bool, int, float, str, type(None))
-
 
 class _Slot:
     __slots__ = ("index",)
@@ -54,7 +52,7 @@ class _Taking:
                 self.tensors.append(value)
             return slot
         kind = value.__class__
-        if kind in _PLAIN:
+        if kind in closures.PLAIN:
             return value
         if kind is list or kind is tuple:
             return kind(self.take(item) for item in value)

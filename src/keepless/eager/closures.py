@@ -18,7 +18,7 @@ import torch
 
 from keepless.eager import containers
 
-_PLAIN = (bool, int, float, str, bytes, type(None))
+PLAIN = (bool, int, float, str, bytes, type(None))
 _DEPTH = 4
 _MANY = 64
 _FOREIGN = ("torch", "numpy", "builtins", "random", "collections")
@@ -53,7 +53,7 @@ def _name(value: Any, anchors: list[Any], depth: int) -> Any:
         if not held or depth > _DEPTH:
             return value.__code__
         return (value.__code__, *[_name(inside, anchors, depth + 1) for inside in held])
-    if kind in _PLAIN:
+    if kind in PLAIN:
         return (kind, value)
     if isinstance(value, torch.Tensor):
         return kind
@@ -94,7 +94,7 @@ def modules_in(value: Any, depth: int = 0) -> list[torch.nn.Module]:
     """The modules that a value is or holds: in lists, tuples and dicts, and as attributes of plain objects."""
     if isinstance(value, torch.nn.Module):
         return [value]
-    if depth > 2 or value.__class__ in _PLAIN or isinstance(value, torch.Tensor):
+    if depth > 2 or value.__class__ in PLAIN or isinstance(value, torch.Tensor):
         return []
     if isinstance(value, (list, tuple)):
         inside = list(value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 from keepless.eager import closures
@@ -35,7 +35,7 @@ class Code:
                 waiting += self._named_by(item)
 
     def _named_by(self, function: types.FunctionType) -> list[Any]:
-        names = set(_all_names(function.__code__))
+        names = set(closures.global_names(function.__code__))
         self.names |= names
         if _is_foreign(function):
             return []
@@ -52,7 +52,7 @@ class Code:
                 home = function.__globals__
                 names = {
                     name
-                    for name in _all_names(function.__code__)
+                    for name in closures.global_names(function.__code__)
                     if name in home and not isinstance(home[name], _FIXED)
                 }
                 found.setdefault(id(home), (home, set()))[1].update(names)
@@ -61,13 +61,6 @@ class Code:
 
 _FIXED = (types.ModuleType, type)
 _CALLABLE = (types.FunctionType, types.MethodType)
-
-
-def _all_names(code: types.CodeType) -> Iterator[str]:
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _all_names(constant)
 
 
 def _is_foreign(function: Any) -> bool:

@@ -157,7 +157,7 @@ class _Call:
         )
 
     def watched(self) -> tuple[Any, Profile]:
-        """A first call: what it reads, writes and draws is seen, op by op and module by module."""
+        """A first call: what it reads, writes and draws is seen, call by call and module by module."""
         counters.count("watched")
         function, frame = self.function, self.frame
         values = (*self.args, *self.kwargs.values())
@@ -172,7 +172,8 @@ class _Call:
         named = [stream for item in code.functions for stream in randomness.named_in(item.__code__, item.__globals__)]
         own = randomness.streams_in(value for _, before in watch.attributes.values() for value, _ in before.values())
         before = randomness.save((randomness.DEFAULT, *profile.global_streams(), *frame.own_streams, *own))
-        if any(_compat.is_compiled(item) for item in (function, *closures.all_held(function), *family)):
+        is_compiled = any(_compat.is_compiled(item) for item in (function, *closures.all_held(function), *family))
+        if is_compiled:
             result = self._compiled(watch, family)
         else:
             with watch.judge, hooks.calls_through(watch.route), watch:
@@ -198,7 +199,7 @@ class _Call:
         acting = watch.judge.active
         gathered = [v for pairs in watch.hook_variables.values() for key, v in pairs if key in acting]
         frame.variables = [*known, *gathered]
-        found = Profile(function, values, watch, known)
+        found = Profile(family, is_compiled, watch, known)
         drawn = [stream for stream, _ in frame.random if stream is not randomness.DEFAULT]
         found.streams = list({stream.key: stream for stream in (*drawn, *named)}.values())
         found.draws = randomness.DEFAULT in moved

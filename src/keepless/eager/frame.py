@@ -18,8 +18,6 @@ from keepless.eager.failures import CheckpointError
 from keepless.eager.profile import Profile
 from keepless.eager.world import Variable
 
-_PLAIN = (bool, int, float, str, bytes, type(None))
-
 Unpack = Callable[[], torch.Tensor]
 
 
@@ -138,7 +136,7 @@ class Frame:
             if isinstance(value, torch.Tensor):
                 if all(value is not tensor for tensor, _ in self.state):
                     self.fixed.append(value)
-            elif value.__class__ not in _PLAIN and variable.content is None:
+            elif value.__class__ not in closures.PLAIN and variable.content is None:
                 streams += randomness.streams_in((value,))
             self.variables.append(variable)
         self.fixed += closures.held_tensors(self.function)

@@ -52,11 +52,6 @@ def calls_through(route: _Route | None) -> Iterator[None]:
                 _Module._call_impl = _original
 
 
-def routing() -> bool:
-    """Whether this thread's module calls are routed."""
-    return getattr(_local, "route", None) is not None
-
-
 class Judge:
     """Runs hooks and finds those that do more than look.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import threading
 import weakref
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Hashable, Iterable
 from typing import Any
 
 import torch
@@ -56,24 +56,20 @@ class Profile:
     """
 
     def __init__(
-        self, function: Callable[..., Any], values: tuple[Any, ...], watch: Watch, variables: list[Variable]
+        self, modules: list[torch.nn.Module], is_compiled: bool, watch: Watch, variables: list[Variable]
     ) -> None:
-        roots = [m for root in closures.modules_of(function, values) for m in family(root)]
-        known = {id(module): module for module in (*roots, *watch.called.values())}
+        known = {id(module): module for module in (*modules, *watch.called.values())}
         self._modules = [weakref.ref(module) for module in known.values()]
         self._flags = [(weakref.ref(module), module.training) for module in known.values()]
         self._status = self.status()
         self._variables: list[tuple[Any, str, bool]] = []
+        self._reached: list[tuple[Any, str, weakref.ref[torch.nn.Module]]] = []
         for item in variables:
             holder = item.holder if isinstance(item.holder, dict) else _reference(item.holder)
             if holder is not None:
                 self._variables.append((holder, item.name, item.is_set))
-        self._reached = [
-            (holder, item.name, weakref.ref(item.value))
-            for item in variables
-            if isinstance(item.value, torch.nn.Module)
-            and (holder := item.holder if isinstance(item.holder, dict) else _reference(item.holder)) is not None
-        ]
+                if isinstance(item.value, torch.nn.Module):
+                    self._reached.append((holder, item.name, weakref.ref(item.value)))
         bound = {(id(item.holder), item.name) for item in variables if item.is_set}
         written = {id(tensor) for tensor, _ in watch.before.values()}
         written |= _statistics(known.values())
@@ -91,8 +87,7 @@ class Profile:
         self.fills_late = False
         self.paths: set[Hashable] = set()
         self.varies = False
-        held = (function, *closures.all_held(function), *known.values())
-        self.is_compiled = any(_compat.is_compiled(value) for value in held)
+        self.is_compiled = is_compiled or any(_compat.is_compiled(module) for module in watch.called.values())
         self.anchors: list[weakref.ref[Any]] = []
 
     def status(self) -> list[Any]:
@@ -167,9 +162,7 @@ def _reference(holder: Any) -> weakref.ref[Any] | None:
 
 def family(root: torch.nn.Module) -> list[torch.nn.Module]:
     """A module with its submodules; only those with buffers or hooks where they are many."""
-    found = []
-    for module in root.modules():
-        found.append(module)
+    found = list(root.modules())
     if len(found) > _MANY:
         return [module for module in found if module is root or module._buffers or hooks.hooks_of(module)]
     return found
