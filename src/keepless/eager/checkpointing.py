@@ -65,7 +65,7 @@ def checkpoint(
     Arguments:
         function: a module, function, method or partial. Its closure is held as it is now.
         use_reentrant: accepted for compatibility; both values mean the same here. None warns, as in torch.
-        preserve_rng_state: False saves the cost of holding torch's default stream (about 3 us) in regions that were not
+        preserve_rng_state: False saves the cost of holding torch's default stream in regions that were not
             seen to draw from it. A stream that a region draws from is restored either way: its masks would differ.
         context_fn: gives two context managers, for the forward and for the recompute.
         determinism_check: "default" compares the shape, dtype and device of each saved tensor in the recompute with the
