@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import UnsupportedFakeTensorException
 from torch.utils import _pytree as pytree
 
 tree_flatten = pytree.tree_flatten
+tree_leaves = pytree.tree_leaves
 tree_unflatten = pytree.tree_unflatten
 
 _TORCH_DIR = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep

@@ -33,6 +33,7 @@ def plan(
     seed: int = 0,
     cache: bool = True,
     progress: Progress | None = None,
+    engine: str = "graph",
 ) -> Plan:
     """The fastest plan found for training this model on batches like this one within a budget.
 
@@ -54,6 +55,8 @@ def plan(
         seed: of the solver.
         cache: remember measured costs of ops on disk.
         progress: called with (stage, done, total).
+        engine: "graph" captures the step and plans single ops. "eager" takes any module as it is, compiled or not: it
+            runs some steps to measure every module call, and plans which calls are recomputed.
 
     Raises:
         BudgetError: the budget cannot be read.
@@ -73,6 +76,7 @@ def plan(
         seed=seed,
         cache=cache,
         progress=progress,
+        engine=engine,
     )
 
 

@@ -10,6 +10,7 @@ import torch
 
 from keepless._compat import tree_flatten
 from keepless.capture import FlatInputs, Inputs, flatten_inputs
+from keepless.control import module_plans
 from keepless.control.captured import Capture, Captures
 from keepless.control.checks import check_module, check_plan
 from keepless.control.planning import make_like, recapture
@@ -29,6 +30,10 @@ def apply(model: M, plan: Plan) -> M:
     """See `keepless.apply`."""
     check_module(model)
     check_plan(plan)
+    if module_plans.is_eager(plan):
+        remove(model)
+        module_plans.apply(model, plan)
+        return model
     check_signature(plan.signature, model_signature(model), "model")
     planned = PlannedForward(remove(model), [], None)
     capture = capture_of(plan, model)
@@ -85,6 +90,10 @@ def _on_miss(
 
 def remove(model: M) -> M:
     """See `keepless.remove`."""
+    modules = module_plans.planned_modules(model)
+    if modules is not None:
+        modules.take_out()
+        return model
     planned = planned_forward(model)
     if planned is not None:
         own = planned._instance_forward

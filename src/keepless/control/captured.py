@@ -9,11 +9,12 @@ from typing import Any
 import torch
 
 from keepless.binding import Binding
-from keepless.capture import FlatInputs
+from keepless.capture import FlatInputs, StepShape
 from keepless.cost import CostModel
-from keepless.ir import Graph
+from keepless.ir import Graph, Phase
+from keepless.machine import Plan
 from keepless.measure import CostCache, OptimizerFootprint
-from keepless.solve import Solver
+from keepless.solve import SOLVERS, Solver
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,17 @@ class Settings:
     cache: CostCache | None
     own_loss: bool = True
     """Whether the model's output holds its loss."""
+
+    @property
+    def shape(self) -> StepShape:
+        """What the step is beside forward and backward."""
+        return StepShape(
+            self.accumulate,
+            self.release_outputs,
+            self.optimizer is not None,
+            self.optimizer.state_nbytes if self.optimizer else 0,
+            self.outside,
+        )
 
 
 @dataclass(frozen=True)
@@ -90,3 +102,41 @@ class Measured:
     def graph(self) -> Graph:
         """The step."""
         return self.capture.binding.graph
+
+
+def shape_from(plan: Plan) -> StepShape:
+    """What the step of a plan is beside forward and backward, from its signature."""
+    signature = plan.signature
+    return StepShape(
+        bool(signature.get("accumulate")),
+        bool(signature.get("release_outputs")),
+        bool(signature.get("has_optimizer")),
+        whole(signature.get("state_nbytes")),
+        whole(signature.get("outside_nbytes")),
+    )
+
+
+def settings_from(plan: Plan, *, own_loss: bool) -> Settings:
+    """What a plan from a file was asked for, as far as it says."""
+    shape = shape_from(plan)
+    step = next((op.id for op in plan.graph.ops if op.phase is Phase.OPTIMIZER), None)
+    footprint = None
+    if step is not None:
+        footprint = OptimizerFootprint(shape.state_nbytes, plan.cost.scratch[step], plan.cost.seconds[step])
+    return Settings(
+        plan.budget.limits["device"],
+        footprint,
+        None,
+        shape.accumulate,
+        shape.release_outputs,
+        shape.outside_nbytes,
+        plan.certificate.solver if plan.certificate.solver in SOLVERS else "keepless",
+        plan.certificate.seed,
+        CostCache(),
+        own_loss=own_loss,
+    )
+
+
+def whole(item: object) -> int:
+    """A number of a signature that counts something; 0 for anything else."""
+    return item if isinstance(item, int) and not isinstance(item, bool) and item >= 0 else 0

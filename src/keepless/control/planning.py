@@ -13,26 +13,30 @@ from typing import Any
 
 import torch
 
-from keepless.capture import FlatInputs, Inputs, StepShape, flatten_inputs, lower, planned_device, trace_step
-from keepless.control.captured import Capture, Captures, Measured, Settings
+from keepless.capture import FlatInputs, Inputs, flatten_inputs, lower, planned_device, trace_step
+from keepless.control import module_plans
+from keepless.control.captured import Capture, Captures, Measured, Settings, settings_from, shape_from, whole
 from keepless.control.checks import check_module, check_optimizer
 from keepless.control.reserve import budget_with_reserve, explain_infeasible, with_reserve
 from keepless.control.signature import batch_signature, model_signature
 from keepless.control.trials import cost_model, held_nbytes, measure_costs, measure_loss
-from keepless.errors import BatchError, InfeasibleBudget, MeasureError
-from keepless.ir import Budget, Phase, parse_bytes
+from keepless.errors import BatchError, InfeasibleBudget, MeasureError, ParameterError
+from keepless.ir import Budget, parse_bytes
 from keepless.ir.text import fingerprint
 from keepless.machine import Baseline, Plan, make_plan
 from keepless.measure import (
     CostCache,
     OpCost,
-    OptimizerFootprint,
     describe_device,
     device_nbytes,
     optimizer_footprint,
 )
 from keepless.passes import evaluate
 from keepless.solve import SOLVERS, Solution, Solver, named_solver, smallest, solve
+from keepless.solve.regions import NAME
+
+ENGINES = ("graph", module_plans.EAGER)
+"""What runs a plan: captured ops, or the model's own code with module calls that are recomputed."""
 
 Progress = Callable[[str, int, int], None]
 """Called with (stage, done, total); stages are "capture", "measure" and "solve"."""
@@ -61,10 +65,16 @@ def make(
     seed: int,
     cache: bool,
     progress: Progress | None,
+    engine: str = "graph",
 ) -> Plan:
     """See `keepless.plan`."""
     check_module(model)
-    named_solver(solver)
+    if engine not in ENGINES:
+        raise ParameterError(f"There is no engine {engine!r}. Engines: {', '.join(ENGINES)}.")
+    if engine == module_plans.EAGER:
+        model = module_plans.uncompiled(model)
+    if solver != NAME:
+        named_solver(solver)
     device = planned_device(model) if any(True for _ in model.parameters()) else torch.device("cpu")
     settings = read_settings(
         model,
@@ -78,6 +88,8 @@ def make(
         seed=seed,
         cache=cache,
     )
+    if engine == module_plans.EAGER:
+        return module_plans.make(model, batch, settings, progress or _silent)
     return make_with(model, batch, settings, progress)
 
 
@@ -189,13 +201,7 @@ def _capture(
     grad_outputs: tuple[int, ...] | None,
 ) -> tuple[Capture, dict[str, object]]:
     traced = trace_step(model, flat, batch=batch, loss_fn=settings.loss_fn, grad_outputs=grad_outputs)
-    shape = StepShape(
-        settings.accumulate,
-        settings.release_outputs,
-        settings.optimizer is not None,
-        settings.optimizer.state_nbytes if settings.optimizer else 0,
-        settings.outside,
-    )
+    shape = settings.shape
     binding = lower(traced, flat, model, shape)
     facts: dict[str, object] = {
         "grad_outputs": list(traced.grad_outputs),
@@ -222,16 +228,9 @@ def _refs(model: torch.nn.Module) -> tuple[weakref.ref[torch.nn.Module], ...]:
 
 def recapture(model: torch.nn.Module, flat: FlatInputs, plan: Plan) -> Capture:
     """Captures a model for a plan from a file, or for one that was made with another instance of the model."""
-    signature = plan.signature
-    shape = StepShape(
-        bool(signature.get("accumulate")),
-        bool(signature.get("release_outputs")),
-        bool(signature.get("has_optimizer")),
-        _whole(signature.get("state_nbytes")),
-        _whole(signature.get("outside_nbytes")),
-    )
+    signature, shape = plan.signature, shape_from(plan)
     positions = signature.get("grad_outputs")
-    chosen = tuple(_whole(p) for p in positions) if isinstance(positions, list) else None
+    chosen = tuple(whole(p) for p in positions) if isinstance(positions, list) else None
     with _untouched(model):
         traced = trace_step(model, flat, batch=None, loss_fn=None, grad_outputs=chosen)
         # Whether an output is the model's own loss, which the caller never releases, only the plan knows.
@@ -239,32 +238,8 @@ def recapture(model: torch.nn.Module, flat: FlatInputs, plan: Plan) -> Capture:
         traced = replace(traced, loss_position=own if type(own) is int else None)
         binding = lower(traced, flat, model, shape)
     known = plan.capture
-    settings = known.settings if isinstance(known, Captures) else _settings_of(plan, shape, own_loss=type(own) is int)
+    settings = known.settings if isinstance(known, Captures) else settings_from(plan, own_loss=type(own) is int)
     return Capture(binding, flat.without_tensors(), settings, traced.as_compiled, weakref.ref(model), _refs(model))
-
-
-def _settings_of(plan: Plan, shape: StepShape, *, own_loss: bool) -> Settings:
-    """What a plan from a file was asked for, as far as it says."""
-    step = next((op.id for op in plan.graph.ops if op.phase is Phase.OPTIMIZER), None)
-    footprint = None
-    if step is not None:
-        footprint = OptimizerFootprint(shape.state_nbytes, plan.cost.scratch[step], plan.cost.seconds[step])
-    return Settings(
-        plan.budget.limits["device"],
-        footprint,
-        None,
-        shape.accumulate,
-        shape.release_outputs,
-        shape.outside_nbytes,
-        plan.certificate.solver if plan.certificate.solver in SOLVERS else "keepless",
-        plan.certificate.seed,
-        CostCache(),
-        own_loss=own_loss,
-    )
-
-
-def _whole(item: object) -> int:
-    return item if isinstance(item, int) and not isinstance(item, bool) and item >= 0 else 0
 
 
 def _solve(measured: Measured, settings: Settings) -> Plan:

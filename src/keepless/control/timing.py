@@ -18,7 +18,8 @@ import torch
 from keepless.capture import Inputs, flatten_inputs
 from keepless.control.applying import bind, capture_of, planned_forward, remove
 from keepless.control.checks import check_module, check_plan
-from keepless.control.verifying import Runner, check_ambient, restored, with_program
+from keepless.control.runner import Runner, restored
+from keepless.control.verifying import check_ambient, with_program
 from keepless.errors import ParameterError
 from keepless.ir import Event, Timeline
 from keepless.machine import Plan
@@ -41,7 +42,9 @@ def measure_timeline(model: torch.nn.Module, batch: Any, plan: Plan, *, loss_fn:
         try:
             capture = capture_of(plan, model) or bind(model, plan, flatten_inputs(inputs))
             check_ambient(capture, "timeline")
-            run = Runner(model, inputs, batch, loss_fn or capture.settings.loss_fn, capture)
+            run = Runner(
+                model, inputs, batch, loss_fn or capture.settings.loss_fn, capture.settings, capture.binding.device
+            )
             with with_program(model, capture, plan.program, _marker(marks, capture.binding.device)):
                 for _ in range(repeats + 1):  # the first warms up
                     marks.clear()

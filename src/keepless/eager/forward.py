@@ -16,7 +16,7 @@ from keepless.eager.code import Code
 from keepless.eager.debugging import OpLogs
 from keepless.eager.determinism import Trait
 from keepless.eager.failures import CheckpointError
-from keepless.eager.frame import Frame
+from keepless.eager.frame import Frame, Tap
 from keepless.eager.hooks import Judge
 from keepless.eager.profile import Profile
 from keepless.eager.recompute import unpack
@@ -34,6 +34,7 @@ class Options(NamedTuple):
     debug: bool
     preserve_rng_state: bool
     respect_saved_tensors_hooks: bool | None
+    tap: Tap | None = None
 
 
 def run(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], options: Options) -> Any:
@@ -41,6 +42,7 @@ def run(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
     if not torch.is_grad_enabled() or _runs_directly():
         return function(*args, **kwargs)
     frame = Frame(function, options.trait, options.early_stop)
+    frame.tap = options.tap
     tensors: list[torch.Tensor] = []
     frame.arguments = Arguments(args, kwargs, tensors)
     held = closures.held_values(function)
@@ -119,7 +121,9 @@ class _Call:
 
     def _plainly(self) -> Any:
         frame = self.frame
-        _compat.push_saved_tensor_hooks(selective.marked(frame.pack) if frame.is_selective else frame.pack, unpack)
+        pack = selective.marked(frame.pack) if frame.is_selective else frame.pack
+        hooks = (pack, unpack) if frame.tap is None else frame.tap.hooks(pack, unpack)
+        _compat.push_saved_tensor_hooks(*hooks)
         try:
             return self.function(*self.args, **self.kwargs)
         finally:

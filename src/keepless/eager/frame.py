@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -19,6 +19,16 @@ from keepless.eager.profile import Profile
 from keepless.eager.world import Variable
 
 Unpack = Callable[[], torch.Tensor]
+
+
+class Tap(Protocol):
+    """Told when a region saves, and when it runs again."""
+
+    def hooks(self, pack: Callable[[torch.Tensor], Any], unpack: Callable[[Any], torch.Tensor]) -> tuple[Any, Any]:
+        """The saved-tensor hooks to use in the place of the region's own, which they must call."""
+
+    def begins(self) -> None:
+        """The region's function is about to run again."""
 
 
 class Holder:
@@ -73,6 +83,7 @@ class Frame:
         "profile",
         "random",
         "state",
+        "tap",
         "trait",
         "traits",
         "variables",
@@ -104,6 +115,7 @@ class Frame:
         self.known: Profile | None = None
         self.profile: Profile | None = None
         self.on_failure: Callable[[CheckpointError], None] | None = None
+        self.tap: Tap | None = None
 
     def hold_inputs(self, tensors: list[torch.Tensor], changed: tuple[int, ...]) -> None:
         """Saves the inputs as an op would save them; those that the region changes are cloned."""

@@ -155,6 +155,8 @@ class _Run:
 
     def _call(self, args: list[Any], kwargs: dict[str, Any]) -> None:
         frame = self.frame
+        if frame.tap is not None:
+            frame.tap.begins()
         _compat.push_saved_tensor_hooks(selective.marked(self.pack) if frame.is_selective else self.pack, _as_it_is)
         try:
             frame.function(*args, **kwargs)

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+_MARK = "keepless:"
+
 
 def run_traced(call: Callable[[], object]) -> tuple[object, list[int]]:
     """Run a call and list its CPU allocations (+ bytes) and frees (- bytes), in order.
@@ -53,7 +55,47 @@ def run_traced(call: Callable[[], object]) -> tuple[object, list[int]]:
     return done[0]
 
 
+def traced_between_marks(call: Callable[[Callable[[str], None]], object]) -> list[str | int]:
+    """Runs `call(mark)` and lists this thread's marks (text) and CPU allocations (+ bytes) and frees (- bytes), in order.
+
+    Blocks from before the call are as uncertain as in `run_traced`.
+
+    Raises:
+        RuntimeError: a user's profiler is running.
+    """
+    private: Any = torch._C._autograd
+    if private._profiler_enabled():
+        raise RuntimeError("memory cannot be measured between marks inside a running profiler")
+    ops: Any = torch.ops.profiler
+
+    def mark(text: str) -> None:
+        ops._record_function_exit._RecordFunction(ops._record_function_enter_new(_MARK + text, None))
+
+    if hasattr(private, "_enable_profiler_legacy"):
+        records = _legacy_events(lambda: call(mark))[1]
+        found: list[str | int] = []
+        for event in records:
+            if event.kind() == "memory_alloc":
+                found.append(int(event.cpu_memory_usage()))
+            elif event.kind() == "push" and event.name().startswith(_MARK):
+                found.append(event.name().removeprefix(_MARK))
+        return found
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call(mark)
+    rows = profiled_memory_events(profile)
+    return [
+        nbytes if name == "[memory]" else name.removeprefix(_MARK)
+        for name, nbytes in rows
+        if name == "[memory]" or name.startswith(_MARK)
+    ]
+
+
 def _traced(call: Callable[[], object]) -> tuple[object, list[int]]:
+    result, events = _legacy_events(call)
+    return result, [int(event.cpu_memory_usage()) for event in events if event.kind() == "memory_alloc"]
+
+
+def _legacy_events(call: Callable[[], object]) -> tuple[object, list[Any]]:
     private: Any = torch._C._autograd
     config = torch._C._profiler.ProfilerConfig(
         torch._C._profiler.ProfilerState.CPU,
@@ -69,8 +111,7 @@ def _traced(call: Callable[[], object]) -> tuple[object, list[int]]:
         result = call()
     finally:
         records = private._disable_profiler_legacy()
-    events = (event for thread in records for event in thread if event.kind() == "memory_alloc")
-    return result, [int(event.cpu_memory_usage()) for event in events]
+    return result, [event for thread in records for event in thread]
 
 
 def _traced_by_kineto(call: Callable[[], object]) -> tuple[object, list[int]]:

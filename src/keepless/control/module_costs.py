@@ -1,0 +1,207 @@
+"""From steps that were run piece by piece to the graph of module calls and its costs."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from keepless.control.captured import Settings
+from keepless.control.runner import Runner
+from keepless.cost import CostModel, Origin
+from keepless.eager.pieces import Cut, cut
+from keepless.eager.probe import Probe
+from keepless.eager.stepgraph import StepGraph
+from keepless.eager.survey import survey
+from keepless.errors import LossError
+from keepless.ir import Graph, Phase
+from keepless.measure.parts import Part, memory_parts
+from keepless.passes import evaluate
+
+Tell = Callable[[int, int], None]
+
+_REPEATS = ((0.1, 5), (1.0, 3), (float("inf"), 2))
+"""Timed steps by the seconds of one."""
+_FAR = 8
+"""A recompute is found in the predicted order no further ahead than so many backward ops."""
+_PASSES = 3
+"""Steps that are run but not timed: the survey, one to warm up, one for bytes."""
+
+
+@dataclass(frozen=True)
+class MeasuredModules:
+    """A step as a graph of pieces, its costs, and the cut that it comes from."""
+
+    graph: Graph
+    cost: CostModel
+    cut: Cut
+
+
+def measure_modules(run: Runner, settings: Settings, tell: Tell) -> MeasuredModules:
+    """Surveys a model and measures every piece of its step, in steps of which all regions are recomputed.
+
+    Raises:
+        LossError: the step has no scalar loss with a gradient.
+        MeasureError: the forward makes other calls from one time to the next.
+    """
+    model = run.model
+    tell(0, 1)
+    run.prepare()
+    own_loss = run.loss_of if run.loss_fn is None else None
+    found = survey(model, run.inputs.args, run.inputs.kwargs, own_loss=own_loss, again=run.prepare)
+    pieces = cut(found)
+    probe = Probe(model, pieces)
+    start = time.perf_counter()
+    with probe.regionwise():
+        run.prepare()
+        _step(run, probe)
+        once = time.perf_counter() - start
+        repeats = next(count for limit, count in _REPEATS if once < limit)
+        total = _PASSES + 2 * repeats
+        tell(2, total)
+        run.prepare()
+        parts = memory_parts(lambda mark: _marked(run, probe, mark), run.device)
+        tell(3, total)
+        whole: list[dict[int, float]] = []
+        for number in range(repeats):
+            run.prepare()
+            whole.append(_timed(run, probe, lambda: _step(run, probe)))
+            tell(4 + number, total)
+    gradients = dict(probe.gradients)
+    forwards: list[dict[int, float]] = []
+    with probe.plainly(found.kept_everything):
+        for number in range(repeats):
+            run.prepare()
+            forwards.append(_timed(run, probe, lambda: _forward(run, probe)))
+            tell(4 + repeats + number, total)
+    graph = StepGraph(model, pieces, gradients, settings.shape, found.loss).build()
+    seconds, spread = _seconds(graph, pieces, forwards, whole, settings)
+    scratch = _scratch(graph, pieces, parts)
+    if settings.optimizer is not None:
+        scratch[-1] = settings.optimizer.scratch_nbytes
+    return MeasuredModules(graph, CostModel(tuple(seconds), tuple(scratch), {}, Origin.MEASURED, spread), pieces)
+
+
+def _step(run: Runner, probe: Probe) -> None:
+    probe.begin()
+    output = run.model(*run.inputs.args, **run.inputs.kwargs)
+    probe.loss()
+    loss = run.loss_of(output)
+    check_loss(loss)
+    if run.settings.release_outputs:
+        del output
+    loss.backward()  # type: ignore[no-untyped-call]
+
+
+def _forward(run: Runner, probe: Probe) -> None:
+    probe.begin()
+    run.model(*run.inputs.args, **run.inputs.kwargs)
+    probe.loss()
+
+
+def check_loss(loss: object) -> None:
+    """Refuses what has no backward.
+
+    Raises:
+        LossError: it is no scalar tensor with a gradient.
+    """
+    if not isinstance(loss, torch.Tensor):
+        raise LossError(f"The loss is a {type(loss).__name__}, not a tensor: give loss_fn=.")
+    if loss.numel() != 1:
+        raise LossError(f"The loss has shape {list(loss.shape)}: a scalar is needed, or give loss_fn=.")
+    if not loss.requires_grad:
+        raise LossError("The loss does not depend on any parameter that requires a gradient.")
+
+
+def _marked(run: Runner, probe: Probe, mark: Callable[[int], None]) -> None:
+    before, probe.mark = probe.mark, mark
+    try:
+        _step(run, probe)
+        mark(-1)
+    finally:
+        probe.mark = before
+
+
+def _timed(run: Runner, probe: Probe, call: Callable[[], object]) -> dict[int, float]:
+    """Seconds by op; those of replays under -1 less the op."""
+    events: list[tuple[int, float]] = []
+    clock, append = time.perf_counter, events.append
+    device = run.device
+
+    def mark(op: int) -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        append((op, clock()))
+
+    before, probe.mark = probe.mark, mark
+    try:
+        call()
+        mark(-1)
+    finally:
+        probe.mark = before
+    found: dict[int, float] = {}
+    is_backward = False
+    loss = probe.cut.num_pieces
+    for (op, begin), (_, end) in zip(events, events[1:], strict=False):
+        is_backward = is_backward or op >= loss
+        key = -1 - op if is_backward and op < loss else op
+        found[key] = found.get(key, 0.0) + end - begin
+    return found
+
+
+def _seconds(
+    graph: Graph,
+    pieces: Cut,
+    forwards: Sequence[dict[int, float]],
+    whole: Sequence[dict[int, float]],
+    settings: Settings,
+) -> tuple[list[float], float]:
+    """Median seconds by op, and their spread."""
+    found: list[float] = []
+    spreads: list[float] = []
+    for op in graph.ops:
+        if op.phase is Phase.OPTIMIZER:
+            found.append((settings.optimizer.seconds_estimate or 0.0) if settings.optimizer else 0.0)
+            continue
+        rows = forwards if op.id < pieces.num_pieces else whole
+        values = sorted(row.get(op.id, 0.0) for row in rows)
+        found.append(statistics.median(values))
+        if values[0] > 0:
+            spreads.append(values[-1] / values[0] - 1)
+    return found, statistics.median(spreads) if spreads else 0.0
+
+
+def _scratch(graph: Graph, pieces: Cut, parts: Sequence[Part]) -> list[int]:
+    """Bytes per op that the graph's values do not explain: those by which the measured step rose above them.
+
+    The parts are followed along the order that the graph predicts. A part that is not where it should be counts for the
+    op that the step had come to.
+    """
+    everything = frozenset(range(len(pieces.tree.regions)))
+    order = pieces.tree.order(everything, len(graph.ops))
+    nothing = CostModel((0.0,) * len(graph.ops), (0,) * len(graph.ops))
+    profile = evaluate(graph, nothing, order, profile=True).profile
+    assert profile is not None
+    levels = profile - sum(graph.values[v].nbytes for v in graph.inputs)
+    scratch = [0] * len(graph.ops)
+    place = 0
+    for part in parts:
+        if part.label >= 0:
+            place = _next_place(order, place, part.label, pieces.num_pieces)
+        op = order[place]
+        scratch[op] = max(scratch[op], part.peak - int(levels[place]))
+    return scratch
+
+
+def _next_place(order: Sequence[int], place: int, op: int, loss: int) -> int:
+    passed = 0
+    for index in range(place, len(order)):
+        if order[index] == op:
+            return index
+        passed += order[index] > loss
+        if op < loss and passed > _FAR:
+            break
+    return place

@@ -1,0 +1,272 @@
+"""Plans of module calls: for any module, measured by running it, and run by the eager engine.
+
+The step is surveyed, measured in steps of which every region is recomputed (the smallest that there are), planned for,
+and run once by its plan before it is given out: where that step rose above the budget, it is planned again for less.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from keepless import _compat
+from keepless.capture import Inputs, flatten_inputs, planned_device
+from keepless.control.captured import Settings, settings_from
+from keepless.control.module_costs import MeasuredModules, measure_modules
+from keepless.control.reserve import budget_with_reserve, explain_infeasible, with_reserve
+from keepless.control.runner import Runner
+from keepless.control.signature import batch_signature, check_signature, model_signature
+from keepless.eager.planned import Chosen, Key, PlannedModules
+from keepless.eager.sites import Site
+from keepless.eager.untouched import untouched
+from keepless.errors import CaptureError, InfeasibleBudget, ParameterError, PlanError, SolverError
+from keepless.ir import Certificate, Status
+from keepless.ir.text import fingerprint
+from keepless.machine import Baseline, Plan, make_plan
+from keepless.measure import describe_device
+from keepless.measure.steps import increments
+from keepless.passes import evaluate, from_order, reuse_storage
+from keepless.solve.floor import floor_bound
+from keepless.solve.regions import NAME, Region, Regions, RegionTree
+from keepless.solve.solution import solution
+
+EAGER = "eager"
+_ROUNDS = 3
+"""How often a plan whose step rose above its budget is planned again for less."""
+
+
+def is_eager(plan: Plan) -> bool:
+    """Whether a plan is one of module calls."""
+    return plan.signature.get("engine") == EAGER
+
+
+def uncompiled(model: torch.nn.Module) -> torch.nn.Module:
+    """The module that torch.compile wrapped; a module that it did not wrap, as it is."""
+    inner = model.__dict__.get("_modules", {}).get("_orig_mod")
+    return inner if isinstance(inner, torch.nn.Module) else model
+
+
+def make(model: torch.nn.Module, batch: Any, settings: Settings, tell: Any) -> Plan:
+    """A plan of module calls. See `keepless.plan`."""
+    if settings.solver not in ("keepless", NAME):
+        raise SolverError(
+            f"The eager engine recomputes module calls as a whole and plans with a search of its own; solver="
+            f"{settings.solver!r} plans single ops, for the graph engine."
+        )
+    model = uncompiled(model)
+    _check(model)
+    device = planned_device(model)
+    with untouched(model, device) as before, _as_written(), without_plan(model):
+        run = Runner(model, Inputs.of(batch), batch, settings.loss_fn, settings, device, before)
+        measured = measure_modules(run, settings, lambda done, total: tell("measure", done, total))
+        tell("solve", 0, 1)
+        plan = _landed(run, measured, settings)
+        tell("solve", 1, 1)
+    return plan
+
+
+def _check(model: torch.nn.Module) -> None:
+    tensors = [*model.parameters(), *model.buffers()]
+    if any(tensor.is_meta for tensor in tensors):
+        raise CaptureError(
+            "The eager engine measures by running the model, and this one is on the meta device: give it weights, or "
+            "plan with the graph engine."
+        )
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ParameterError("No parameter of the model requires a gradient: there is nothing to train.")
+    devices = sorted({str(tensor.device) for tensor in tensors})
+    if len(devices) > 1:
+        raise CaptureError(f"The model is on several devices ({', '.join(devices)}); a plan is for one.")
+
+
+@contextlib.contextmanager
+def _as_written() -> Iterator[None]:
+    """Compiled modules run the code that they were compiled from: their calls are seen only there."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def planned_modules(model: torch.nn.Module) -> PlannedModules | None:
+    """The plan of module calls that stands in a model, if any."""
+    found = uncompiled(model).__dict__.get("forward")
+    return found if isinstance(found, PlannedModules) else None
+
+
+@contextlib.contextmanager
+def without_plan(model: torch.nn.Module) -> Iterator[None]:
+    """The model runs its own code inside the block; a plan that stands in it is put back afterwards."""
+    planned = planned_modules(model)
+    if planned is None:
+        yield
+        return
+    planned.take_out()
+    try:
+        yield
+    finally:
+        planned.put_in()
+
+
+def _landed(run: Runner, measured: MeasuredModules, settings: Settings) -> Plan:
+    """The plan, after a step of it has stayed within the budget."""
+    over = 0
+    for _ in range(_ROUNDS):
+        plan = _solved(run, measured, settings, over)
+        resident = sum(plan.graph.values[v].nbytes for v in plan.graph.inputs)
+        planned = apply(run.model, plan)
+        try:
+            run.prepare()
+            run.forward_backward()  # regions are watched the first time
+            run.prepare()
+            plan.measured_peak = resident + increments(run.forward_backward, run.device)
+        finally:
+            planned.take_out()
+        if plan.measured_peak <= settings.budget:
+            return plan
+        over += plan.measured_peak - settings.budget
+    raise InfeasibleBudget(
+        f"A planned step rose to {plan.measured_peak} bytes, above the budget of {settings.budget}, and did so again "
+        f"when {over} bytes less were planned for. Give a budget of {settings.budget + over} bytes.",
+        smallest_budget=settings.budget + over,
+        bound=plan.smallest_bound,
+        blocking="",
+    )
+
+
+def _solved(run: Runner, measured: MeasuredModules, settings: Settings, over: int) -> Plan:
+    graph, cost, cut = measured.graph, measured.cost, measured.cut
+    budget = budget_with_reserve(settings.budget)
+    limit = budget.device - over
+    solver = Regions(cut.tree)
+    found, chosen = solver.choose(graph, cost, limit, settings.seed)
+    low, lowest = solver.lowest(graph, cost)
+    low = min(low, found.peak)
+    bound = floor_bound(graph, cost)[0]
+    if found.peak > limit:
+        order = cut.tree.order(lowest, len(graph.ops))
+        least = solution(graph, cost, order, Certificate(NAME, Status.FEASIBLE))
+        raise explain_infeasible(graph, cost, settings.budget, least.program, low + over, bound)
+    everything = evaluate(graph, cost, range(len(graph.ops)))
+    flat = flatten_inputs(run.inputs)
+    tree = cut.tree
+    facts: dict[str, object] = {
+        "engine": EAGER,
+        "torch": torch.__version__,
+        "device_facts": {key: str(value) for key, value in describe_device(run.device).items()},
+        "fingerprint": fingerprint(graph),
+        "accumulate": settings.accumulate,
+        "release_outputs": settings.release_outputs,
+        "state_nbytes": settings.shape.state_nbytes,
+        "outside_nbytes": settings.outside,
+        "has_optimizer": settings.optimizer is not None,
+        "own_loss": settings.own_loss,
+        "solver": NAME,
+        "regions": [[site.path, site.number, r.first, r.last] for site, r in zip(cut.sites, tree.regions, strict=True)],
+        "saving": sorted(tree.saving),
+        "recomputed": sorted(chosen),
+    }
+    plan = make_plan(
+        graph,
+        found.program,
+        cost,
+        budget,
+        found.certificate,
+        baseline=Baseline(with_reserve(everything.peak), everything.seconds),
+        signature={**model_signature(run.model), **batch_signature(flat), **facts},
+        smallest_budget=with_reserve(low),
+        smallest_bound=bound,
+    )
+    plan.capture = settings
+    return plan
+
+
+def recomputed_sites(plan: Plan) -> frozenset[Site]:
+    """The module calls that a plan recomputes.
+
+    Raises:
+        PlanError: the plan's calls are not those of its program.
+    """
+    signature = plan.signature
+    rows, saving, chosen = (signature.get(name) for name in ("regions", "saving", "recomputed"))
+    try:
+        assert isinstance(rows, list) and isinstance(saving, list) and isinstance(chosen, list)
+        sites = [Site(str(path), int(number)) for path, number, _, _ in rows]
+        regions = tuple(Region(int(first), int(last)) for _, _, first, last in rows)
+        count = plan.graph.loss_op
+        assert count is not None
+        tree = RegionTree(regions, count, frozenset(map(int, saving)))
+        numbers = frozenset(map(int, chosen))
+        order = tree.order(numbers, len(plan.graph.ops))
+        program = reuse_storage(plan.graph, from_order(plan.graph, order))
+        found = frozenset(sites[number] for number in numbers)
+    except (AssertionError, TypeError, ValueError, IndexError) as error:
+        raise PlanError("The plan's list of recomputed module calls is damaged. Plan again.") from error
+    if program.instrs != plan.program.instrs:
+        raise PlanError("The plan's recomputed module calls are not what its program recomputes. Plan again.")
+    return found
+
+
+def apply(model: torch.nn.Module, plan: Plan) -> PlannedModules:
+    """Puts a plan of module calls into a model that has none. Calls of other shapes are planned on the spot.
+
+    Raises:
+        PlanError: the plan was made for another model.
+    """
+    model = uncompiled(model)
+    check_signature(plan.signature, model_signature(model), "model")
+    sites = recomputed_sites(plan)
+    planned = PlannedModules(model, None)
+    settings = settings_of(plan)
+
+    def on_miss(here: PlannedModules, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Chosen:
+        if not any(p.requires_grad for p in model.parameters()):
+            return Chosen(frozenset())
+        stand = any(p.grad is not None for p in model.parameters())
+        own = replace(settings, accumulate=settings.accumulate or stand)
+        if not settings.own_loss:
+            own = replace(own, loss_fn=_any_loss, own_loss=False)
+        try:
+            return Chosen(recomputed_sites(make(model, Inputs(*args, **kwargs), own, _silent)))
+        except InfeasibleBudget as error:
+            raise InfeasibleBudget(
+                f"This call is not the step that the model was planned for and needs a plan of its own. {error}",
+                smallest_budget=error.smallest_budget,
+                bound=error.bound,
+                blocking=error.blocking,
+            ) from None
+
+    planned.put_in()
+    for key in _keys(model, plan):
+        planned.add(key, Chosen(sites))
+    planned.on_miss = on_miss
+    return planned
+
+
+def settings_of(plan: Plan) -> Settings:
+    """What a plan was asked for; of one from a file, as far as it says."""
+    known = plan.capture
+    return known if isinstance(known, Settings) else settings_from(plan, own_loss=bool(plan.signature.get("own_loss")))
+
+
+def _keys(model: torch.nn.Module, plan: Plan) -> list[Key]:
+    """The kinds of steps that a plan is for: with gradients that stand already, the first step without, too."""
+    arguments = plan.signature.get("arguments")
+    rows = [row for row in arguments if isinstance(row, list)] if isinstance(arguments, list) else []
+    tensors = tuple((tuple(shape), dtype, grad) for dtype, shape, _, grad in rows)
+    stands = (False, True) if plan.signature.get("accumulate") else (False,)
+    return [(model.training, stand, *tensors) for stand in stands]
+
+
+def _any_loss(output: Any, batch: Any) -> torch.Tensor:
+    """Stands for a loss whose targets are not known: every output gets a gradient."""
+    leaves = [leaf for leaf in _compat.tree_leaves(output) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+    if not leaves:
+        raise ParameterError("No output of the model depends on a parameter that requires a gradient.")
+    return torch.stack([leaf.float().mean() for leaf in leaves]).sum()
+
+
+def _silent(stage: str, done: int, total: int) -> None:
+    pass

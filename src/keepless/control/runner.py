@@ -1,0 +1,167 @@
+"""One forward and backward of a model, run to see what comes of it, and the state around it."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from keepless.capture import Inputs
+from keepless.control.captured import Settings
+from keepless.eager.untouched import Before
+from keepless.measure.steps import increments
+
+
+@dataclass
+class Outcome:
+    """What a step leaves: all that must be equal, and how long it took."""
+
+    loss: torch.Tensor
+    grads: dict[str, torch.Tensor]
+    buffers: dict[str, torch.Tensor]
+    rng: torch.Tensor
+    seconds: float
+
+
+class Runner:
+    """Runs one forward and backward of whatever forward stands in the model.
+
+    Arguments:
+        loss_fn: loss of (output, batch); None where the output holds it.
+        before: what each step starts from; None for buffers and the default generator alone.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        inputs: Inputs,
+        batch: Any,
+        loss_fn: Any,
+        settings: Settings,
+        device: torch.device,
+        before: Before | None = None,
+    ) -> None:
+        self.before = before
+        self.model = model
+        self.inputs = inputs
+        self.batch = batch
+        self.loss_fn = loss_fn
+        self.settings = settings
+        self.device = device
+        self.rng = _get_rng(self.device)
+        self.buffers = {name: b.clone() for name, b in model.named_buffers()}
+
+    def loss_of(self, output: Any) -> torch.Tensor:
+        """The loss of an output."""
+        if self.loss_fn is not None:
+            loss: torch.Tensor = self.loss_fn(output, self.batch)
+            return loss
+        if isinstance(output, torch.Tensor):
+            return output
+        found: torch.Tensor | None = getattr(output, "loss", None)
+        if found is None:
+            found = output["loss"] if isinstance(output, dict) else output[0]
+        assert found is not None
+        return found
+
+    def prepare(self) -> None:
+        """Makes the state that of the first step's start."""
+        accumulate = self.settings.accumulate
+        for p in self.model.parameters():
+            p.grad = torch.zeros_like(p) if accumulate and p.requires_grad else None
+        if self.before is not None:
+            self.before.again()
+            return
+        for name, buffer in self.model.named_buffers():
+            buffer.data.copy_(self.buffers[name])
+        _set_rng(self.device, self.rng)
+
+    def forward_backward(self) -> torch.Tensor:
+        """The part of a step that is measured; gives the loss."""
+        output = self.model(*self.inputs.args, **self.inputs.kwargs)
+        loss = self.loss_of(output)
+        if self.settings.release_outputs:
+            del output
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+    def step(self) -> Outcome:
+        """One step from the same start."""
+        self.prepare()
+        start = time.perf_counter()
+        loss = self.forward_backward()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        seconds = time.perf_counter() - start
+        grads = {name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None}
+        buffers = {name: b.clone() for name, b in self.model.named_buffers()}
+        return Outcome(loss.clone(), grads, buffers, _get_rng(self.device), seconds)
+
+    def measure(self) -> int:
+        """Highest bytes above the level at the step's start."""
+        self.prepare()
+        return increments(self.forward_backward, self.device)
+
+
+def noise_of(run: Runner, reference: Outcome) -> float:
+    """How far plain eager is from itself; where it cannot run, not known and given as 0."""
+    again = run.step()
+    once = run.step() if differing(reference, again) else reference
+    pairs = [(once.loss, again.loss), *((once.grads[n], again.grads[n]) for n in once.grads)]
+    return max(float((a - b).abs().max()) if a.numel() else 0.0 for a, b in pairs)
+
+
+def differing(a: Outcome, b: Outcome) -> list[str]:
+    """Names of what is not bitwise equal in two outcomes."""
+    found = [] if torch.equal(a.loss, b.loss) else ["loss"]
+    for what, left, right in (("gradient of", a.grads, b.grads), ("buffer", a.buffers, b.buffers)):
+        for name in sorted(set(left) | set(right)):
+            if name not in left or name not in right or not _same_bits(left[name], right[name]):
+                found.append(f"{what} {name}")
+    if not torch.equal(a.rng, b.rng):
+        found.append("generator state")
+    return found
+
+
+def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Bitwise, so that NaN equals itself."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return bool(torch.equal(a, b)) or bool(
+        torch.equal(a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8))
+    )
+
+
+def _get_rng(device: torch.device) -> torch.Tensor:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def _set_rng(device: torch.device, state: torch.Tensor) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state, device)
+    else:
+        torch.set_rng_state(state)
+
+
+@contextlib.contextmanager
+def restored(model: torch.nn.Module) -> Iterator[None]:
+    """Gradients, buffers and generator states as they were, whatever happens."""
+    device = next(model.parameters()).device
+    grads = [(p, p.grad) for p in model.parameters()]
+    buffers = [(b, b.clone()) for b in model.buffers()]
+    state = _get_rng(device)
+    for p, _ in grads:
+        p.grad = None
+    try:
+        yield
+    finally:
+        for p, grad in grads:
+            p.grad = grad
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+        _set_rng(device, state)

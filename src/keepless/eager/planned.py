@@ -1,0 +1,260 @@
+"""A model that trains by a plan of module calls.
+
+`PlannedModules` sits in the model's `__dict__` under "forward", a `RegionForward` in that of each module of which a call
+may be recomputed. Values are those of the model's own code in every case: a plan decides only which calls keep what they
+save.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import threading
+import types
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.utils.checkpoint
+
+from keepless import _compat
+from keepless._compat import tree_leaves
+from keepless.capture import is_tracing
+from keepless.eager import forward as regions
+from keepless.eager.determinism import CHECKS
+from keepless.eager.forward import Options
+from keepless.eager.sites import Calls, Site
+from keepless.errors import PlanError
+
+Key = tuple[Any, ...]
+"""What steps of one plan have in common: shapes and dtypes of the call's tensors, the mode, standing gradients."""
+
+_MOST_ENTRIES = 64
+"""Kinds of steps whose regions are remembered; the oldest goes first."""
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The calls that one kind of step recomputes."""
+
+    sites: frozenset[Site]
+
+
+_NONE = Chosen(frozenset())
+
+Miss = Callable[["PlannedModules", torch.nn.Module, tuple[Any, ...], dict[str, Any]], Chosen]
+"""Plans for a kind of step that there is no plan for."""
+
+
+class _Current(threading.local):
+    """The forward that runs on this thread, or is run again there."""
+
+    sites: frozenset[Site] = frozenset()
+
+    def __init__(self) -> None:
+        self.calls = Calls()
+
+
+def step_key(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Key:
+    """The kind of step that a call begins."""
+    stand = any(p.grad is not None for p in model.parameters())
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    return (model.training, stand, *((tuple(t.shape), str(t.dtype), t.requires_grad) for t in tensors))
+
+
+class PlannedModules:
+    """The forward of a model that is planned by module calls.
+
+    Attributes:
+        entries: kind of step -> the calls that it recomputes.
+        planned_on_the_spot: how many kinds of steps were planned when they came.
+    """
+
+    def __init__(self, model: torch.nn.Module, on_miss: Miss | None) -> None:
+        self._model = weakref.ref(model)
+        self._instance_forward = model.__dict__.get("forward")
+        self._function = type(model).forward
+        self.__signature__ = inspect.signature(model.forward)
+        self.__name__ = "forward"
+        self.__doc__ = model.forward.__doc__
+        self.on_miss = on_miss
+        self.entries: dict[Key, Chosen] = {}
+        self.planned_on_the_spot = 0
+        self.current = _Current()
+        self._for_training = model.training
+        self._wrapped: dict[str, RegionForward] = {}
+
+    @property
+    def original(self) -> Callable[..., Any]:
+        """The model's own forward."""
+        if self._instance_forward is not None:
+            own: Callable[..., Any] = self._instance_forward
+            return own
+        model = self._model()
+        assert model is not None, "the model is gone"
+        return types.MethodType(self._function, model)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self._compiled(args, kwargs)
+        current = self.current
+        current.calls.restart()
+        current.sites = frozenset()
+        if torch.is_grad_enabled() and not (is_tracing() or _compat.transforms_active()):
+            current.sites = self._chosen(args, kwargs).sites
+        return self.original(*args, **kwargs)
+
+    def _compiled(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._instance_forward is not None:
+            return self._instance_forward(*args, **kwargs)
+        return self._function(self._model(), *args, **kwargs)
+
+    def _chosen(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Chosen:
+        model = self._model()
+        assert model is not None, "the model is gone"
+        key = step_key(model, args, kwargs)
+        found = self.entries.get(key)
+        if found is not None:
+            return found
+        if self._for_training and not model.training:  # evaluation
+            return _NONE
+        return self.plan_for(key, model, args, kwargs)
+
+    def plan_for(self, key: Key, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Chosen:
+        """Plans for a kind of step that is new."""
+        if self.on_miss is None:
+            return _NONE
+        found = self.on_miss(self, model, args, kwargs)
+        self.planned_on_the_spot += 1
+        self.add(key, found)
+        return found
+
+    def add(self, key: Key, chosen: Chosen) -> None:
+        """Remembers what a kind of step recomputes; its modules run through this plan from now on.
+
+        Raises:
+            PlanError: the model has no such module.
+        """
+        model = self._model()
+        assert model is not None, "the model is gone"
+        modules = dict(model.named_modules())
+        missing = next((site.path for site in chosen.sites if site.path not in modules), None)
+        if missing is not None:
+            raise PlanError(f"The plan recomputes calls of the module {missing!r}, which this model does not have.")
+        while len(self.entries) >= _MOST_ENTRIES:
+            del self.entries[next(iter(self.entries))]
+        self.entries[key] = chosen
+        for path in sorted({site.path for site in chosen.sites}):
+            if path not in self._wrapped:
+                wrapped = self._wrapped[path] = RegionForward(self, path, modules[path])
+                modules[path].__dict__["forward"] = wrapped
+
+    def put_in(self) -> None:
+        """The model runs by this plan."""
+        model = self._model()
+        assert model is not None, "the model is gone"
+        model.__dict__["forward"] = self
+        for wrapped in self._wrapped.values():
+            module = wrapped.module()
+            if module is not None:
+                module.__dict__["forward"] = wrapped
+
+    def take_out(self) -> None:
+        """The model and its modules run their own forwards again."""
+        model = self._model()
+        holders: list[tuple[torch.nn.Module | None, Any, Any]] = [(model, self, self._instance_forward)]
+        holders += [(wrapped.module(), wrapped, wrapped.instance_forward) for wrapped in self._wrapped.values()]
+        for module, own, before in holders:
+            if module is None or module.__dict__.get("forward") is not own:
+                continue
+            if before is None:
+                del module.__dict__["forward"]
+            else:
+                module.__dict__["forward"] = before
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copied model has no plan: its forward is its own."""
+        return _copied_forward(self._instance_forward, self._function, self._model(), memo)
+
+    def __reduce__(self) -> Any:
+        raise PlanError("A planned model cannot be pickled: call keepless.remove(model) first, or save state_dict().")
+
+
+class RegionForward:
+    """The forward of a module some of whose calls are recomputed.
+
+    It has no attributes by name: to a region's watch it is no object of the user's.
+    """
+
+    __slots__ = (
+        "__name__",
+        "__signature__",
+        "__weakref__",
+        "function",
+        "instance_forward",
+        "module",
+        "path",
+        "planned",
+    )
+
+    def __init__(self, planned: PlannedModules, path: str, module: torch.nn.Module) -> None:
+        self.planned = planned
+        self.path = path
+        self.module = weakref.ref(module)
+        self.instance_forward = module.__dict__.get("forward")
+        self.function = type(module).forward
+        self.__signature__ = inspect.signature(module.forward)
+        self.__name__ = "forward"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self._compiled(args, kwargs)
+        module = self.module()
+        assert module is not None, "the module is gone"
+        own = self.instance_forward
+        forward = own if own is not None else types.MethodType(self.function, module)
+        current = self.planned.current
+        if current.calls.next(self.path) not in current.sites:
+            return forward(*args, **kwargs)
+        tap = _Again(current, current.sites, current.calls.state())
+        return regions.run(forward, args, kwargs, Options(CHECKS["default"], True, None, False, True, None, tap))
+
+    def _compiled(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Under torch.compile a region becomes one of the compiled graph's own checkpoints."""
+        if self.instance_forward is not None:
+            return torch.utils.checkpoint.checkpoint(self.instance_forward, *args, use_reentrant=False, **kwargs)
+        return torch.utils.checkpoint.checkpoint(self.function, self.module(), *args, use_reentrant=False, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copied module has no plan: its forward is its own."""
+        return _copied_forward(self.instance_forward, self.function, self.module(), memo)
+
+    def __reduce__(self) -> Any:
+        raise PlanError("A planned model cannot be pickled: call keepless.remove(model) first, or save state_dict().")
+
+
+class _Again:
+    """Tells the calls inside a region that it runs again, on whichever thread."""
+
+    __slots__ = ("calls", "current", "sites")
+
+    def __init__(self, current: _Current, sites: frozenset[Site], calls: dict[str, int]) -> None:
+        self.current, self.sites, self.calls = current, sites, calls
+
+    def begins(self) -> None:
+        self.current.sites = self.sites
+        self.current.calls.restore(self.calls)
+
+    def hooks(self, pack: Any, unpack: Any) -> tuple[Any, Any]:
+        return pack, unpack
+
+
+def _copied_forward(own: Any, function: Any, model: torch.nn.Module | None, memo: dict[int, Any]) -> Any:
+    copied = memo.get(id(model))
+    if copied is None:
+        raise PlanError("A planned forward cannot be copied without its model.")
+    if own is not None:
+        return copy.deepcopy(own, memo)
+    return types.MethodType(function, copied)

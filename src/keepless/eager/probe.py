@@ -1,0 +1,186 @@
+"""Steps that are run to measure them, told piece by piece.
+
+`Probe` puts itself into a model and calls `mark(op)` where an op of the step's graph begins: a piece of the forward, the
+loss, a piece of the backward, or a piece that a region runs again. Two kinds of steps are probed: `plainly`, a forward
+without regions that saves nothing (for seconds), and `regionwise`, a whole step in which every region is recomputed, the
+smallest step that there is (for seconds of the backward, and for bytes).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from keepless.eager import forward as regions
+from keepless.eager.determinism import CHECKS
+from keepless.eager.forward import Options
+from keepless.eager.pieces import Cut
+from keepless.eager.sites import Calls, forwards_replaced
+from keepless.errors import MeasureError
+
+Mark = Callable[[int], None]
+
+
+class Probe:
+    """A model's pieces, told as they run.
+
+    Attributes:
+        gradients: names of parameters -> the backward op in which their gradient first stood, of the last step.
+    """
+
+    def __init__(self, model: torch.nn.Module, cut: Cut) -> None:
+        self.model = model
+        self.cut = cut
+        self.mark: Mark = lambda op: None
+        self.calls = Calls()
+        self.numbers = {site: number for number, site in enumerate(cut.sites)}
+        self.gradients: dict[str, int] = {}
+        self._cursor = 0
+        self._filling = 0
+        self._backward = -1
+        self._labels: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        self._started: list[bool] = []
+
+    def begin(self) -> None:
+        """The forward is about to start."""
+        self.calls.restart()
+        self._cursor = 0
+        self._filling = 0
+        self._backward = -1
+        self.gradients = {}
+        self._started = [False] * len(self.cut.sites)
+        self.mark(0)
+
+    def loss(self) -> None:
+        """The forward has ended; the caller's loss and the call of backward come next.
+
+        Raises:
+            MeasureError: the forward did not make the calls that were surveyed.
+        """
+        if self._cursor != self.cut.num_pieces - 1:
+            missing = [str(site) for site, done in zip(self.cut.sites, self._started, strict=True) if not done]
+            raise MeasureError(
+                "The forward does not make the same module calls each time"
+                + (f" ({', '.join(missing[:3])} did not run again)" if missing else "")
+                + ", with the same random numbers. A plan of module calls needs that."
+            )
+        self.mark(self.cut.num_pieces)
+
+    @contextlib.contextmanager
+    def plainly(self, keeps: bool) -> Iterator[None]:
+        """Forwards inside the block tell their pieces; nothing is saved unless `keeps`."""
+        with (
+            forwards_replaced(self.model, self._telling),
+            torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach() if keeps else None, lambda kept: kept),
+        ):
+            yield
+
+    @contextlib.contextmanager
+    def regionwise(self) -> Iterator[None]:
+        """Whole steps inside the block recompute every region, and tell their pieces."""
+        handles = [
+            parameter.register_post_accumulate_grad_hook(self._noting(name))
+            for name, parameter in self.model.named_parameters()
+            if parameter.requires_grad
+        ]
+        try:
+            with (
+                forwards_replaced(self.model, self._recomputing),
+                torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack),
+            ):
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _noting(self, name: str) -> Callable[[torch.Tensor], None]:
+        def note(parameter: torch.Tensor) -> None:
+            self.gradients.setdefault(name, self._backward)
+
+        return note
+
+    def _enter(self, number: int) -> None:
+        self._started[number] = True
+        self._cursor = self.cut.tree.regions[number].first
+        self.mark(self._cursor)
+
+    def _exit(self, number: int) -> None:
+        self._cursor = self.cut.tree.regions[number].last + 1
+        self.mark(self._cursor)
+
+    def _telling(self, path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def told(*args: Any, **kwargs: Any) -> Any:
+            number = self.numbers.get(self.calls.next(path))
+            if number is None:
+                return forward(*args, **kwargs)
+            self._enter(number)
+            result = forward(*args, **kwargs)
+            self._exit(number)
+            return result
+
+        return told
+
+    def _recomputing(self, path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def recomputed(*args: Any, **kwargs: Any) -> Any:
+            number = self.numbers.get(self.calls.next(path))
+            if number is None:
+                return forward(*args, **kwargs)
+            self._enter(number)
+            options = Options(CHECKS["default"], True, None, False, True, None, _Region(self, number))
+            result = regions.run(forward, args, kwargs, options)
+            self._exit(number)
+            return result
+
+        return recomputed
+
+    def _pack(self, tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
+        return tensor.detach(), self._cursor
+
+    def _unpack(self, kept: tuple[torch.Tensor, int]) -> torch.Tensor:
+        self._goes_back(kept[1])
+        return kept[0]
+
+    def _goes_back(self, piece: int) -> None:
+        if not self._filling:
+            self._backward = self.cut.tree.backward(piece)
+            self.mark(self._backward)
+
+
+class _Region:
+    """One call of a region: what `Tap` is for."""
+
+    __slots__ = ("calls", "first", "probe")
+
+    def __init__(self, probe: Probe, number: int) -> None:
+        self.probe = probe
+        self.first = probe.cut.tree.regions[number].first
+        self.calls = probe.calls.state() if probe.cut.repeated else {}
+
+    def begins(self) -> None:
+        probe = self.probe
+        probe.calls.restore(self.calls)
+        probe._cursor = self.first
+        probe.mark(self.first)
+
+    def hooks(self, pack: Callable[[torch.Tensor], Any], unpack: Callable[[Any], torch.Tensor]) -> tuple[Any, Any]:
+        probe = self.probe
+
+        def labelled(tensor: torch.Tensor) -> Any:
+            holder = pack(tensor)
+            probe._labels[holder] = probe._cursor
+            return holder
+
+        def told(holder: Any) -> torch.Tensor:
+            probe._filling += 1
+            try:
+                tensor = unpack(holder)
+            finally:
+                probe._filling -= 1
+            probe._goes_back(probe._labels[holder])
+            return tensor
+
+        return labelled, told

@@ -1,0 +1,192 @@
+"""The graph of a step whose ops are pieces of module calls.
+
+Forward op `p` is piece `p`; then comes the LOSS op, then one backward op per piece in reverse, then the optimizer. Values
+are storages: the model's state, what pieces save or hand on, gradients of parameters, and the gradients that flow
+between pieces. What lives and dies within one piece is scratch of its ops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from keepless.capture import LOSS, OPTIMIZER, StepShape
+from keepless.eager.pieces import Cut
+from keepless.ir import Effect, Graph, Kind, Op, Phase, Value
+
+
+@dataclass
+class _Values:
+    """Values as they are made; `of` maps storages."""
+
+    items: list[Value] = field(default_factory=list)
+    of: dict[int, int] = field(default_factory=dict)
+    names: dict[str, int] = field(default_factory=dict)
+
+    def new(self, name: str, nbytes: int, kind: Kind, dtype: str = "uint8") -> int:
+        count = self.names.get(name, 0)
+        self.names[name] = count + 1
+        number = len(self.items)
+        self.items.append(Value(number, f"{name}.{count}" if count else name, nbytes, kind, dtype, (nbytes,)))
+        return number
+
+
+class StepGraph:
+    """Builds the graph.
+
+    Arguments:
+        cut: the forward in pieces.
+        gradients: name of a parameter -> the backward op in which its gradient first stands.
+        shape: what the step is beside forward and backward.
+        loss: storage of the model's own loss; None where the caller computes it from the outputs.
+    """
+
+    def __init__(
+        self, model: torch.nn.Module, cut: Cut, gradients: Mapping[str, int], shape: StepShape, loss: int | None
+    ) -> None:
+        self.model, self.cut, self.gradients, self.shape, self.loss = model, cut, gradients, shape, loss
+        self.survey = cut.survey
+        self.count = cut.num_pieces
+        self.values = _Values()
+        self.static: set[int] = set()
+        self.pinned: set[int] = set()
+        self.reads: list[set[int]] = [set() for _ in range(2 * self.count + 1)]
+        self.makes: list[set[int]] = [set() for _ in range(2 * self.count + 1)]
+
+    def build(self) -> Graph:
+        """The graph."""
+        self._state()
+        grads = self._parameter_gradients()
+        self._activations()
+        self._flows()
+        ops = [self._op(number) for number in range(2 * self.count + 1)]
+        if self.shape.has_optimizer:
+            by_name = {value.name: value.id for value in self.values.items}
+            inputs = {by_name[name] for name in ("optimizer.state", "grad.existing") if name in by_name} | grads
+            inputs |= {value.id for value in self.values.items if value.kind is Kind.PARAM}
+            ops.append(Op(len(ops), OPTIMIZER, tuple(sorted(inputs)), (), Phase.OPTIMIZER, frozenset({Effect.OPAQUE})))
+        self.pinned |= self.static
+        return Graph(tuple(ops), tuple(self.values.items), frozenset(self.static), frozenset(self.pinned))
+
+    def _state(self) -> None:
+        values, survey = self.values, self.survey
+        for tensors, kind in ((self.model.named_parameters(), Kind.PARAM), (self.model.named_buffers(), Kind.BUFFER)):
+            for name, tensor in tensors:
+                storage = survey.book.number_of(tensor)
+                if survey.made.get(storage) == -1 and storage not in values.of:
+                    dtype = str(tensor.dtype).removeprefix("torch.")
+                    values.of[storage] = values.new(name, survey.book.nbytes[storage], kind, dtype)
+        for storage, made in survey.made.items():
+            if made < 0 and storage not in values.of:
+                values.of[storage] = values.new("batch", survey.book.nbytes[storage], Kind.INPUT)
+        self.static |= set(values.of.values())
+        shape = self.shape
+        if shape.state_nbytes:
+            self.static.add(values.new("optimizer.state", shape.state_nbytes, Kind.BUFFER))
+        if shape.outside_nbytes:
+            self.static.add(values.new("outside", shape.outside_nbytes, Kind.INPUT))
+
+    def _parameter_gradients(self) -> set[int]:
+        """The values of gradients; where they stand already, one value for all, and it is static."""
+        sizes = {name: p.numel() * p.element_size() for name, p in self.model.named_parameters()}
+        if self.shape.accumulate:
+            total = sum(sizes[name] for name in self.gradients)
+            self.static.add(self.values.new("grad.existing", total, Kind.GRAD))
+            return set()
+        found: set[int] = set()
+        for name, op in self.gradients.items():
+            value = self.values.new(f"grad.{name}", sizes[name], Kind.GRAD)
+            self.makes[max(op, self.count)].add(value)
+            found.add(value)
+        self.pinned |= found
+        return found
+
+    def _activations(self) -> None:
+        survey, cut = self.survey, self.cut
+        readers: dict[int, set[int]] = {}
+        savers: dict[int, set[int]] = {}
+        for item in survey.saved:
+            savers.setdefault(item.storage, set()).add(cut.piece_of(item.moment))
+        for number, region in zip(cut.regions, cut.tree.regions, strict=True):
+            for storage in survey.calls[number].inputs:
+                readers.setdefault(storage, set()).add(region.first)
+                # A region holds its inputs until all that it saved is used up.
+                savers.setdefault(storage, set()).add(region.first)
+            for storage in survey.calls[number].outputs:
+                readers.setdefault(storage, set())
+        self.savers = savers
+        self.last: dict[int, int] = {}
+        self.maker: dict[int, int] = {}
+        names: dict[int, str] = {}
+        for storage in sorted({*readers, *savers, *survey.outputs}):
+            if storage in self.values.of:  # state and batch
+                for piece in savers.get(storage, ()):
+                    self.reads[piece].add(self.values.of[storage])
+                    self.reads[cut.tree.backward(piece)].add(self.values.of[storage])
+                continue
+            maker = cut.piece_of(survey.made[storage])
+            used = readers.get(storage, set()) | savers.get(storage, set())
+            freed = survey.freed.get(storage)
+            if freed is not None:
+                used.add(min(cut.piece_of(freed), self.count - 1))
+            is_output = storage in survey.outputs
+            last = max(used, default=maker)
+            if not is_output and not savers.get(storage) and last <= maker:
+                continue
+            name = names.setdefault(maker, self._name(maker))
+            kind = Kind.OUTPUT if is_output else Kind.ACTIVATION
+            value = self.values.of[storage] = self.values.new(name, survey.book.nbytes[storage], kind)
+            self.makes[maker].add(value)
+            self.maker[storage], self.last[storage] = maker, last
+            for piece in used:
+                if piece > maker:
+                    self.reads[piece].add(value)
+            for piece in savers.get(storage, ()):
+                self.reads[cut.tree.backward(piece)].add(value)
+            if is_output:
+                self.reads[self.count].add(value)
+                if not self.shape.release_outputs or storage == self.loss:
+                    self.pinned.add(value)
+
+    def _flows(self) -> None:
+        """Gradients between pieces: made where the last reader's backward runs, read where the maker's does."""
+        survey = self.survey
+        own = self.loss is not None
+        for storage, nbytes in survey.flows.items():
+            maker = self.maker.get(storage)
+            if maker is None:
+                continue
+            from_caller = storage == self.loss if own else storage in survey.outputs
+            last = self.last[storage]
+            if not from_caller and last <= maker:
+                continue
+            value = self.values.new(f"flow.{self._name(maker)}", nbytes, Kind.GRAD)
+            self.makes[self.count if from_caller else self.cut.tree.backward(last)].add(value)
+            self.reads[self.cut.tree.backward(maker)].add(value)
+
+    def _name(self, piece: int) -> str:
+        owner = self.cut.owners[piece]
+        return f"{self.survey.calls[owner].site}.piece{piece}" if owner >= 0 else f"piece{piece}"
+
+    def _op(self, number: int) -> Op:
+        inputs = self.reads[number] - self.makes[number]
+        row = tuple(sorted(inputs)), tuple(sorted(self.makes[number]))
+        if number == self.count:
+            return Op(number, LOSS, *row, Phase.LOSS, frozenset({Effect.OPAQUE}))
+        is_forward = number < self.count
+        owner = self.cut.owners[number if is_forward else 2 * self.count - number]
+        call = self.survey.calls[owner] if owner >= 0 else None
+        kind = call.kind if call is not None else type(self.model).__name__
+        can_replay = is_forward and owner >= 0
+        return Op(
+            number,
+            f"{kind}.{'forward' if is_forward else 'backward'}",
+            *row,
+            Phase.FORWARD if is_forward else Phase.BACKWARD,
+            frozenset() if can_replay else frozenset({Effect.OPAQUE}),
+            module=str(call.site) if call is not None else "",
+            source=call.source if call is not None else "",
+            key=f"{number}",
+        )

@@ -1,0 +1,204 @@
+"""A forward watched module by module: which calls there are, what each saves for the backward, and how long storages live.
+
+The forward runs under autograd with saved-tensor hooks that note what is saved and keep nothing, so that a survey needs
+little more memory than a forward without gradients. A model that differentiates inside its own forward needs its saved
+tensors at once: it is surveyed again with everything kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from keepless._compat import tree_leaves
+from keepless.eager.sites import Calls, Site, StorageBook, forwards_replaced
+
+
+@dataclass
+class Call:
+    """A module call. Moments count events of the survey; storages are numbers of its book.
+
+    Arguments:
+        parent: position of the call around it, -1 for the model's own.
+        begin, end: moments.
+        inputs, outputs: storages of its tensors, and which of them carry gradients.
+    """
+
+    site: Site
+    parent: int
+    kind: str
+    source: str
+    begin: int
+    end: int = -1
+    inputs: tuple[int, ...] = ()
+    outputs: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A tensor that was saved: its storage, and when."""
+
+    storage: int
+    moment: int
+
+
+@dataclass
+class Survey:
+    """What a forward did.
+
+    Arguments:
+        calls: of the modules inside the model, in the order in which they begin; nested or apart.
+        saved: tensors that were saved, in order; a storage may be saved more than once.
+        made: moment at which each storage was first seen. Those of the model's state and the batch have moment -1.
+        freed: moment at which a storage was first missed; storages that outlived the forward are not in it.
+        flows: storages that gradients flow through -> bytes of the gradient.
+        outputs: storages of the model's outputs.
+        loss: the storage of its own loss, where it has one.
+        end: moment at which the forward ended.
+        kept_everything: it could not do without its saved tensors.
+    """
+
+    book: StorageBook
+    calls: list[Call] = field(default_factory=list)
+    saved: list[Saved] = field(default_factory=list)
+    made: dict[int, int] = field(default_factory=dict)
+    freed: dict[int, int] = field(default_factory=dict)
+    flows: dict[int, int] = field(default_factory=dict)
+    outputs: tuple[int, ...] = ()
+    loss: int | None = None
+    end: int = 0
+    kept_everything: bool = False
+
+    def nbytes(self, storages: set[int]) -> int:
+        """Bytes of so many storages together."""
+        return sum(self.book.nbytes[number] for number in storages)
+
+
+class _NeededAtOnce(Exception):
+    """A saved tensor was wanted during the forward."""
+
+
+class _Survey:
+    """A survey on its way."""
+
+    def __init__(self, keeps: bool) -> None:
+        self.found = Survey(StorageBook())
+        self.keeps = keeps
+        self.moment = 0
+        self.calls = Calls()
+        self.open: list[int] = []
+
+    def number_of(self, tensor: torch.Tensor) -> int:
+        found = self.found
+        number = found.book.number_of(tensor)
+        found.made.setdefault(number, self.moment)
+        if tensor.requires_grad and found.made[number] >= 0:
+            nbytes = tensor.numel() * tensor.element_size()
+            found.flows[number] = max(nbytes, found.flows.get(number, 0))
+        return number
+
+    def numbers(self, values: Any) -> tuple[int, ...]:
+        tensors = [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
+        return tuple(dict.fromkeys(map(self.number_of, tensors)))
+
+    def tick(self) -> None:
+        for number in self.found.book.freed():
+            self.found.freed[number] = self.moment
+        self.moment += 1
+
+    def pack(self, tensor: torch.Tensor) -> Any:
+        self.found.saved.append(Saved(self.number_of(tensor), self.moment))
+        self.moment += 1
+        return tensor.detach() if self.keeps else None
+
+    def unpack(self, kept: Any) -> torch.Tensor:
+        if kept is None:
+            raise _NeededAtOnce
+        tensor: torch.Tensor = kept
+        return tensor
+
+    def wrapped(self, path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            number = self.begin(path, forward, (args, kwargs))
+            try:
+                result = forward(*args, **kwargs)
+            finally:
+                self.open.pop()
+            call = self.found.calls[number]
+            call.outputs = self.numbers(result)
+            self.tick()
+            call.end = self.moment
+            return result
+
+        return watched
+
+    def begin(self, path: str, forward: Callable[..., Any], given: Any) -> int:
+        inputs = self.numbers(given)
+        self.tick()
+        number = len(self.found.calls)
+        parent = self.open[-1] if self.open else -1
+        kind, source = described(forward)
+        self.found.calls.append(Call(self.calls.next(path), parent, kind, source, self.moment, inputs=inputs))
+        self.open.append(number)
+        return number
+
+
+def described(forward: Callable[..., Any]) -> tuple[str, str]:
+    """The class of a forward's module, and where its code stands: ("Block", "model.py:88")."""
+    owner = getattr(forward, "__self__", None)
+    code = getattr(getattr(forward, "__func__", forward), "__code__", None)
+    place = "" if code is None else f"{code.co_filename.replace(chr(92), '/').rsplit('/', 1)[-1]}:{code.co_firstlineno}"
+    return type(owner).__name__, place
+
+
+def survey(
+    model: torch.nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    own_loss: Callable[[Any], torch.Tensor] | None,
+    again: Callable[[], None],
+) -> Survey:
+    """Watches one training forward of a model. What the forward changes stays changed.
+
+    Arguments:
+        own_loss: the loss in the model's output; None where the caller computes it.
+        again: puts the model's state back, for a second try.
+    """
+    try:
+        return _surveyed(model, args, kwargs, own_loss, keeps=False)
+    except _NeededAtOnce:
+        again()
+        return _surveyed(model, args, kwargs, own_loss, keeps=True)
+
+
+def _surveyed(
+    model: torch.nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    own_loss: Callable[[Any], torch.Tensor] | None,
+    *,
+    keeps: bool,
+) -> Survey:
+    run = _Survey(keeps)
+    found = run.found
+    for tensor in (*model.parameters(), *model.buffers(), *tree_leaves((args, kwargs))):
+        if isinstance(tensor, torch.Tensor):
+            found.made[found.book.number_of(tensor)] = -1
+    with (
+        forwards_replaced(model, run.wrapped),
+        torch.enable_grad(),
+        torch.autograd.graph.saved_tensors_hooks(run.pack, run.unpack),
+    ):
+        output = model(*args, **kwargs)
+    found.outputs = run.numbers(output)
+    run.tick()
+    found.end = run.moment
+    found.kept_everything = keeps
+    if own_loss is not None:
+        loss = own_loss(output)
+        found.loss = run.number_of(loss) if isinstance(loss, torch.Tensor) else None
+    return found

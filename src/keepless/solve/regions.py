@@ -1,0 +1,380 @@
+"""Plans of nested regions: module calls that are kept, or recomputed as a whole in the backward.
+
+The eager engine can replay a module call only from its beginning, with everything that its forward does. Its plans are
+therefore sets of regions, nested or apart. A set fixes the order of ops: before the backward of the last op of a region
+that saves anything, the region's forward ops run again, those of regions inside it among them, which then save nothing
+and run once more before their own backward.
+
+The search knows nothing but that order; what it costs, and what is resident when, follows from the machine's rules as
+for every other solver. Nested checkpointing: Chen et al., arXiv 1604.06174, section 4.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+from keepless.cost import CostModel
+from keepless.ir import Certificate, Graph, Status
+from keepless.passes import evaluate
+from keepless.solve.anytime import plan as plan_freely
+from keepless.solve.floor import floor_bound
+from keepless.solve.planner import Planner
+from keepless.solve.search import Search, Standing
+from keepless.solve.solution import Solution, solution
+
+NAME = "regions"
+SPACE = "nested regions of module calls; the bound allows any number of recomputations of single forward ops"
+_MOST_WORK = 6000
+_WORK_OPS = 4_000_000
+"""Orders that are evaluated: so many in all, or as many as make so many ops."""
+_BOUND_WORK = 300
+"""Orders that the default planner evaluates for its bound and its start."""
+_MOSTLY = 0.9
+"""Share of a region's seconds that the default planner runs again where the region is worth starting with."""
+
+Chosen = frozenset[int]
+"""Positions in `RegionTree.regions`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """Forward ops that can only be replayed together: ids `first` to `last`, both included."""
+
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class RegionTree:
+    """The regions of a step: nested or apart, the outer one first.
+
+    Forward ops have the ids 0 to `num_forward - 1`, then comes the LOSS op, then one backward op per forward op in
+    reverse, then whatever the step ends with.
+
+    Arguments:
+        regions: by first op; of those that begin together the longer first.
+        num_forward: forward ops.
+        saving: forward ops that save a tensor for the backward.
+    """
+
+    regions: tuple[Region, ...]
+    num_forward: int
+    saving: frozenset[int]
+
+    def __post_init__(self) -> None:
+        for region, after in zip(self.regions, self.regions[1:], strict=False):
+            assert region.first < after.first or (region.first == after.first and region.last > after.last)
+        for number, outer in enumerate(self.parents):
+            region = self.regions[number]
+            assert 0 <= region.first <= region.last < self.num_forward
+            assert outer < 0 or region.last <= self.regions[outer].last, "regions overlap"
+
+    @cached_property
+    def parents(self) -> tuple[int, ...]:
+        """For each region the innermost one around it, or -1."""
+        found: list[int] = []
+        around: list[int] = []
+        for number, region in enumerate(self.regions):
+            while around and self.regions[around[-1]].last < region.first:
+                around.pop()
+            found.append(around[-1] if around else -1)
+            around.append(number)
+        return tuple(found)
+
+    @cached_property
+    def children(self) -> tuple[tuple[int, ...], ...]:
+        """For each region those directly inside it."""
+        table: list[list[int]] = [[] for _ in self.regions]
+        for number, parent in enumerate(self.parents):
+            if parent >= 0:
+                table[parent].append(number)
+        return tuple(map(tuple, table))
+
+    @cached_property
+    def depths(self) -> tuple[int, ...]:
+        """How many regions are around each."""
+        found: list[int] = []
+        for parent in self.parents:
+            found.append(found[parent] + 1 if parent >= 0 else 0)
+        return tuple(found)
+
+    def inside(self, number: int) -> Iterator[int]:
+        """The regions inside one."""
+        for child in self.children[number]:
+            yield child
+            yield from self.inside(child)
+
+    def backward(self, op: int) -> int:
+        """The backward op of a forward op."""
+        return 2 * self.num_forward - op
+
+    def order(self, chosen: Chosen, num_ops: int) -> list[int]:
+        """The order of ops in which a step runs whose chosen regions are recomputed.
+
+        Arguments:
+            num_ops: of the graph; ops beyond the backward keep their place.
+        """
+        replays = self._replays(chosen)
+        order = list(range(self.num_forward + 1))
+        for op in range(self.num_forward - 1, -1, -1):
+            for first, last in replays.get(op, ()):
+                order.extend(range(first, last + 1))
+            order.append(self.backward(op))
+        order.extend(range(2 * self.num_forward + 1, num_ops))
+        return order
+
+    def _replays(self, chosen: Chosen) -> dict[int, list[tuple[int, int]]]:
+        """Forward op -> ranges of ops that run again before its backward, outer regions first.
+
+        A recompute ends at the last tensor that is wanted: one that the region itself saves, or the input of a region
+        inside it.
+        """
+        found: dict[int, list[tuple[int, int]]] = {}
+        inner: dict[int, list[Region]] = {}
+        for number in sorted(chosen):
+            outer = self.parents[number]
+            while outer >= 0 and outer not in chosen:
+                outer = self.parents[outer]
+            if outer >= 0:
+                inner.setdefault(outer, []).append(self.regions[number])
+        for number in sorted(chosen):
+            region = self.regions[number]
+            begin = next((op for op in range(region.last, region.first - 1, -1) if op in self.saving), None)
+            if begin is None:
+                continue
+            held = {op for one in inner.get(number, ()) for op in range(one.first, one.last + 1)}
+            own = [op for op in range(region.first, region.last + 1) if op in self.saving and op not in held]
+            last = max([*own[-1:], *(one.first - 1 for one in inner.get(number, ()))], default=begin)
+            found.setdefault(begin, []).append((region.first, last))
+        return found
+
+
+@dataclass(frozen=True)
+class Regions:
+    """The search over sets of regions, as a solver."""
+
+    tree: RegionTree
+
+    def solve(
+        self, graph: Graph, cost: CostModel, limit_nbytes: int, seed: int = 0, search: Search | None = None
+    ) -> Solution:
+        """The fastest set of regions that was found within the limit."""
+        return self.choose(graph, cost, limit_nbytes, seed, search)[0]
+
+    def choose(
+        self, graph: Graph, cost: CostModel, limit_nbytes: int, seed: int = 0, search: Search | None = None
+    ) -> tuple[Solution, Chosen]:
+        """The solution, and the regions that it recomputes."""
+        course = _Course(self.tree, graph, cost, limit_nbytes, seed, search or Search())
+        return course.run()
+
+    def lowest(self, graph: Graph, cost: CostModel) -> tuple[int, Chosen]:
+        """The lowest peak that the search finds, in bytes, and the regions that reach it."""
+        course = _Course(self.tree, graph, cost, 0, 0, Search())
+        best = course.lower(min(map(course.judged, course.starts()), key=lambda s: (s.peak, s.seconds)))
+        return best.peak, best.chosen
+
+
+@dataclass(frozen=True, slots=True)
+class _Set:
+    """A set of regions and what it costs."""
+
+    chosen: Chosen
+    seconds: float
+    peak: int
+
+
+@dataclass
+class _Course:
+    """One search on its way."""
+
+    tree: RegionTree
+    graph: Graph
+    cost: CostModel
+    limit: int
+    seed: int
+    search: Search
+    bound: float = 0.0
+    _known: dict[Chosen, _Set] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._begin = time.perf_counter()
+        self._left = min(_MOST_WORK, _WORK_OPS // max(1, len(self.graph.ops)))
+        seconds = self.cost.seconds
+        self._weights = [sum(seconds[r.first : r.last + 1]) for r in self.tree.regions]
+        self._own = Search(work=_BOUND_WORK)
+
+    def run(self) -> tuple[Solution, Chosen]:
+        best = self.judged(frozenset())
+        claim = Certificate(NAME, Status.OPTIMAL, SPACE, best.seconds, seed=self.seed)
+        if best.peak > self.limit:
+            free = plan_freely(Planner(self.graph, self.cost), self.limit, self.seed, self._own)
+            self.bound = free.certificate.bound_seconds
+            claim = replace(free.certificate, solver=NAME, space=SPACE, seed=self.seed)
+            best = self._best(free.order)
+            self._tell(best)
+        claim = replace(claim, bound_bytes=floor_bound(self.graph, self.cost)[0], status=self._status(best, claim))
+        if best.peak <= self.limit:
+            claim = replace(claim, bound_seconds=min(claim.bound_seconds, best.seconds))
+        claim = replace(claim, solve_seconds=time.perf_counter() - self._begin)
+        order = self.tree.order(best.chosen, len(self.graph.ops))
+        return solution(self.graph, self.cost, order, claim), best.chosen
+
+    def _status(self, best: _Set, claim: Certificate) -> Status:
+        if best.peak > self.limit:
+            floor = floor_bound(self.graph, self.cost)[0]
+            return Status.PROVEN_INFEASIBLE if self.limit < floor else Status.NOT_FOUND
+        if best.seconds <= claim.bound_seconds * (1 + 1e-9):
+            return Status.OPTIMAL
+        is_cut = self.search.is_cut_by_clock or self.search.is_interrupted
+        return Status.TIME_LIMITED if is_cut else Status.FEASIBLE
+
+    def _best(self, free: Iterable[int]) -> _Set:
+        starts = [self.judged(chosen) for chosen in [*self.starts(), self._like(free)]]
+        fits = sorted({s.chosen: s for s in starts if s.peak <= self.limit}.values(), key=lambda s: s.seconds)
+        if not fits:
+            low = self.lower(min(starts, key=lambda s: (s.peak, s.seconds)))
+            if low.peak > self.limit:
+                return low
+            fits = [low]
+        best = min((self._descend(start) for start in fits[:3]), key=lambda s: (s.seconds, s.peak))
+        return self._exchange(best)
+
+    def starts(self) -> list[Chosen]:
+        """Sets to begin with: those of one depth, those down to a depth, the innermost ones, all."""
+        tree = self.tree
+        everything = frozenset(range(len(tree.regions)))
+        found = [everything, frozenset(i for i in everything if not tree.children[i])]
+        for depth in range(max(tree.depths, default=0) + 1):
+            found.append(frozenset(i for i in everything if tree.depths[i] == depth))
+            found.append(frozenset(i for i in everything if tree.depths[i] <= depth))
+        return list(dict.fromkeys(found))
+
+    def _like(self, order: Iterable[int]) -> Chosen:
+        """The regions most of whose ops run again in an order of single ops."""
+        times = [0] * self.tree.num_forward
+        for op in order:
+            if op < self.tree.num_forward:
+                times[op] += 1
+        seconds = self.cost.seconds
+        found: set[int] = set()
+        for number, region in enumerate(self.tree.regions):
+            ops = range(region.first, region.last + 1)
+            around = self.tree.parents[number]
+            nested = 1
+            while around >= 0:
+                nested += around in found
+                around = self.tree.parents[around]
+            again = sum(seconds[op] for op in ops if times[op] > nested and op in self.tree.saving)
+            whole = sum(seconds[op] for op in ops if op in self.tree.saving)
+            if whole and again >= _MOSTLY * whole:
+                found.add(number)
+        return frozenset(found)
+
+    def judged(self, chosen: Chosen) -> _Set:
+        known = self._known.get(chosen)
+        if known is None:
+            order = self.tree.order(chosen, len(self.graph.ops))
+            found = evaluate(self.graph, self.cost, order)
+            known = self._known[chosen] = _Set(chosen, found.seconds, found.peak)
+        return known
+
+    def _may(self) -> bool:
+        self._left -= 1
+        return self._left >= 0 and self.search.spend()
+
+    def _seconds(self, chosen: Chosen) -> float:
+        return sum(map(self.cost.seconds.__getitem__, self.tree.order(chosen, len(self.graph.ops))))
+
+    def _tell(self, best: _Set) -> None:
+        seconds = best.seconds if best.peak <= self.limit else float("inf")
+        self.search.report(Standing(NAME, seconds, best.peak, self.bound, self.search.spent))
+
+    def _first_better(self, best: _Set, moves: Callable[[_Set], Iterator[Chosen]]) -> _Set:
+        """Goes through the moves, from the better set on after each that is faster and fits."""
+        is_moving = True
+        while is_moving:
+            is_moving = False
+            for chosen in moves(best):
+                if not self._may():
+                    return best
+                if self._seconds(chosen) >= best.seconds:
+                    continue
+                other = self.judged(chosen)
+                if other.peak <= self.limit:
+                    best, is_moving = other, True
+                    self._tell(best)
+                    break
+        return best
+
+    def _descend(self, best: _Set) -> _Set:
+        """Leaves regions out, or takes others in their place, as long as the step becomes faster."""
+        before = None
+        while before is not best:
+            before = best
+            best = self._thinned(best)
+            best = self._first_better(best, self._replaced)
+        return best
+
+    def _thinned(self, best: _Set) -> _Set:
+        """One pass over the regions, the dearest first: each is left out where the rest still fits."""
+        for number in sorted(best.chosen, key=lambda i: (-self._weights[i], i)):
+            if not self._may():
+                break
+            other = self.judged(best.chosen - {number})
+            if other.peak <= self.limit and other.seconds <= best.seconds:
+                best = other
+        return best
+
+    def _replaced(self, best: _Set) -> Iterator[Chosen]:
+        """Sets in which a region gives way to those inside it, or to the one around it."""
+        tree = self.tree
+        for number in sorted(best.chosen, key=lambda i: (-self._weights[i], i)):
+            rest = best.chosen - {number}
+            if tree.children[number]:
+                yield rest | frozenset(tree.children[number])
+                for child in tree.children[number]:
+                    if child not in rest:
+                        yield rest | {child}
+            parent = tree.parents[number]
+            if parent >= 0 and parent not in best.chosen:
+                yield best.chosen - frozenset(tree.inside(parent)) | {parent}
+
+    def _exchange(self, best: _Set) -> _Set:
+        """Takes in a region drawn at random and leaves out dear ones, while there is work left."""
+        draw = random.Random(self.seed)
+        everything = range(len(self.tree.regions))
+        while self._may() and best.seconds > self.bound * (1 + 1e-9):
+            absent = [i for i in everything if i not in best.chosen]
+            if not absent or not best.chosen:
+                break
+            new = draw.choice(absent)
+            dear = sorted(best.chosen, key=lambda i: (-self._weights[i], i))
+            old = draw.choice(dear[: max(1, len(dear) // 2)])
+            other = best.chosen - {old} | {new}
+            if self._seconds(other) >= best.seconds:
+                continue
+            found = self.judged(other)
+            if found.peak <= self.limit:
+                best = self._thinned(found)
+                self._tell(best)
+        return best
+
+    def lower(self, best: _Set) -> _Set:
+        """Takes in or leaves out single regions as long as the peak falls, and no longer than it must."""
+        is_moving = True
+        while is_moving and best.peak > self.limit:
+            is_moving = False
+            for number in range(len(self.tree.regions)):
+                if not self._may():
+                    return best
+                other = self.judged(best.chosen ^ {number})
+                if (other.peak, other.seconds) < (best.peak, best.seconds):
+                    best, is_moving = other, True
+                    if best.peak <= self.limit:
+                        break
+        return best
