@@ -100,7 +100,9 @@ def cut(survey: Survey) -> Cut:
 
 
 def _gains(survey: Survey) -> list[int]:
-    """For each call, bytes that it saves and makes itself, and that nobody saves or holds outside of it."""
+    """For each call, bytes that it saves and makes itself, and that nobody saves or holds outside of it; less those of
+    its inputs that nobody saves: a recompute would have to hold them.
+    """
     first: dict[int, int] = {}
     last: dict[int, int] = {}
     for item in survey.saved:
@@ -117,5 +119,6 @@ def _gains(survey: Survey) -> list[int]:
     found: list[int] = []
     for call in survey.calls:
         low, high = bisect_right(moments, call.begin - 1), bisect_right(moments, call.end - 1)
-        found.append(sum(nbytes for _, made, nbytes in stones[low:high] if made >= call.begin))
+        new = sum(sizes[s] for s in call.inputs if s not in first and survey.made[s] >= 0 and s not in held)
+        found.append(sum(nbytes for _, made, nbytes in stones[low:high] if made >= call.begin) - new)
     return found

@@ -129,18 +129,18 @@ class StepGraph:
             maker = cut.piece_of(survey.made[storage])
             used = readers.get(storage, set()) | savers.get(storage, set())
             freed = survey.freed.get(storage)
-            if freed is not None:
-                used.add(min(cut.piece_of(freed), self.count - 1))
+            held = used if freed is None else used | {min(cut.piece_of(freed), self.count - 1)}
             is_output = storage in survey.outputs
-            last = max(used, default=maker)
+            last = max(held, default=maker)
             if not is_output and not savers.get(storage) and last <= maker:
                 continue
             name = names.setdefault(maker, self._name(maker))
             kind = Kind.OUTPUT if is_output else Kind.ACTIVATION
             value = self.values.of[storage] = self.values.new(name, survey.book.nbytes[storage], kind)
             self.makes[maker].add(value)
-            self.maker[storage], self.last[storage] = maker, last
-            for piece in used:
+            # Code holds what it has read for longer than it reads it: of a reader that is known, a gradient comes.
+            self.maker[storage], self.last[storage] = maker, max((p for p in used if p > maker), default=last)
+            for piece in held:
                 if piece > maker:
                     self.reads[piece].add(value)
             for piece in savers.get(storage, ()):
@@ -151,20 +151,29 @@ class StepGraph:
                     self.pinned.add(value)
 
     def _flows(self) -> None:
-        """Gradients between pieces: made where the last reader's backward runs, read where the maker's does."""
-        survey = self.survey
-        own = self.loss is not None
-        for storage, nbytes in survey.flows.items():
-            maker = self.maker.get(storage)
-            if maker is None:
+        """Gradients between pieces: made where the last reader's backward runs, read where the maker's does.
+
+        A piece that saves nothing (a sum, a view) hands on the gradient that it gets: no new storage.
+        """
+        survey, tree = self.survey, self.cut.tree
+        flows: dict[int, int] = {}
+        made_in: dict[int, list[int]] = {}
+        for storage, maker in sorted(self.maker.items(), key=lambda item: (-item[1], item[0])):
+            nbytes, last = survey.flows.get(storage), self.last[storage]
+            if nbytes is None:
                 continue
-            from_caller = storage == self.loss if own else storage in survey.outputs
-            last = self.last[storage]
+            from_caller = storage == self.loss if self.loss is not None else storage in survey.outputs
             if not from_caller and last <= maker:
                 continue
-            value = self.values.new(f"flow.{self._name(maker)}", nbytes, Kind.GRAD)
-            self.makes[self.count if from_caller else self.cut.tree.backward(last)].add(value)
-            self.reads[self.cut.tree.backward(maker)].add(value)
+            handed = None
+            if not from_caller and last not in tree.saving:
+                handed = next((flows[s] for s in made_in.get(last, ()) if survey.flows[s] == nbytes), None)
+            if handed is None:
+                handed = self.values.new(f"flow.{self._name(maker)}", nbytes, Kind.GRAD)
+                self.makes[self.count if from_caller else tree.backward(last)].add(handed)
+            flows[storage] = handed
+            made_in.setdefault(maker, []).append(storage)
+            self.reads[tree.backward(maker)].add(handed)
 
     def _name(self, piece: int) -> str:
         owner = self.cut.owners[piece]
