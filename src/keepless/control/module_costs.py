@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -145,7 +146,7 @@ def _timed(run: Runner, probe: Probe, call: Callable[[], object]) -> dict[int, f
     found: dict[int, float] = {}
     is_backward = False
     loss = probe.cut.num_pieces
-    for (op, begin), (_, end) in zip(events, events[1:], strict=False):
+    for (op, begin), (_, end) in itertools.pairwise(events):
         is_backward = is_backward or op >= loss
         key = -1 - op if is_backward and op < loss else op
         found[key] = found.get(key, 0.0) + end - begin

@@ -60,13 +60,20 @@ def make(model: torch.nn.Module, batch: Any, settings: Settings, tell: Any) -> P
     model = uncompiled(model)
     _check(model)
     device = planned_device(model)
-    with untouched(model, device) as before, _as_written(), without_plan(model):
+    with untouched(model, device, tensors_of(batch)) as before, _as_written(), without_plan(model):
         run = Runner(model, Inputs.of(batch), batch, settings.loss_fn, settings, device, before)
         measured = measure_modules(run, settings, lambda done, total: tell("measure", done, total))
         tell("solve", 0, 1)
         plan = _landed(run, measured, settings)
         tell("solve", 1, 1)
     return plan
+
+
+def tensors_of(batch: Any) -> list[torch.Tensor]:
+    """The tensors of a call."""
+    inputs = Inputs.of(batch)
+    leaves = _compat.tree_leaves((inputs.args, inputs.kwargs))
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
 
 def _check(model: torch.nn.Module) -> None:
@@ -192,7 +199,9 @@ def recomputed_sites(plan: Plan) -> frozenset[Site]:
     signature = plan.signature
     rows, saving, chosen = (signature.get(name) for name in ("regions", "saving", "recomputed"))
     try:
-        assert isinstance(rows, list) and isinstance(saving, list) and isinstance(chosen, list)
+        assert isinstance(rows, list)
+        assert isinstance(saving, list)
+        assert isinstance(chosen, list)
         sites = [Site(str(path), int(number)) for path, number, _, _ in rows]
         regions = tuple(Region(int(first), int(last)) for _, _, first, last in rows)
         count = plan.graph.loss_op

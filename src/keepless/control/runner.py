@@ -71,6 +71,8 @@ class Runner:
     def prepare(self) -> None:
         """Makes the state that of the first step's start."""
         accumulate = self.settings.accumulate
+        if self.before is not None:
+            self.before.without_gradients()
         for p in self.model.parameters():
             p.grad = torch.zeros_like(p) if accumulate and p.requires_grad else None
         if self.before is not None:

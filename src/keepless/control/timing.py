@@ -18,9 +18,10 @@ import torch
 from keepless.capture import Inputs, flatten_inputs
 from keepless.control.applying import bind, capture_of, planned_forward, remove
 from keepless.control.checks import check_module, check_plan
+from keepless.control.module_plans import is_eager
 from keepless.control.runner import Runner, restored
 from keepless.control.verifying import check_ambient, with_program
-from keepless.errors import ParameterError
+from keepless.errors import ParameterError, PlanError
 from keepless.ir import Event, Timeline
 from keepless.machine import Plan
 
@@ -31,6 +32,11 @@ def measure_timeline(model: torch.nn.Module, batch: Any, plan: Plan, *, loss_fn:
     """See `keepless.timeline`."""
     check_module(model)
     check_plan(plan)
+    if is_eager(plan):
+        raise PlanError(
+            "A timeline tells what each instruction of a captured step takes: this plan is one of module calls. Plan "
+            "with the graph engine."
+        )
     if isinstance(repeats, bool) or not isinstance(repeats, int) or not 1 <= repeats <= MAX_REPEATS:
         raise ParameterError(f"repeats={repeats!r} is not a number of steps from 1 to {MAX_REPEATS}.")
     inputs = Inputs.of(batch)

@@ -1,9 +1,9 @@
 """Steps that are run to measure them, told piece by piece.
 
-`Probe` puts itself into a model and calls `mark(op)` where an op of the step's graph begins: a piece of the forward, the
-loss, a piece of the backward, or a piece that a region runs again. Two kinds of steps are probed: `plainly`, a forward
-without regions that saves nothing (for seconds), and `regionwise`, a whole step in which every region is recomputed, the
-smallest step that there is (for seconds of the backward, and for bytes).
+`Probe` puts itself into a model and calls `mark(op)` where an op of the step's graph begins: a piece of the forward,
+the loss, a piece of the backward, or a piece that a region runs again. Two kinds of steps are probed: `plainly`, a
+forward without regions that saves nothing (for seconds), and `regionwise`, a whole step in which every region is
+recomputed, the smallest step that there is (for seconds of the backward, and for bytes).
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ class Probe:
         self.gradients: dict[str, int] = {}
         self._cursor = 0
         self._filling = 0
+        self._is_backward = False
         self._backward = -1
         self._labels: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         self._started: list[bool] = []
@@ -50,6 +51,7 @@ class Probe:
         self.calls.restart()
         self._cursor = 0
         self._filling = 0
+        self._is_backward = False
         self._backward = -1
         self.gradients = {}
         self._started = [False] * len(self.cut.sites)
@@ -68,7 +70,9 @@ class Probe:
                 + (f" ({', '.join(missing[:3])} did not run again)" if missing else "")
                 + ", with the same random numbers. A plan of module calls needs that."
             )
-        self.mark(self.cut.num_pieces)
+        self._is_backward = True
+        self._cursor = self.cut.num_pieces
+        self.mark(self._cursor)
 
     @contextlib.contextmanager
     def plainly(self, keeps: bool) -> Iterator[None]:
@@ -83,7 +87,7 @@ class Probe:
     def regionwise(self) -> Iterator[None]:
         """Whole steps inside the block recompute every region, and tell their pieces."""
         handles = [
-            parameter.register_post_accumulate_grad_hook(self._noting(name))
+            parameter.register_post_accumulate_grad_hook(self._noting(name))  # type: ignore[no-untyped-call]
             for name, parameter in self.model.named_parameters()
             if parameter.requires_grad
         ]
@@ -105,12 +109,16 @@ class Probe:
 
     def _enter(self, number: int) -> None:
         self._started[number] = True
-        self._cursor = self.cut.tree.regions[number].first
-        self.mark(self._cursor)
+        self._goes_on(self.cut.tree.regions[number].first)
 
     def _exit(self, number: int) -> None:
-        self._cursor = self.cut.tree.regions[number].last + 1
-        self.mark(self._cursor)
+        self._goes_on(self.cut.tree.regions[number].last + 1)
+
+    def _goes_on(self, piece: int) -> None:
+        """A piece begins, for the first time or again. What runs again within the forward counts for its piece there."""
+        self._cursor = piece
+        if self._is_backward or not self._filling:
+            self.mark(piece)
 
     def _telling(self, path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
         def told(*args: Any, **kwargs: Any) -> Any:
@@ -145,7 +153,7 @@ class Probe:
         return kept[0]
 
     def _goes_back(self, piece: int) -> None:
-        if not self._filling:
+        if self._is_backward and not self._filling:
             self._backward = self.cut.tree.backward(piece)
             self.mark(self._backward)
 
@@ -163,8 +171,7 @@ class _Region:
     def begins(self) -> None:
         probe = self.probe
         probe.calls.restore(self.calls)
-        probe._cursor = self.first
-        probe.mark(self.first)
+        probe._goes_on(self.first)
 
     def hooks(self, pack: Callable[[torch.Tensor], Any], unpack: Callable[[Any], torch.Tensor]) -> tuple[Any, Any]:
         probe = self.probe
@@ -175,11 +182,16 @@ class _Region:
             return holder
 
         def told(holder: Any) -> torch.Tensor:
+            in_forward = not probe._is_backward
+            cursor, calls = (probe._cursor, probe.calls.state()) if in_forward else (0, {})
             probe._filling += 1
             try:
                 tensor = unpack(holder)
             finally:
                 probe._filling -= 1
+                if in_forward:
+                    probe._cursor = cursor
+                    probe.calls.restore(calls)
             probe._goes_back(probe._labels[holder])
             return tensor
 

@@ -107,7 +107,7 @@ class StorageBook:
             known = self._known.get(key)
             if known is not None:
                 return known[0]
-            reference: Any = StorageWeakRef(storage)
+            reference: Any = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
         except (NotImplementedError, RuntimeError, AttributeError):
             key, nbytes = ("tensor", id(tensor)), _nbytes_of(tensor)
             known = self._known.get(key)

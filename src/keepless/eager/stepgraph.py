@@ -1,7 +1,7 @@
 """The graph of a step whose ops are pieces of module calls.
 
-Forward op `p` is piece `p`; then comes the LOSS op, then one backward op per piece in reverse, then the optimizer. Values
-are storages: the model's state, what pieces save or hand on, gradients of parameters, and the gradients that flow
+Forward op `p` is piece `p`; then comes the LOSS op, then one backward op per piece in reverse, then the optimizer.
+Values are storages: the model's state, what pieces save or hand on, gradients of parameters, and the gradients that flow
 between pieces. What lives and dies within one piece is scratch of its ops.
 """
 

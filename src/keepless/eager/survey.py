@@ -1,4 +1,4 @@
-"""A forward watched module by module: which calls there are, what each saves for the backward, and how long storages live.
+"""A forward watched module by module: which calls there are, what each saves, and how long storages live.
 
 The forward runs under autograd with saved-tensor hooks that note what is saved and keep nothing, so that a survey needs
 little more memory than a forward without gradients. A model that differentiates inside its own forward needs its saved

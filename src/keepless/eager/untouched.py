@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -21,9 +21,9 @@ _INTERNAL = frozenset(torch.nn.Module().__dict__) - {"training"}
 
 
 class Before:
-    """What a model was like; `again` makes it so again."""
+    """What a model and its batch were like; `again` makes the model so again."""
 
-    def __init__(self, model: torch.nn.Module, device: torch.device) -> None:
+    def __init__(self, model: torch.nn.Module, device: torch.device, batch: Iterable[torch.Tensor]) -> None:
         self.modules = list(model.modules())
         self.attributes = [_attributes(module) for module in self.modules]
         self.buffers = [dict(module._buffers) for module in self.modules]
@@ -34,7 +34,8 @@ class Before:
             if isinstance(value, torch.Tensor) and not isinstance(value, torch.nn.Parameter) and not value.is_meta
         ]
         self.contents = [(value, _copied(value)) for value in held if type(value) in _CONTAINERS]
-        self.gradients = [(p, p.grad) for p in model.parameters()]
+        leaves = (tensor for tensor in batch if tensor.requires_grad and tensor.is_leaf)
+        self.gradients = [(tensor, tensor.grad) for tensor in (*model.parameters(), *leaves)]
         streams = [randomness.DEFAULT, *global_streams(), *randomness.streams_in(held)]
         if device.type != "cpu":
             streams += randomness.device_streams([device])
@@ -61,10 +62,15 @@ class Before:
                 container.update(content)
         randomness.put(self.random)
 
+    def without_gradients(self) -> None:
+        """Takes the gradients off, those of the batch's tensors, too."""
+        for tensor, _ in self.gradients:
+            tensor.grad = None
+
     def gradients_again(self) -> None:
         """Puts the gradients back."""
-        for parameter, gradient in self.gradients:
-            parameter.grad = gradient
+        for tensor, gradient in self.gradients:
+            tensor.grad = gradient
 
 
 def _attributes(module: torch.nn.Module) -> dict[str, Any]:
@@ -81,11 +87,14 @@ def _copied(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def untouched(model: torch.nn.Module, device: torch.device) -> Iterator[Before]:
-    """The model is as it was when the block ends, whatever happens in it; it begins without gradients."""
-    before = Before(model, device)
-    for parameter in model.parameters():
-        parameter.grad = None
+def untouched(model: torch.nn.Module, device: torch.device, batch: Iterable[torch.Tensor]) -> Iterator[Before]:
+    """The model is as it was when the block ends, whatever happens in it; it begins without gradients.
+
+    Arguments:
+        batch: tensors of the call; those that are leaves get no gradient from what runs in the block.
+    """
+    before = Before(model, device, batch)
+    before.without_gradients()
     try:
         yield before
     finally:

@@ -56,7 +56,7 @@ def run_traced(call: Callable[[], object]) -> tuple[object, list[int]]:
 
 
 def traced_between_marks(call: Callable[[Callable[[str], None]], object]) -> list[str | int]:
-    """Runs `call(mark)` and lists this thread's marks (text) and CPU allocations (+ bytes) and frees (- bytes), in order.
+    """Runs `call(mark)` and lists this thread's marks (text), CPU allocations (+ bytes) and frees (- bytes), in order.
 
     Blocks from before the call are as uncertain as in `run_traced`.
 
