@@ -21,6 +21,7 @@ from keepless.cli.options import (
     Debug,
     Device,
     Dtype,
+    EngineOption,
     ExportOption,
     Json,
     LearningRate,
@@ -69,6 +70,7 @@ def plan_command(
     device: Device = "cpu",
     seed: Seed = 0,
     solver: SolverOption = "keepless",
+    engine: EngineOption = "graph",
     accumulate: Accumulates = False,
     release_outputs: Releases = False,
     outside: Outside = "0",
@@ -82,6 +84,7 @@ def plan_command(
         recipe = _recipe(model, batch_size, seq_len, dtype, optimizer, device, 1e-3, seed)
         options = {
             "solver": solver,
+            "engine": engine,
             "accumulate": accumulate,
             "release_outputs": release_outputs,
             "outside": read_budget(outside),
@@ -114,6 +117,7 @@ def train(
     learning_rate: LearningRate = 1e-3,
     seed: Seed = 0,
     solver: SolverOption = "keepless",
+    engine: EngineOption = "graph",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -122,7 +126,7 @@ def train(
         recipe = _recipe(model, batch_size, seq_len, dtype, optimizer, device, learning_rate, seed)
         _refuse_meta(recipe)
         built = _build(recipe)
-        found = _plan_of(built, plan, budget, {"solver": solver, "release_outputs": True})
+        found = _plan_of(built, plan, budget, {"solver": solver, "engine": engine, "release_outputs": True})
         from keepless import api
         from keepless.cli.training import train_step
 
@@ -160,6 +164,7 @@ def verify(
     device: Device = "cpu",
     seed: Seed = 0,
     solver: SolverOption = "keepless",
+    engine: EngineOption = "graph",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -168,7 +173,7 @@ def verify(
         recipe = _recipe(model, batch_size, seq_len, dtype, optimizer, device, 1e-3, seed)
         _refuse_meta(recipe)
         built = _build(recipe)
-        found = _plan_of(built, plan, budget, {"solver": solver, "release_outputs": True})
+        found = _plan_of(built, plan, budget, {"solver": solver, "engine": engine, "release_outputs": True})
         from keepless import api
 
         result = api.verify(built.model, built.batch, found, loss_fn=built.loss_fn)

@@ -20,7 +20,14 @@ from keepless.control.checks import check_module, check_optimizer
 from keepless.control.reserve import budget_with_reserve, explain_infeasible, with_reserve
 from keepless.control.signature import batch_signature, model_signature
 from keepless.control.trials import cost_model, held_nbytes, measure_costs, measure_loss
-from keepless.errors import BatchError, InfeasibleBudget, MeasureError, ParameterError
+from keepless.errors import (
+    BatchError,
+    CaptureError,
+    DataDependentError,
+    InfeasibleBudget,
+    MeasureError,
+    ParameterError,
+)
 from keepless.ir import Budget, parse_bytes
 from keepless.ir.text import fingerprint
 from keepless.machine import Baseline, Plan, make_plan
@@ -90,7 +97,12 @@ def make(
     )
     if engine == module_plans.EAGER:
         return module_plans.make(model, batch, settings, progress or _silent)
-    return make_with(model, batch, settings, progress)
+    try:
+        return make_with(model, batch, settings, progress)
+    except CaptureError as error:
+        if type(error) not in (CaptureError, DataDependentError):  # the batch's fault, or the loss's
+            raise
+        raise type(error)(f'{error} Or let it be planned by module calls, as it is: engine="eager".') from error
 
 
 def read_settings(

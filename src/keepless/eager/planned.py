@@ -1,8 +1,8 @@
 """A model that trains by a plan of module calls.
 
 `PlannedModules` sits in the model's `__dict__` under "forward", a `RegionForward` in that of each module of which a
-call may be recomputed. Values are those of the model's own code in every case: a plan decides only which calls keep what
-they save.
+call may be recomputed. Values are those of the model's own code in every case: a plan decides only which calls keep
+what they save.
 """
 
 from __future__ import annotations

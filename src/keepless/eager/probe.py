@@ -115,7 +115,7 @@ class Probe:
         self._goes_on(self.cut.tree.regions[number].last + 1)
 
     def _goes_on(self, piece: int) -> None:
-        """A piece begins, for the first time or again. What runs again within the forward counts for its piece there."""
+        """A piece begins, or begins again. What runs again within the forward counts for the piece that wants it."""
         self._cursor = piece
         if self._is_backward or not self._filling:
             self.mark(piece)

@@ -1,8 +1,8 @@
 """The graph of a step whose ops are pieces of module calls.
 
 Forward op `p` is piece `p`; then comes the LOSS op, then one backward op per piece in reverse, then the optimizer.
-Values are storages: the model's state, what pieces save or hand on, gradients of parameters, and the gradients that flow
-between pieces. What lives and dies within one piece is scratch of its ops.
+Values are storages: the model's state, what pieces save or hand on, gradients of parameters, and the gradients that
+flow between pieces. What lives and dies within one piece is scratch of its ops.
 """
 
 from __future__ import annotations
@@ -191,7 +191,7 @@ class StepGraph:
         can_replay = is_forward and owner >= 0
         return Op(
             number,
-            f"{kind}.{'forward' if is_forward else 'backward'}",
+            f"{'forward' if is_forward else 'backward'}.{kind}",
             *row,
             Phase.FORWARD if is_forward else Phase.BACKWARD,
             frozenset() if can_replay else frozenset({Effect.OPAQUE}),

@@ -113,6 +113,11 @@ class Plan:
         runs = [instr for instr in self.program if isinstance(instr, Run) and instr.replay]
         return sum(self.graph.values[value].nbytes for run in runs for value in run.keep)
 
+    @property
+    def engine(self) -> str:
+        """What runs it: "graph" or "eager"."""
+        return str(self.signature.get("engine", "graph"))
+
     def __str__(self) -> str:
         limit = self.budget.limits[DEVICE]
         fits = max(self.predicted_peak, self.measured_peak or 0) <= limit
@@ -129,7 +134,7 @@ class Plan:
                 f"{format_bytes(self.baseline_peak)}",
                 f"step {self.predicted_seconds:.4g} s predicted, {self.overhead:+.1%} over "
                 f"{self.baseline_seconds:.4g} s with everything kept",
-                f"{len(self.graph.ops)} ops, {self.num_replays} replays: {format_bytes(self.kept_nbytes)} kept for the "
+                f"{self._size()}, {self.num_replays} replays: {format_bytes(self.kept_nbytes)} kept for the "
                 f"backward, {format_bytes(self.recomputed_nbytes)} made again",
                 f"smallest budget found {format_bytes(self.smallest_budget)}; no plan needs less than "
                 f"{format_bytes(self.smallest_bound)}",
@@ -137,6 +142,12 @@ class Plan:
                 *self._doubts(),
             ]
         )
+
+    def _size(self) -> str:
+        regions, again = self.signature.get("regions"), self.signature.get("recomputed")
+        if isinstance(regions, list) and isinstance(again, list):
+            return f"eager engine, {len(again)} of {len(regions)} module calls recomputed"
+        return f"{len(self.graph.ops)} ops"
 
     def _doubts(self) -> list[str]:
         share = self.cost.disturbed

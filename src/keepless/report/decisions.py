@@ -191,7 +191,11 @@ def _why_kept(plan: Plan, seen: _Seen, op: Op, value: int) -> str:
     if shown.kind is Kind.OUTPUT or value in graph.pinned:
         return "an output, which the caller holds"
     if not op.can_replay:
-        effects = {Effect.BUFFER: "it writes a buffer", Effect.COLLECTIVE: "all ranks take part"}
+        effects = {
+            Effect.BUFFER: "it writes a buffer",
+            Effect.COLLECTIVE: "all ranks take part",
+            Effect.OPAQUE: "no recompute reaches it",
+        }
         why = next((text for effect, text in effects.items() if effect in op.effects), "it has side effects")
         return f"its op runs once: {why}"
     if value not in seen.needed:
