@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import combinations
 
 from keepless.cost import CostModel
 from keepless.ir import Certificate, Graph, Status
@@ -33,6 +34,12 @@ _WORK_OPS = 4_000_000
 """Orders that are evaluated: so many in all, or as many as make so many ops."""
 _BOUND_WORK = 300
 """Orders that the default planner evaluates for its bound and its start."""
+_FEW_REGIONS = 8
+"""So many regions and fewer: every set is tried."""
+_TAKEN = (1, 1, 1, 2, 2, 3)
+"""How many regions an exchange takes in or leaves out; one of these."""
+_PATIENCE = 500
+"""Exchanges in vain, at least, before the search ends."""
 _MOSTLY = 0.9
 """Share of a region's seconds that the default planner runs again where the region is worth starting with."""
 
@@ -241,8 +248,22 @@ class _Course:
             if low.peak > self.limit:
                 return low
             fits = [low]
+        if len(self.tree.regions) <= _FEW_REGIONS:
+            return self._best_of_all(fits[0])
         best = min((self._descend(start) for start in fits[:3]), key=lambda s: (s.seconds, s.peak))
         return self._exchange(best)
+
+    def _best_of_all(self, best: _Set) -> _Set:
+        """The best of every set of regions."""
+        everything = range(len(self.tree.regions))
+        for size in range(len(everything) + 1):
+            for chosen in map(frozenset, combinations(everything, size)):
+                if self._seconds(chosen) < best.seconds:
+                    if not self._may():
+                        return best
+                    other = self.judged(chosen)
+                    best = other if other.peak <= self.limit else best
+        return best
 
     def starts(self) -> list[Chosen]:
         """Sets to begin with: those of one depth, those down to a depth, the innermost ones, all."""
@@ -345,22 +366,24 @@ class _Course:
                 yield best.chosen - frozenset(tree.inside(parent)) | {parent}
 
     def _exchange(self, best: _Set) -> _Set:
-        """Takes in a region drawn at random and leaves out dear ones, while there is work left."""
+        """Takes in regions drawn at random and leaves out others, while there is work left."""
         draw = random.Random(self.seed)
         everything = range(len(self.tree.regions))
-        while self._may() and best.seconds > self.bound * (1 + 1e-9):
+        patience = vain = max(_PATIENCE, 20 * len(everything))
+        while vain and self._may() and best.seconds > self.bound * (1 + 1e-9):
+            vain -= 1
             absent = [i for i in everything if i not in best.chosen]
             if not absent or not best.chosen:
                 break
-            new = draw.choice(absent)
+            new = draw.sample(absent, min(len(absent), draw.choice(_TAKEN)))
             dear = sorted(best.chosen, key=lambda i: (-self._weights[i], i))
-            old = draw.choice(dear[: max(1, len(dear) // 2)])
-            other = best.chosen - {old} | {new}
+            old = draw.sample(dear, min(len(dear), draw.choice(_TAKEN)))
+            other = best.chosen - frozenset(old) | frozenset(new)
             if self._seconds(other) >= best.seconds:
                 continue
             found = self.judged(other)
             if found.peak <= self.limit:
-                best = self._thinned(found)
+                best, vain = self._thinned(found), patience
                 self._tell(best)
         return best
 
