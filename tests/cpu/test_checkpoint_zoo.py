@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import warnings
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -64,13 +65,21 @@ def _seed(number: int) -> None:
     np.random.seed(number)
 
 
-def trained(name: str, is_checkpointed: bool) -> tuple[dict[str, Any], int, Case]:
+def plain(case: Case) -> None:
+    """As it is."""
+
+
+def checkpointed(case: Case) -> None:
+    """A checkpoint around each block."""
+    case.install(keepless.checkpoint)
+
+
+def trained(name: str, prepare: Callable[[Case], None]) -> tuple[dict[str, Any], int, Case]:
     """Two optimizer steps: everything that comes of them, and the bytes saved at the end of the second forward."""
     _seed(0)
     case = ZOO[name]()
     model = case.model
-    if is_checkpointed:
-        case.install(keepless.checkpoint)
+    prepare(case)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     found: dict[str, Any] = {}
     _seed(1)
@@ -99,12 +108,12 @@ def test_as_without_checkpoint(name: str, capsys: pytest.CaptureFixture[str]) ->
     """Two steps: outputs, losses, gradients, parameters, buffers, names, the next draws; less is saved."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=UserWarning, module="transformers|timm")
-        expected, plain_nbytes, _ = trained(name, is_checkpointed=False)
-        again, _, _ = trained(name, is_checkpointed=False)
+        expected, plain_nbytes, _ = trained(name, plain)
+        again, _, _ = trained(name, plain)
         assert expected == again, "the model itself is not deterministic"
         forget_regions()
         reset_checkpoint_counters()
-        got, nbytes, case = trained(name, is_checkpointed=True)
+        got, nbytes, case = trained(name, checkpointed)
     assert list(got) == list(expected)
     assert [key for key in expected if got[key] != expected[key]] == []
     counters = checkpoint_counters()
@@ -112,3 +121,56 @@ def test_as_without_checkpoint(name: str, capsys: pytest.CaptureFixture[str]) ->
     assert counters.recomputes == counters.regions
     assert counters.direct == 0
     assert nbytes < plain_nbytes
+
+
+def planned(case: Case, budget: int) -> keepless.Plan:
+    """A plan of module calls for the case's first batch."""
+    batch, model = case.batch(0), case.model
+    calls: list[keepless.Inputs] = []
+
+    def note(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
+        calls.append(keepless.Inputs(*args, **kwargs))
+        raise _Noted
+
+    handle = model.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        case.loss(model, batch)
+    except _Noted:
+        pass
+    finally:
+        handle.remove()
+
+    def loss_fn(output: Any, _: Any) -> Tensor:
+        return case.loss(lambda *args, **kwargs: output, batch)[1]  # type: ignore[arg-type]
+
+    return keepless.plan(model, calls[0], budget, loss_fn=loss_fn, engine="eager")
+
+
+class _Noted(Exception):
+    """The call is known."""
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_as_without_a_plan_of_module_calls(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same two steps at the smallest budget of `engine="eager"`, and half the way to everything kept."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=UserWarning, module="transformers|timm")
+        expected, plain_nbytes, _ = trained(name, plain)
+        for share in (0.0, 0.5):
+            plans: list[keepless.Plan] = []
+
+            def prepare(case: Case, share: float = share, plans: list[keepless.Plan] = plans) -> None:
+                everything = planned(case, 1 << 32)
+                low, high = everything.smallest_budget, everything.baseline_peak
+                plans.append(planned(case, int(low + share * (high - low))))
+                keepless.apply(case.model, plans[0])
+
+            got, nbytes, case = trained(name, prepare)
+            assert list(got) == list(expected)
+            assert [key for key in expected if got[key] != expected[key]] == []
+            (plan,) = plans
+            assert plan.measured_peak is not None
+            assert plan.measured_peak <= plan.budget.limits["device"]
+            assert case.model.__dict__["forward"].planned_on_the_spot == 0
+            if plan.num_replays:
+                assert nbytes < plain_nbytes

@@ -124,9 +124,10 @@ def best_of_all(tree: RegionTree, graph: Graph, cost: CostModel, limit: int) -> 
     return min(found, default=None)
 
 
-def test_small_steps_are_planned_as_well_as_by_trying_every_set() -> None:
+@pytest.mark.parametrize("seeds", [range(4), pytest.param(range(4, 30), marks=pytest.mark.slow)])
+def test_small_steps_are_planned_as_well_as_by_trying_every_set(seeds: range) -> None:
     total = exact = 0
-    for seed in range(24):
+    for seed in seeds:
         tree = random_tree(seed, *((9, 7) if seed % 2 else (14, 11)))
         graph, cost = step(tree, seed)
         everything = evaluate(graph, cost, range(len(graph.ops))).peak

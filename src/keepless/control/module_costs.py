@@ -13,6 +13,7 @@ import torch
 from keepless.control.captured import Settings
 from keepless.control.runner import Runner
 from keepless.cost import CostModel, Origin
+from keepless.eager import checkpoint_counters
 from keepless.eager.pieces import Cut, cut
 from keepless.eager.probe import Probe
 from keepless.eager.stepgraph import StepGraph
@@ -28,8 +29,9 @@ _REPEATS = ((0.1, 5), (1.0, 3), (float("inf"), 2))
 """Timed steps by the seconds of one."""
 _FAR = 8
 """A recompute is found in the predicted order no further ahead than so many backward ops."""
-_PASSES = 3
-"""Steps that are run but not timed: the survey, one to warm up, one for bytes."""
+_PASSES = 4
+"""Steps that are run but not timed, mostly: the survey, two to warm up, one for bytes."""
+_MOST_WARM_UPS = 4
 
 
 @dataclass(frozen=True)
@@ -55,35 +57,44 @@ def measure_modules(run: Runner, settings: Settings, tell: Tell) -> MeasuredModu
     found = survey(model, run.inputs.args, run.inputs.kwargs, own_loss=own_loss, again=run.prepare)
     pieces = cut(found)
     probe = Probe(model, pieces)
-    start = time.perf_counter()
     with probe.regionwise():
-        run.prepare()
-        _step(run, probe)
-        once = time.perf_counter() - start
+        once = _warmed_up(run, probe)
         repeats = next(count for limit, count in _REPEATS if once < limit)
         total = _PASSES + 2 * repeats
-        tell(2, total)
+        tell(3, total)
         run.prepare()
         parts = memory_parts(lambda mark: _marked(run, probe, mark), run.device)
-        tell(3, total)
+        tell(4, total)
         whole: list[dict[int, float]] = []
         for number in range(repeats):
             run.prepare()
             whole.append(_timed(run, probe, lambda: _step(run, probe)))
-            tell(4 + number, total)
+            tell(5 + number, total)
     gradients = dict(probe.gradients)
     forwards: list[dict[int, float]] = []
     with probe.plainly(found.kept_everything):
         for number in range(repeats):
             run.prepare()
             forwards.append(_timed(run, probe, lambda: _forward(run, probe)))
-            tell(4 + repeats + number, total)
+            tell(5 + repeats + number, total)
     graph = StepGraph(model, pieces, gradients, settings.shape, found.loss).build()
     seconds, spread = _seconds(graph, pieces, forwards, whole, settings)
     scratch = _scratch(graph, pieces, parts)
     if settings.optimizer is not None:
         scratch[-1] = settings.optimizer.scratch_nbytes
     return MeasuredModules(graph, CostModel(tuple(seconds), tuple(scratch), {}, Origin.MEASURED, spread), pieces)
+
+
+def _warmed_up(run: Runner, probe: Probe) -> float:
+    """Runs steps until regions are known, which the first ones are watched for; the seconds of the last."""
+    for _ in range(_MOST_WARM_UPS):
+        watched = checkpoint_counters().watched
+        start = time.perf_counter()
+        run.prepare()
+        _step(run, probe)
+        if checkpoint_counters().watched == watched:
+            break
+    return time.perf_counter() - start
 
 
 def _step(run: Runner, probe: Probe) -> None:

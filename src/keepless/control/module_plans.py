@@ -151,6 +151,11 @@ def _solved(run: Runner, measured: MeasuredModules, settings: Settings, over: in
     found, chosen = solver.choose(graph, cost, limit, settings.seed)
     low, lowest = solver.lowest(graph, cost)
     low = min(low, found.peak)
+    if limit < low <= limit + budget.reserve // 2:
+        # Measured again, the smallest step may come out a little larger than when its budget was stated.
+        budget = replace(budget, reserve=budget.reserve - budget.reserve // 2)
+        limit = budget.device - over
+        found, chosen = solver.choose(graph, cost, limit, settings.seed)
     bound = floor_bound(graph, cost)[0]
     if found.peak > limit:
         order = cut.tree.order(lowest, len(graph.ops))

@@ -1,7 +1,7 @@
 """A model's state around trial steps: what a forward changes is put back, before each step and at the end.
 
-Buffers, tensors and plain values in modules' attributes, lists, dicts and sets there, gradients, and every stream of
-random numbers that a forward can reach by name. Parameters are not copied: a trial step does not change them.
+Buffers, tensors and plain values in modules' attributes, lists, dicts and sets there, hooks, gradients, and every
+stream of random numbers that a forward can reach by name. Parameters are not copied: a trial step does not change them.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ class Before:
         self.modules = list(model.modules())
         self.attributes = [_attributes(module) for module in self.modules]
         self.buffers = [dict(module._buffers) for module in self.modules]
+        # Libraries hang hooks on modules in the first forward, and note in an attribute that they did.
+        self.hooks = [(table, table.copy()) for module in self.modules for table in _hook_tables(module)]
         held = [*_values(self.attributes), *_values(self.buffers)]
         self.tensors = [
             (value, value.detach().clone())
@@ -54,6 +56,9 @@ class Before:
         with torch.no_grad():
             for tensor, values in self.tensors:
                 tensor.data.copy_(values)
+        for table, hooks in self.hooks:
+            table.clear()
+            table.update(hooks)
         for container, content in self.contents:
             container.clear()
             if isinstance(container, (list, deque)):
@@ -75,6 +80,10 @@ class Before:
 
 def _attributes(module: torch.nn.Module) -> dict[str, Any]:
     return {name: value for name, value in module.__dict__.items() if name not in _INTERNAL}
+
+
+def _hook_tables(module: torch.nn.Module) -> list[dict[Any, Any]]:
+    return [value for name, value in module.__dict__.items() if "hook" in name and isinstance(value, dict)]
 
 
 def _values(tables: list[dict[str, Any]]) -> list[Any]:
