@@ -297,6 +297,11 @@ def transforms_active() -> bool:
     return bool(torch._C._are_functorch_transforms_active())
 
 
+def without_function_subclasses() -> Any:
+    """A block in which `__torch_function__` of tensor subclasses is not called."""
+    return torch._C.DisableTorchFunctionSubclass()
+
+
 def storage_key(tensor: torch.Tensor) -> int:
     """Equal for tensors that share storage, also for fake ones."""
     return int(tensor.untyped_storage()._cdata)

@@ -22,6 +22,7 @@ PLAIN = (bool, int, float, str, bytes, type(None))
 _DEPTH = 4
 _MANY = 64
 _FOREIGN = ("torch", "numpy", "builtins", "random", "collections")
+_PLACEHOLDER: Any = getattr(functools, "Placeholder", object())
 
 
 def region_key(
@@ -166,6 +167,18 @@ def _copied(value: Any, known: dict[int, types.CellType], depth: int) -> Any:
     return containers.cloned(value)
 
 
+def unfolded(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+    """A call of a partial as the call that it makes: what it holds is then an argument as any other."""
+    while function.__class__ is functools.partial:
+        part: Any = function
+        if any(item is _PLACEHOLDER for item in part.args):
+            break
+        function, args, kwargs = part.func, (*part.args, *args), {**part.keywords, **kwargs}
+    return function, args, kwargs
+
+
 def plain(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function inside partials and bound methods."""
     inside: Any = function
@@ -205,21 +218,16 @@ def modules_of(function: Callable[..., Any], values: Iterable[Any]) -> list[torc
     return found
 
 
-def held_tensors(function: Callable[..., Any]) -> list[torch.Tensor]:
-    """The tensors in the cells of a function."""
-    return [value for value in held_values(function) if isinstance(value, torch.Tensor)]
-
-
 def all_held(function: Callable[..., Any]) -> list[Any]:
     """What the cells of a function hold, and the cells of functions in them."""
-    found: list[Any] = []
-    waiting = [(function, 0)]
-    while waiting:
-        inside, depth = waiting.pop()
-        for value in held_values(inside):
-            found.append(value)
-            if value.__class__ is types.FunctionType and depth < _DEPTH:
-                waiting.append((value, depth + 1))
+    found = held_values(function)
+    depth, start = 0, 0
+    while depth < _DEPTH and start < len(found):
+        inner = [value for value in found[start:] if value.__class__ is types.FunctionType]
+        start = len(found)
+        for value in inner:
+            found += _held(value)
+        depth += 1
     return found
 
 

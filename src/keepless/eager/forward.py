@@ -40,13 +40,15 @@ def run(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
     """Runs a region; its saved tensors are made again when a backward wants them."""
     if not torch.is_grad_enabled() or _runs_directly():
         return function(*args, **kwargs)
+    function, args, kwargs = closures.unfolded(function, args, kwargs)
     frame = Frame(function, options.trait, options.early_stop)
     tensors: list[torch.Tensor] = []
     frame.arguments = Arguments(args, kwargs, tensors)
-    held = closures.held_values(function)
+    frame.grads = [tensor.requires_grad for tensor in tensors]
+    held = frame.held = closures.all_held(function)
     if held or frame.arguments.others:
         frame.own_streams = frame.arguments.streams + randomness.streams_in(held)
-        frame.own_objects = [value for value in (*frame.arguments.others, *held) if world.is_plain(value)]
+        frame.own_objects = [value for value in frame.arguments.others if world.is_plain(value)]
     counters.count("regions")
     call = _Call(function, args, kwargs, frame, tensors)
     if options.context_fn or options.debug:
@@ -97,6 +99,7 @@ class _Call:
     def run(self, preserve: bool) -> Any:
         """The region's result."""
         key, anchors = closures.region_key(self.function, self.args, self.kwargs)
+        key = (key, *self.frame.grads)
         known = profile.recall(key)
         if known is not None and not known.varies:
             return self.with_profile(known, preserve)
@@ -172,7 +175,7 @@ class _Call:
         named = [stream for item in code.functions for stream in randomness.named_in(item.__code__, item.__globals__)]
         own = randomness.streams_in(value for _, before in watch.attributes.values() for value, _ in before.values())
         before = randomness.save((randomness.DEFAULT, *profile.global_streams(), *frame.own_streams, *own))
-        is_compiled = any(_compat.is_compiled(item) for item in (function, *closures.all_held(function), *family))
+        is_compiled = any(_compat.is_compiled(item) for item in (function, *frame.held, *family))
         if is_compiled:
             result = self._compiled(watch, family)
         else:
@@ -181,8 +184,8 @@ class _Call:
         watch.finish()
         if watch.lost:
             raise CheckpointError(
-                f"checkpoint: {watch.lost} that {frame.name} does not own, in place, by a function that is not known "
-                "for it; the values of before are gone. Clone the tensor first, or leave it outside the region"
+                f"checkpoint: in {frame.name}, {watch.lost}; the values of before are gone. Clone the tensor first, or "
+                "leave it outside the region"
             )
         moved = randomness.moved(before)
         frame.random = [(stream, state) for stream, state in before if stream in moved or stream is randomness.DEFAULT]
@@ -190,23 +193,23 @@ class _Call:
         frame.clones.update(watch.inputs)
         for position in watch.inputs:
             frame.inputs[position] = None
-        frame.state = list(watch.before.values())
-        written = {id(tensor) for tensor, _ in frame.state}
-        frame.fixed = [t for key, ref in watch.read.items() if key not in written and (t := ref()) is not None]
+        frame.state = watch.before
+        read = [t for ref in watch.read.values() if (t := ref()) is not None]
+        frame.fixed = [tensor for tensor in read if not watch.written.touch(tensor)]
         frame.versions = _compat.versions(frame.fixed)
         code = Code(function, [*(holder for holder, _ in watch.attributes.values()), *watch.called.values()])
-        known = watch.variables(code.names)
+        known = watch.variables(code.names, code.stored)
         acting = watch.judge.active
         gathered = [v for pairs in watch.hook_variables.values() for key, v in pairs if key in acting]
         frame.variables = [*known, *gathered]
-        found = Profile(family, is_compiled, watch, known)
+        found = Profile(family, is_compiled, watch, known, frame.held)
         drawn = [stream for stream, _ in frame.random if stream is not randomness.DEFAULT]
         found.streams = list({stream.key: stream for stream in (*drawn, *named)}.values())
         found.draws = randomness.DEFAULT in moved
         found.fills_late = watch.fills_late
         frame.early_stop = frame.early_stop and not watch.fills_late
         found.paths.add(frame.path())
-        frame.profile = found
+        frame.profile, frame.placed, frame.written = found, found.fixed(), found.state()
         return result, found
 
     def _compiled(self, watch: Watch, family: list[torch.nn.Module]) -> Any:

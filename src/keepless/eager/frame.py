@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import weakref
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager
@@ -15,8 +16,10 @@ from keepless.eager.ambient import Ambient
 from keepless.eager.arguments import Arguments
 from keepless.eager.determinism import Trait
 from keepless.eager.failures import CheckpointError
-from keepless.eager.profile import Profile
-from keepless.eager.world import Variable
+from keepless.eager.profile import Profile, way_on, ways_to_held
+from keepless.eager.world import Variable, Way
+
+_DEPTH = 3
 
 Unpack = Callable[[], torch.Tensor]
 
@@ -44,6 +47,8 @@ class Frame:
         random: streams of random numbers and their states before.
         state: tensors that the region writes, and their values before.
         fixed, versions: tensors that it may read, and the version of each before.
+        placed, written: parameters, buffers and other tensors at the places of `profile.fixed()` and `.state()`.
+        held: what the function's closure holds.
         variables: attributes and globals that it sets or reads, before.
         acting: ids of hooks that did something in this call, though they only looked when watched.
         profile: what is known of the region; `known` is the same where this call was not watched.
@@ -60,6 +65,7 @@ class Frame:
         "fixed",
         "function",
         "grads",
+        "held",
         "holders",
         "inputs",
         "is_elsewhere",
@@ -70,6 +76,7 @@ class Frame:
         "on_failure",
         "own_objects",
         "own_streams",
+        "placed",
         "profile",
         "random",
         "state",
@@ -77,6 +84,7 @@ class Frame:
         "traits",
         "variables",
         "versions",
+        "written",
     )
 
     def __init__(self, function: Callable[..., Any], trait: Trait, early_stop: bool) -> None:
@@ -96,6 +104,9 @@ class Frame:
         self.own_objects: list[Any] = []
         self.state: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.fixed: list[torch.Tensor] = []
+        self.placed: list[torch.Tensor | None] = []
+        self.written: list[torch.Tensor | None] = []
+        self.held: list[Any] = []
         self.versions: list[int] = []
         self.variables: list[Variable] = []
         self.acting: set[int] = set()
@@ -107,7 +118,6 @@ class Frame:
 
     def hold_inputs(self, tensors: list[torch.Tensor], changed: tuple[int, ...]) -> None:
         """Saves the inputs as an op would save them; those that the region changes are cloned."""
-        self.grads = [tensor.requires_grad for tensor in tensors]
         if changed:
             self.clones = {i: tensors[i].detach().clone() for i in changed}
         self.inputs = [None if i in self.clones else _compat.save_tensor(tensor) for i, tensor in enumerate(tensors)]
@@ -119,31 +129,40 @@ class Frame:
         """
         self.known = self.profile = profile
         self.early_stop = self.early_stop and not profile.fills_late
-        state = profile.state()
+        self.placed, self.written = profile.fixed(), profile.state()
+        self.fixed = [tensor for tensor in self.placed if tensor is not None]
+        streams = [*profile.streams, *self.own_streams]
+        state = {id(tensor): tensor for tensor in self.written if tensor is not None}
+        gathering = _Gathering(self, profile, state, streams)
+        for way, variable in profile.variables():
+            gathering.variable(way, variable)
+        for holder in self.own_objects:
+            gathering.leaf((), holder)
+        for way, leaf in ways_to_held(self.held):
+            gathering.leaf(way, leaf)
+        for module in profile.hooked():
+            self.variables += [item for _, item in world.variables_of_hooks(module, profile.observers)]
         if state:
             with torch.no_grad():
-                self.state = [(tensor, tensor.detach().clone()) for tensor in state]
-        self.fixed = profile.fixed()
-        streams = [*profile.streams, *self.own_streams]
-        variables = profile.variables()
-        for holder in self.own_objects:
-            if not profile.is_known(holder):
-                variables += world.variables_of(holder)
-        for module in profile.hooked():
-            variables += [item for _, item in world.variables_of_hooks(module, profile.observers)]
-        for variable in variables:
-            value = variable.value
-            if isinstance(value, torch.Tensor):
-                if all(value is not tensor for tensor, _ in self.state):
-                    self.fixed.append(value)
-            elif value.__class__ not in closures.PLAIN and variable.content is None:
-                streams += randomness.streams_in((value,))
-            self.variables.append(variable)
-        self.fixed += closures.held_tensors(self.function)
+                self.state = [(tensor, tensor.detach().clone()) for tensor in state.values()]
+            self.fixed = [tensor for tensor in self.fixed if id(tensor) not in state]
         self.versions = _compat.versions(self.fixed)
         if preserve or profile.draws:
             streams.append(randomness.DEFAULT)
         self.random = randomness.save(streams)
+
+    def rebound(self) -> list[Variable]:
+        """Parameters and buffers whose place holds another tensor now, each as it was."""
+        profile, found = self.profile, []
+        if profile is None:
+            return []
+        for is_state, before, now in ((False, self.placed, profile.fixed()), (True, self.written, profile.state())):
+            if not all(map(operator.is_, before, now)):
+                for position, (one, other) in enumerate(zip(before, now, strict=True)):
+                    place = profile.place(is_state, position) if one is not other else None
+                    if place is not None:
+                        found.append(Variable(*place, one, None, False))
+        return found
 
     def pack(self, tensor: torch.Tensor) -> Holder:
         """The pack hook of the forward."""
@@ -173,3 +192,39 @@ class Frame:
             holder = reference()
             if holder is not None and holder.found is not None:
                 holder.found.pop(task, None)
+
+
+class _Gathering:
+    """Sorts what a later call finds by name into the tensors that it writes and those that it only reads.
+
+    Objects that were not there when the region was watched are looked into: three deep, as they are while watching.
+    """
+
+    def __init__(
+        self, frame: Frame, profile: Profile, state: dict[int, torch.Tensor], streams: list[randomness.Stream]
+    ) -> None:
+        self.frame, self.profile, self.state, self.streams = frame, profile, state, streams
+        self.seen: set[int] = set()
+
+    def variable(self, way: Way, variable: Variable, depth: int = 0) -> None:
+        """A variable, and what it holds."""
+        self.frame.variables.append(variable)
+        value = variable.value
+        if value.__class__ in closures.PLAIN:
+            return
+        for further, leaf in variable.leaves(way):
+            self.leaf(further, leaf, depth)
+        if variable.content is None:
+            self.streams += randomness.streams_in((value,))
+
+    def leaf(self, way: Way, leaf: Any, depth: int = 0) -> None:
+        """A tensor, or an object with attributes."""
+        if isinstance(leaf, torch.Tensor):
+            if way in self.profile.written:
+                self.state[id(leaf)] = leaf
+            else:
+                self.frame.fixed.append(leaf)
+        elif depth < _DEPTH and id(leaf) not in self.seen and not self.profile.is_known(leaf):
+            self.seen.add(id(leaf))
+            for item in world.variables_of(leaf):
+                self.variable(way_on(item), item, depth + 1)

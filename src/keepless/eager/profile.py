@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from keepless import _compat
-from keepless.eager import closures, hooks, randomness, world
+from keepless.eager import closures, hooks, memory, randomness, world
 from keepless.eager.randomness import Stream
 from keepless.eager.watch import Watch
-from keepless.eager.world import Variable
+from keepless.eager.world import Variable, Way
 
 _MANY = 64
 _REMEMBERED = 4096
@@ -23,21 +23,18 @@ _NORMS = (torch.nn.modules.batchnorm._BatchNorm,)
 Place = tuple[weakref.ref[torch.nn.Module], tuple[tuple[bool, str], ...]]
 
 
-def _tensors_at(places: Iterable[Place], loose: Iterable[weakref.ref[torch.Tensor]]) -> list[torch.Tensor]:
-    found = []
+def _tensors_at(places: Iterable[Place], loose: Iterable[weakref.ref[torch.Tensor]]) -> list[torch.Tensor | None]:
+    found: list[torch.Tensor | None] = []
     for reference, names in places:
         module = reference()
         if module is None:
+            found += [None] * len(names)
             continue
         parameters, buffers = module._parameters, module._buffers
         for is_parameter, name in names:
-            tensor = parameters.get(name) if is_parameter else buffers.get(name)
-            if tensor is not None:
-                found.append(tensor)
+            found.append(parameters.get(name) if is_parameter else buffers.get(name))
     for item in loose:
-        tensor = item()
-        if tensor is not None:
-            found.append(tensor)
+        found.append(item())
     return found
 
 
@@ -53,10 +50,16 @@ class Profile:
         is_compiled: whether torch.compile's code is in it; that runs otherwise where ops are seen one by one.
         paths: signatures of what watched calls saved; a call with another went a way that nobody watched.
         varies: whether a call was seen to take such a way: each call is watched.
+        written: ways to the tensors that it writes and that are found by name: attributes, globals, cells.
     """
 
     def __init__(
-        self, modules: list[torch.nn.Module], is_compiled: bool, watch: Watch, variables: list[Variable]
+        self,
+        modules: list[torch.nn.Module],
+        is_compiled: bool,
+        watch: Watch,
+        variables: list[Variable],
+        held: list[Any],
     ) -> None:
         known = {id(module): module for module in (*modules, *watch.called.values())}
         self._modules = [weakref.ref(module) for module in known.values()]
@@ -64,21 +67,25 @@ class Profile:
         self._status = self.status()
         self._variables: list[tuple[Any, str, bool]] = []
         self._reached: list[tuple[Any, str, weakref.ref[torch.nn.Module]]] = []
+        lasting = []
         for item in variables:
             holder = item.holder if isinstance(item.holder, dict) else _reference(item.holder)
             if holder is not None:
+                lasting.append(item)
                 self._variables.append((holder, item.name, item.is_set))
                 if isinstance(item.value, torch.nn.Module):
                     self._reached.append((holder, item.name, weakref.ref(item.value)))
         bound = {(id(item.holder), item.name) for item in variables if item.is_set}
-        written = {id(tensor) for tensor, _ in watch.before.values()}
-        written |= _statistics(known.values())
-        self._fixed, self._state, located = _places(known.values(), written, bound)
-        others = [(key, ref) for key, ref in watch.read.items() if key not in located]
-        self._loose_fixed = [ref for key, ref in others if key not in written]
-        self._loose_state = [ref for key, ref in others if key in written]
+        self.written: set[Way] = set()
+        self._objects: dict[int, weakref.ref[Any]] = {}
+        named = self._name_tensors(watch, lasting, held)
+        self._fixed, self._state, located = _places(known.values(), watch.written, bound)
+        others = [t for key, ref in watch.read.items() if key not in located and (t := ref()) is not None]
+        loose = [(weakref.ref(t), watch.written.touch(t)) for t in others if id(t) not in named]
+        self._loose_fixed = [ref for ref, is_written in loose if not is_written]
+        self._loose_state = [ref for ref, is_written in loose if is_written]
         self._parameters = {id(p) for module in known.values() for p in module._parameters.values() if p is not None}
-        self._parameters |= {id(t) for t in (ref() for _, ref in others) if isinstance(t, torch.nn.Parameter)}
+        self._parameters |= {id(t) for t in others if isinstance(t, torch.nn.Parameter)}
         self._hooked = any(hooks.hooks_of(module) for module in known.values())
         self.inputs = tuple(sorted(watch.inputs))
         self.observers = watch.judge.seen - watch.judge.active
@@ -89,6 +96,30 @@ class Profile:
         self.varies = False
         self.is_compiled = is_compiled or any(_compat.is_compiled(module) for module in watch.called.values())
         self.anchors: list[weakref.ref[Any]] = []
+
+    def _name_tensors(self, watch: Watch, variables: list[Variable], held: list[Any]) -> set[int]:
+        """Notes the ways to the tensors that were written, and the objects that were there; ids of tensors with a way."""
+        named: set[int] = set()
+        leaves = [(way, leaf, None) for way, leaf in ways_to_held(held)]
+        for index, item in enumerate(variables):
+            leaves += [(way, leaf, item) for way, leaf in item.leaves(("variable", index))]
+        for holder, _ in watch.attributes.values():
+            self._know(holder)
+        for way, leaf, item in leaves:
+            if not isinstance(leaf, torch.Tensor):
+                self._know(leaf)
+                continue
+            named.add(id(leaf))
+            if watch.written.touch(leaf):
+                self.written.add(way)
+                if item is not None and world.is_plain(item.holder):
+                    self.written.add((*way_on(item), *way[2:]))
+        return named
+
+    def _know(self, value: Any) -> None:
+        reference = _reference(value)
+        if reference is not None:
+            self._objects[id(value)] = reference
 
     def status(self) -> list[Any]:
         """Training flags and hooks of the region's modules; a call under another status is watched anew."""
@@ -113,28 +144,38 @@ class Profile:
                 return False
         return True
 
-    def fixed(self) -> list[torch.Tensor]:
-        """Parameters, buffers and other tensors that the region may read and does not write."""
+    def fixed(self) -> list[torch.Tensor | None]:
+        """Parameters, buffers and other tensors that the region may read and does not write, each at its place."""
         return _tensors_at(self._fixed, self._loose_fixed)
 
-    def state(self) -> list[torch.Tensor]:
+    def state(self) -> list[torch.Tensor | None]:
         """The tensors that it writes and that are not its inputs: their values of before a call are needed again."""
         return _tensors_at(self._state, self._loose_state)
 
-    def variables(self) -> list[Variable]:
-        """The attributes and globals that it sets or reads as data, as they are now."""
+    def place(self, is_state: bool, position: int) -> tuple[torch.nn.Module, str] | None:
+        """The module and name of a parameter or buffer at a position of `fixed()` or `state()`."""
+        for reference, names in self._state if is_state else self._fixed:
+            if position < len(names):
+                module = reference()
+                return None if module is None else (module, names[position][1])
+            position -= len(names)
+        return None
+
+    def variables(self) -> list[tuple[Way, Variable]]:
+        """The attributes and globals that it sets or reads as data, as they are now, with the way to each."""
         found = []
-        for holder, name, is_set in self._variables:
+        for index, (holder, name, is_set) in enumerate(self._variables):
             if holder.__class__ is weakref.ref:
                 holder = holder()
                 if holder is None:
                     continue
-            found.append(world.variable_now(holder, name, is_set))
+            found.append((("variable", index), world.variable_now(holder, name, is_set)))
         return found
 
-    def is_known(self, holder: Any) -> bool:
-        """Whether an object's attributes are among the variables."""
-        return any(ref.__class__ is weakref.ref and ref() is holder for ref, _, _ in self._variables)
+    def is_known(self, value: Any) -> bool:
+        """Whether an object was there when the region was watched."""
+        reference = self._objects.get(id(value))
+        return reference is not None and reference() is value
 
     def hooked(self) -> list[torch.nn.Module]:
         """The modules with forward hooks."""
@@ -168,30 +209,34 @@ def family(root: torch.nn.Module) -> list[torch.nn.Module]:
     return found
 
 
-def _statistics(known: Iterable[torch.nn.Module]) -> set[int]:
-    """Ids of the running statistics of normalisations in training, whether or not the watched call got there."""
-    return {
-        id(buffer)
-        for module in known
-        if isinstance(module, _NORMS) and module.training and module.track_running_stats
-        for buffer in module._buffers.values()
-        if buffer is not None
-    }
+def ways_to_held(held: list[Any]) -> list[tuple[Way, Any]]:
+    """The tensors and plain objects that a function's closure holds, with the way to each."""
+    if not held:
+        return []
+    return [found for position, value in enumerate(held) for found in world.leaves(value, ("held", position))]
+
+
+def way_on(item: Variable) -> Way:
+    """The way to an attribute of an object that is made anew for each call: by its class."""
+    return (type(item.holder), item.name)
 
 
 def _places(
-    known: Iterable[torch.nn.Module], written: set[int], bound: set[tuple[int, str]]
+    known: Iterable[torch.nn.Module], written: memory.Extents, bound: set[tuple[int, str]]
 ) -> tuple[list[Place], list[Place], set[int]]:
     fixed: list[Place] = []
     state: list[Place] = []
     located: set[int] = set()
     for module in known:
+        # Running statistics of a normalisation in training count, whether or not the watched call got there.
+        counts = isinstance(module, _NORMS) and module.training and module.track_running_stats
         split: tuple[list[tuple[bool, str]], list[tuple[bool, str]]] = ([], [])
         for is_parameter, tensors in ((True, module._parameters), (False, module._buffers)):
             for name, tensor in tensors.items():
                 if tensor is not None and id(tensor) not in located and (id(module), name) not in bound:
                     located.add(id(tensor))
-                    split[id(tensor) in written].append((is_parameter, name))
+                    is_state = (counts and not is_parameter) or written.touch(tensor)
+                    split[is_state].append((is_parameter, name))
         for names, places in zip(split, (fixed, state), strict=True):
             if names:
                 places.append((weakref.ref(module), tuple(names)))

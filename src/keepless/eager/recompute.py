@@ -60,7 +60,7 @@ def _fill(frame: Frame, task: Any) -> None:
         reference = weakref.ref(frame)
         _compat.at_end_of_backward(lambda: _forget(reference, task))
     run = _Run(frame, task)
-    if frame.state or frame.variables or len(frame.random) > 1:
+    if frame.state or frame.variables or run.rebound or len(frame.random) > 1:
         with _turn:
             run.go()
     else:
@@ -83,11 +83,12 @@ def went_another_way(frame: Frame, what: str) -> CheckpointError:
 
 
 class _Run:
-    __slots__ = ("count", "frame", "last", "task")
+    __slots__ = ("count", "frame", "last", "rebound", "task")
 
     def __init__(self, frame: Frame, task: Any) -> None:
         self.frame = frame
         self.task = task
+        self.rebound = frame.rebound()
         self.count = 0
         self.last = -1
         for index in range(len(frame.holders) - 1, -1, -1):
@@ -126,14 +127,17 @@ class _Run:
         args, kwargs = frame.arguments.filled(inputs)
         random = [(stream, stream.get()) for stream, _ in frame.random]
         state = _swap(frame.state)
-        variables = [item.now() for item in frame.variables if item.is_set or item.differs()]
+        variables = [item.now() if item.is_set or item.differs() else item for item in frame.variables]
+        places = [item.now() for item in self.rebound]
         flags = frame.profile.flags_that_differ() if frame.profile is not None else []
         grad = torch.is_grad_enabled()
         try:
             randomness.put(frame.random)
-            if variables:
-                for item in frame.variables:
+            for item, now in zip(frame.variables, variables, strict=True):
+                if now is not item:
                     item.put_back()
+            for item in self.rebound:
+                item.put_back()
             for module, now in flags:
                 module.training = not now
             torch._C._set_grad_enabled(True)
@@ -147,11 +151,21 @@ class _Run:
             torch._C._set_grad_enabled(grad)
             for module, now in flags:
                 module.training = now
+            for item in places:
+                item.put_back()
+            self._put_back_places()
             for item in variables:
                 if item.differs():
                     item.put_back()
             _put_back(state)
             randomness.put(random)
+
+    def _put_back_places(self) -> None:
+        """Parameters and buffers that the recompute bound anew, and did not get to bind again before it was stopped."""
+        differed = {(id(item.holder), item.name) for item in self.rebound}
+        for item in self.frame.rebound():
+            if (id(item.holder), item.name) not in differed:
+                item.put_back()
 
     def _call(self, args: list[Any], kwargs: dict[str, Any]) -> None:
         frame = self.frame
@@ -218,13 +232,6 @@ class _Run:
 
     def _changed(self) -> list[torch.Tensor]:
         frame = self.frame
-        if frame.known is not None:
-            for before, now in zip(frame.fixed, frame.known.fixed(), strict=False):
-                if before is not now:
-                    raise StaleTensorError(
-                        f"{_shape(before)} of {frame.name} was replaced by another tensor between forward and "
-                        "backward: load or move a model only between steps"
-                    )
         if _compat.versions(frame.fixed) == frame.versions:
             return []
         return [t for t, v in zip(frame.fixed, frame.versions, strict=True) if _compat.versions([t]) != [v]]

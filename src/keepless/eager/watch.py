@@ -10,7 +10,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from keepless import _compat
-from keepless.eager import containers, hooks, randomness, world
+from keepless.eager import containers, hooks, memory, randomness, world
 from keepless.eager.calls import draws_of, fills_late, reads_values, storage_of, tensors_in, writes_of
 from keepless.eager.world import Variable
 from keepless.errors import StaleTensorError
@@ -85,7 +85,10 @@ class Watch(TorchFunctionMode):
 
     Attributes:
         inputs: position of an input whose memory was written -> its values before.
-        before: id of a tensor that is neither made here nor an input, and was written -> (tensor, its values before).
+        before: tensors that are neither made here nor an input, and were written, each with its values before; what was
+            saved first comes last, so that putting them back in this order is right where they share memory.
+        written: the bytes of these that were written.
+        lost: what was changed and cannot be put back; empty where there is nothing such.
         read: id of such a tensor that was read or written -> weak reference.
         generators: id -> (stream, state before the first draw).
         called: id -> module.
@@ -103,7 +106,9 @@ class Watch(TorchFunctionMode):
         self.fills_late = False
         self.owners: dict[Any, torch.Tensor] = {}
         self.inputs: dict[int, torch.Tensor] = {}
-        self.before: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.before: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.written = memory.Extents()
+        self._saved = memory.Extents()
         self.read: dict[int, weakref.ref[torch.Tensor]] = {}
         self.generators: dict[int, tuple[randomness.Stream, Any]] = {}
         self.called: dict[int, torch.nn.Module] = {}
@@ -151,21 +156,40 @@ class Watch(TorchFunctionMode):
             key = storage_of(tensor)
             owner = self.owners.get(key)
             is_saved = owner is not None and (
-                id(owner) in self.before or any(b is owner for b, _ in self.small_buffers)
+                self._saved.cover(memory.extent_of(tensor)) or any(b is owner for b, _ in self.small_buffers)
             )
             is_cloned = all(position in self.inputs for position, _ in self.given.get(key, ())) and key in self.given
             if now != before and not is_saved and not is_cloned:
-                self.lost = f"{getattr(func, '__name__', func)} changed a tensor of shape {list(tensor.shape)}"
+                self.lost = (
+                    f"{getattr(func, '__name__', func)} changed a tensor of shape {list(tensor.shape)} in place, and is "
+                    "not known to do that"
+                )
         self.effects += 1
 
     def _before_write(self, tensor: torch.Tensor) -> None:
         key = storage_of(tensor)
-        for position, given in self.given.get(key, ()):
+        if key in self.given:
+            self._before_write_of_input(tensor, self.given[key])
+        owner = self.owners.get(key)
+        if owner is None:
+            return
+        extent = memory.extent_of(tensor)
+        self.written.add(extent)
+        if not self._saved.cover(extent):
+            target, saved = memory.whole(owner, extent)
+            self._saved.add(saved)
+            self.before.insert(0, (target, target.detach().clone()))
+
+    def _before_write_of_input(self, tensor: torch.Tensor, sharing: list[tuple[int, torch.Tensor]]) -> None:
+        for position, given in sharing:
             if position not in self.inputs:
                 self.inputs[position] = given.detach().clone()
-        owner = self.owners.get(key)
-        if owner is not None and id(owner) not in self.before:
-            self.before[id(owner)] = (owner, owner.detach().clone())
+        seen = [position for position, given in sharing if memory.share_elements(given, tensor)]
+        extent = memory.extent_of(tensor)
+        if not any(memory.covers(memory.extent_of(given), extent) for _, given in sharing):
+            self.lost = f"memory beside its input {sharing[0][0]} was changed in place"
+        elif len(seen) > 1:
+            self.lost = f"its inputs {seen[0]} and {seen[1]} share the memory that was changed in place"
 
     def look_at(self, holder: Any) -> None:
         """Remembers the attributes of a module or object before the region changes them."""
@@ -200,19 +224,29 @@ class Watch(TorchFunctionMode):
         """Ends the watching; adds the small buffers that changed without an op that says so."""
         self.judge.effects = _none
         for buffer, before in self.small_buffers:
-            if id(buffer) not in self.before and not torch.equal(buffer, before):
-                self.before[id(buffer)] = (buffer, before)
+            extent = memory.extent_of(buffer)
+            if not self._saved.cover(extent) and not torch.equal(buffer, before):
+                self._saved.add(extent)
+                self.written.add(extent)
+                self.before.insert(0, (buffer, before))
 
-    def variables(self, names: set[str]) -> list[Variable]:
-        """The attributes that the region set, or that code with these names reads as data, as they were before."""
+    def variables(self, names: set[str], stored: set[str]) -> list[Variable]:
+        """The attributes that the region set, or that its code reads as data or may set, as they were before.
+
+        `names` are those in the code, `stored` those of attributes that it sets. A tensor that the region used counts
+        whatever its name, which may be computed.
+        """
         found = []
         for holder, before in self.attributes.values():
             changed = set(world.changed(holder, before))
             for name in before.keys() | changed:
                 value, content = before.get(name, (world.MISSING, None))
                 is_buffer = isinstance(holder, torch.nn.Module) and name in holder._buffers
-                if name in changed or (name in names and not is_buffer and world.is_kept_data(value)):
+                is_read = name in names or (isinstance(value, torch.Tensor) and storage_of(value) in self.owners)
+                if name in changed or (is_read and not is_buffer and world.is_kept_data(value)):
                     found.append(Variable(holder, name, value, content, name in changed))
+            for name in world.may_get(holder, stored) - before.keys() - changed:
+                found.append(Variable(holder, name, world.MISSING, None, False))
         for home, before in self.globals:
             for name, (value, content) in before.items():
                 is_set = home.get(name) is not value or (content is not None and not content.is_now())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ _OWN = frozenset(name for name in torch.nn.Module().__dict__ if name.startswith(
 _FOREIGN = ("torch", "numpy", "builtins", "random", "functools", "re", "logging", "threading", "weakref")
 
 Attribute = tuple[Any, Content | None]
+Way = tuple[Hashable, ...]
 
 
 def holders_of(function: Callable[..., Any], values: Iterable[Any], modules: Iterable[torch.nn.Module]) -> list[Any]:
@@ -77,6 +78,28 @@ def is_kept_data(value: Any) -> bool:
     return value is not MISSING and not isinstance(value, (type, types.ModuleType))
 
 
+def may_get(holder: Any, names: set[str]) -> set[str]:
+    """The names under which a user's object may get an attribute that it does not have."""
+    if type(holder).__module__.split(".")[0] in _FOREIGN or not hasattr(holder, "__dict__"):
+        return set()
+    taken = holder._parameters.keys() if isinstance(holder, torch.nn.Module) else ()
+    return {name for name in names if name not in taken and not hasattr(type(holder), name)}
+
+
+def leaves(value: Any, way: Way, depth: int = 0) -> Iterator[tuple[Way, Any]]:
+    """The tensors and plain objects that a value is or holds in lists, tuples, dicts and sets, each with the way to it."""
+    if isinstance(value, torch.Tensor):
+        yield way, value
+    elif isinstance(value, (list, tuple, dict, set)):
+        if depth <= _DEPTH and len(value) <= _SMALL:
+            pairs = value.items() if isinstance(value, dict) else enumerate(value)
+            for key, item in pairs:
+                if item.__class__ not in closures.PLAIN:
+                    yield from leaves(item, (*way, key), depth + 1)
+    elif not isinstance(value, torch.nn.Module) and is_plain(value):
+        yield way, value
+
+
 class Variable:
     """A variable as it was: an attribute of an object, or a global.
 
@@ -96,7 +119,12 @@ class Variable:
         else:
             self.home = holder.__dict__
             if isinstance(holder, torch.nn.Module) and name not in self.home:
-                self.home = holder._modules if name in holder._modules else holder._buffers
+                homes = (holder._modules, holder._parameters)
+                self.home = next((home for home in homes if name in home), holder._buffers)
+
+    def leaves(self, way: Way) -> Iterator[tuple[Way, Any]]:
+        """The tensors and plain objects that it was or held."""
+        return leaves(self.value if self.content is None else self.content.items, way)
 
     def now(self) -> Variable:
         """The variable as it is."""
