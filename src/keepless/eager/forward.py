@@ -15,7 +15,7 @@ from keepless.eager.arguments import Arguments
 from keepless.eager.code import Code
 from keepless.eager.debugging import OpLogs
 from keepless.eager.determinism import Trait
-from keepless.eager.failures import CheckpointError
+from keepless.eager.failures import REMEDY, CheckpointError
 from keepless.eager.frame import Frame
 from keepless.eager.hooks import Judge
 from keepless.eager.profile import Profile
@@ -117,7 +117,7 @@ class _Call:
         if _compat.versions(tensors) != versions:
             self._check_inputs(versions)
         if _compat.versions(frame.fixed) != frame.versions:
-            self._refuse("a parameter, a buffer or another tensor")
+            self._refuse(self._changed())
         return result
 
     def _plainly(self) -> Any:
@@ -150,13 +150,19 @@ class _Call:
         if not changed <= set(self.frame.clones):
             self._refuse(f"its input {min(changed - set(self.frame.clones))}")
 
+    def _changed(self) -> str:
+        frame = self.frame
+        assert frame.profile is not None
+        pairs = zip(frame.fixed, _compat.versions(frame.fixed), frame.versions, strict=True)
+        tensor = next(tensor for tensor, now, before in pairs if now != before)
+        return f"{frame.profile.name_of(tensor) or 'a tensor'} of shape {list(tensor.shape)}"
+
     def _refuse(self, what: str) -> None:
         assert self.frame.known is not None
         self.frame.known.varies = True
         raise CheckpointError(
             f"checkpoint: {self.frame.name} changed {what} in place, which it did not when it was watched; the values "
-            "of before are gone, and a recompute would use the new ones. From the next call on the region is watched: "
-            "put the state back and run the step again"
+            f"of before are gone, and a recompute would use the new ones. {REMEDY}"
         )
 
     def watched(self) -> tuple[Any, Profile]:
@@ -183,10 +189,7 @@ class _Call:
                 result = self._plainly()
         watch.finish()
         if watch.lost:
-            raise CheckpointError(
-                f"checkpoint: in {frame.name}, {watch.lost}; the values of before are gone. Clone the tensor first, or "
-                "leave it outside the region"
-            )
+            raise self._lost(watch.lost)
         moved = randomness.moved(before)
         frame.random = [(stream, state) for stream, state in before if stream in moved or stream is randomness.DEFAULT]
         frame.random += watch.generators.values()
@@ -198,7 +201,13 @@ class _Call:
         frame.fixed = [tensor for tensor in read if not watch.written.touch(tensor)]
         frame.versions = _compat.versions(frame.fixed)
         code = Code(function, [*(holder for holder, _ in watch.attributes.values()), *watch.called.values()])
-        known = watch.variables(code.names, code.stored)
+        known = watch.variables(
+            code.names, code.stored, {id(item) for item in (function, closures.owner(function), *frame.held, *values)}
+        )
+        if watch.inputs:
+            leaves = [leaf for item in known for _, leaf in item.leaves(())]
+            if any(map(watch.is_named_input, (*leaves, *(leaf for _, leaf in profile.ways_to_held(frame.held))))):
+                raise self._lost("an input that it also finds by name was changed in place")
         acting = watch.judge.active
         gathered = [v for pairs in watch.hook_variables.values() for key, v in pairs if key in acting]
         frame.variables = [*known, *gathered]
@@ -211,6 +220,12 @@ class _Call:
         found.paths.add(frame.path())
         frame.profile, frame.placed, frame.written = found, found.fixed(), found.state()
         return result, found
+
+    def _lost(self, what: str) -> CheckpointError:
+        return CheckpointError(
+            f"checkpoint: in {self.frame.name}, {what}; a recompute would not find the values of before. Give the "
+            "region a clone, or leave the change outside"
+        )
 
     def _compiled(self, watch: Watch, family: list[torch.nn.Module]) -> Any:
         """Compiled code would be traced with whoever watches it: only what it left changed is seen."""

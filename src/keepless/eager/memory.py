@@ -34,7 +34,7 @@ def extent_of(tensor: torch.Tensor) -> Extent:
         start = tensor.storage_offset()
         steps = zip(tensor.shape, tensor.stride(), strict=True)
         end = start + (1 + sum((size - 1) * stride for size, stride in steps) if tensor.numel() else 0)
-        return Extent(storage_of(tensor), start * tensor.element_size(), end * tensor.element_size())
+        return Extent(storage_of(tensor), int(start * tensor.element_size()), int(end * tensor.element_size()))
 
 
 def covers(one: Extent, other: Extent) -> bool:
@@ -74,7 +74,7 @@ def whole(owner: torch.Tensor, extent: Extent) -> tuple[torch.Tensor, Extent]:
         return owner, own
     start, end = min(own.start, extent.start), max(own.end, extent.end)
     flat = torch.empty(0, dtype=torch.uint8, device=owner.device)
-    flat.set_(owner.untyped_storage(), start, (end - start,), (1,))  # type: ignore[call-overload]
+    flat.set_(owner.untyped_storage(), start, (end - start,), (1,))
     return flat, Extent(own.storage, start, end)
 
 

@@ -98,22 +98,22 @@ class Profile:
         self.anchors: list[weakref.ref[Any]] = []
 
     def _name_tensors(self, watch: Watch, variables: list[Variable], held: list[Any]) -> set[int]:
-        """Notes the ways to the tensors that were written, and the objects that were there; ids of tensors with a way."""
+        """Notes the ways to tensors that were written, and the objects that were there; ids of tensors with a way."""
         named: set[int] = set()
-        leaves = [(way, leaf, None) for way, leaf in ways_to_held(held)]
+        leaves: list[tuple[Way, Any, Variable | None]] = [(way, leaf, None) for way, leaf in ways_to_held(held)]
         for index, item in enumerate(variables):
             leaves += [(way, leaf, item) for way, leaf in item.leaves(("variable", index))]
         for holder, _ in watch.attributes.values():
             self._know(holder)
-        for way, leaf, item in leaves:
+        for way, leaf, variable in leaves:
             if not isinstance(leaf, torch.Tensor):
                 self._know(leaf)
                 continue
             named.add(id(leaf))
             if watch.written.touch(leaf):
                 self.written.add(way)
-                if item is not None and world.is_plain(item.holder):
-                    self.written.add((*way_on(item), *way[2:]))
+                if variable is not None and world.is_plain(variable.holder):
+                    self.written.add((*way_on(variable), *way[2:]))
         return named
 
     def _know(self, value: Any) -> None:
@@ -161,9 +161,20 @@ class Profile:
             position -= len(names)
         return None
 
+    def name_of(self, tensor: torch.Tensor) -> str:
+        """A parameter's or buffer's name with its module's class; an attribute's; empty where it has none."""
+        for position, placed in enumerate(self.fixed()):
+            place = self.place(False, position) if placed is tensor else None
+            if place is not None:
+                return f"{type(place[0]).__name__}.{place[1]}"
+        for _, item in self.variables():
+            if any(leaf is tensor for _, leaf in item.leaves(())):
+                return f"{'' if isinstance(item.holder, dict) else type(item.holder).__name__ + '.'}{item.name}"
+        return ""
+
     def variables(self) -> list[tuple[Way, Variable]]:
         """The attributes and globals that it sets or reads as data, as they are now, with the way to each."""
-        found = []
+        found: list[tuple[Way, Variable]] = []
         for index, (holder, name, is_set) in enumerate(self._variables):
             if holder.__class__ is weakref.ref:
                 holder = holder()
@@ -218,7 +229,8 @@ def ways_to_held(held: list[Any]) -> list[tuple[Way, Any]]:
 
 def way_on(item: Variable) -> Way:
     """The way to an attribute of an object that is made anew for each call: by its class."""
-    return (type(item.holder), item.name)
+    kind = type(item.holder)
+    return (f"{kind.__module__}.{kind.__qualname__}", item.name)
 
 
 def _places(
@@ -278,6 +290,11 @@ def remember(key: Hashable, anchors: list[Any], profile: Profile) -> None:
 
 
 def forget_regions() -> None:
-    """Forgets every region: each is watched again at its next call."""
+    """Forgets every region: each is watched at its next call, as in the first step.
+
+    For the place where a loop begins to do otherwise (an average that starts after a warm-up, a cache that is switched
+    on): without it the first call that changes what no watched call changed ends in a `keepless.errors.RecomputeError`,
+    before a gradient is made.
+    """
     with _lock:
         _profiles.clear()

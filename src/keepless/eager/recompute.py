@@ -12,11 +12,10 @@ import torch
 from keepless import _compat
 from keepless.eager import counters, hooks, randomness, selective
 from keepless.eager.determinism import described
-from keepless.eager.failures import CheckpointError
+from keepless.eager.failures import REMEDY, CheckpointError
 from keepless.eager.frame import Frame, Holder
 from keepless.eager.profile import Profile
 from keepless.eager.watch import Refuse, Unseen
-from keepless.errors import StaleTensorError
 
 # Recomputes that move shared state (generators, buffers, attributes) take turns.
 _turn = threading.RLock()
@@ -133,8 +132,8 @@ class _Run:
         grad = torch.is_grad_enabled()
         try:
             randomness.put(frame.random)
-            for item, now in zip(frame.variables, variables, strict=True):
-                if now is not item:
+            for item, current in zip(frame.variables, variables, strict=True):
+                if current is not item:
                     item.put_back()
             for item in self.rebound:
                 item.put_back()
@@ -227,7 +226,7 @@ class _Run:
     def _not_watched(self, what: str) -> CheckpointError:
         return CheckpointError(
             f"checkpoint: {self.frame.name} took a way that it did not take when it was watched, and {what}; "
-            "what that was before is not known. From the next call on the region is watched: run the step again"
+            f"what that was before is not known. {REMEDY}"
         )
 
     def _changed(self) -> list[torch.Tensor]:

@@ -161,8 +161,8 @@ class Watch(TorchFunctionMode):
             is_cloned = all(position in self.inputs for position, _ in self.given.get(key, ())) and key in self.given
             if now != before and not is_saved and not is_cloned:
                 self.lost = (
-                    f"{getattr(func, '__name__', func)} changed a tensor of shape {list(tensor.shape)} in place, and is "
-                    "not known to do that"
+                    f"{getattr(func, '__name__', func)} changed a tensor of shape {list(tensor.shape)} in place, and "
+                    "is not known to do that"
                 )
         self.effects += 1
 
@@ -230,11 +230,19 @@ class Watch(TorchFunctionMode):
                 self.written.add(extent)
                 self.before.insert(0, (buffer, before))
 
-    def variables(self, names: set[str], stored: set[str]) -> list[Variable]:
+    def is_named_input(self, value: Any) -> bool:
+        """Whether a tensor that the region finds by name shares memory with an input that it changed."""
+        return isinstance(value, torch.Tensor) and any(
+            memory.share_elements(given, value)
+            for position, given in self.given.get(storage_of(value), ())
+            if position in self.inputs
+        )
+
+    def variables(self, names: set[str], stored: set[str], roots: set[int]) -> list[Variable]:
         """The attributes that the region set, or that its code reads as data or may set, as they were before.
 
-        `names` are those in the code, `stored` those of attributes that it sets. A tensor that the region used counts
-        whatever its name, which may be computed.
+        `names` are those in the code, `stored` those of attributes that it sets, on objects of the user's classes
+        and on `roots`. A tensor that the region used counts whatever its name, which may be computed.
         """
         found = []
         for holder, before in self.attributes.values():
@@ -245,8 +253,9 @@ class Watch(TorchFunctionMode):
                 is_read = name in names or (isinstance(value, torch.Tensor) and storage_of(value) in self.owners)
                 if name in changed or (is_read and not is_buffer and world.is_kept_data(value)):
                     found.append(Variable(holder, name, value, content, name in changed))
-            for name in world.may_get(holder, stored) - before.keys() - changed:
-                found.append(Variable(holder, name, world.MISSING, None, False))
+            if stored and (id(holder) in roots or not world.is_foreign(holder)):
+                missing = world.may_get(holder, stored) - before.keys() - changed
+                found += [Variable(holder, name, world.MISSING, None, False) for name in sorted(missing)]
         for home, before in self.globals:
             for name, (value, content) in before.items():
                 is_set = home.get(name) is not value or (content is not None and not content.is_now())

@@ -45,7 +45,12 @@ def is_plain(value: Any) -> bool:
     """Whether a value is an object of the user's with attributes of its own."""
     if isinstance(value, (type, types.ModuleType, types.FunctionType, types.MethodType, torch.Tensor)):
         return False
-    return hasattr(value, "__dict__") and type(value).__module__.split(".")[0] not in _FOREIGN
+    return hasattr(value, "__dict__") and not is_foreign(value)
+
+
+def is_foreign(value: Any) -> bool:
+    """Whether an object's class is torch's, NumPy's or the standard library's."""
+    return type(value).__module__.split(".")[0] in _FOREIGN
 
 
 def attributes_of(holder: Any) -> dict[str, Any]:
@@ -79,15 +84,15 @@ def is_kept_data(value: Any) -> bool:
 
 
 def may_get(holder: Any, names: set[str]) -> set[str]:
-    """The names under which a user's object may get an attribute that it does not have."""
-    if type(holder).__module__.split(".")[0] in _FOREIGN or not hasattr(holder, "__dict__"):
+    """The names under which an object may get an attribute that it does not have."""
+    if not hasattr(holder, "__dict__"):
         return set()
     taken = holder._parameters.keys() if isinstance(holder, torch.nn.Module) else ()
     return {name for name in names if name not in taken and not hasattr(type(holder), name)}
 
 
 def leaves(value: Any, way: Way, depth: int = 0) -> Iterator[tuple[Way, Any]]:
-    """The tensors and plain objects that a value is or holds in lists, tuples, dicts and sets, each with the way to it."""
+    """The tensors and plain objects that a value is or holds (in lists, tuples, dicts, sets), with the way to each."""
     if isinstance(value, torch.Tensor):
         yield way, value
     elif isinstance(value, (list, tuple, dict, set)):
@@ -119,8 +124,8 @@ class Variable:
         else:
             self.home = holder.__dict__
             if isinstance(holder, torch.nn.Module) and name not in self.home:
-                homes = (holder._modules, holder._parameters)
-                self.home = next((home for home in homes if name in home), holder._buffers)
+                homes: tuple[Any, ...] = (holder._buffers, holder._modules, holder._parameters)
+                self.home = next((home for home in homes if name in home), self.home)
 
     def leaves(self, way: Way) -> Iterator[tuple[Way, Any]]:
         """The tensors and plain objects that it was or held."""

@@ -301,69 +301,6 @@ def new_tensor_in_a_list_of_a_closure_changed_later(checkpoint: Checkpoint) -> d
     return state_of(layer)
 
 
-def from_step(checkpoint: Checkpoint, number: int, change: Callable[[nn.Module, Tensor], None]) -> dict[str, object]:
-    """Five steps of a region that begins with `change(layer, h)` in step `number`; a refused step is run once more."""
-    layer = nn.Linear(6, 6)
-    layer.register_buffer("mean", torch.ones(6))
-    step = Namespace(number=0)
-
-    def region(x: Tensor) -> Tensor:
-        h = layer(x)
-        if step.number >= number:
-            with torch.no_grad():
-                change(layer, h)
-        return torch.sin(h * layer.mean.clone())
-
-    found = []
-    for x in batches(4, 6, count=5):
-        found.append(train(layer, lambda t: attempt(lambda: checkpoint(region, t, use_reentrant=False).sum(), layer), [x]))
-        step.number += 1
-    return {"found": found}
-
-
-@TABLE.row(9, rule=EQUAL_OR_REFUSED, torch=WRONG)
-def buffer_bound_anew_from_the_third_step(checkpoint: Checkpoint) -> dict[str, object]:
-    def change(layer: Any, h: Tensor) -> None:
-        layer.mean = 0.9 * layer.mean + 0.1 * h.mean(0)
-
-    return from_step(checkpoint, 3, change)
-
-
-@TABLE.row(9, rule=EQUAL_OR_REFUSED, torch=WRONG)
-def buffer_bound_anew_after_changes_in_place(checkpoint: Checkpoint) -> dict[str, object]:
-    layer = nn.Linear(6, 6)
-    layer.register_buffer("mean", torch.ones(6))
-    step = Namespace(number=0)
-
-    def region(x: Tensor) -> Tensor:
-        h = layer(x)
-        with torch.no_grad():
-            if step.number < 2:
-                layer.mean.mul_(0.9).add_(h.mean(0), alpha=0.1)
-            else:
-                layer.mean = 0.9 * layer.mean + 0.1 * h.mean(0)
-        return torch.sin(h * layer.mean.clone())
-
-    found = []
-    for x in batches(4, 6, count=5):
-        found.append(
-            train(layer, lambda t: attempt(lambda: checkpoint(region, t, use_reentrant=False).sum(), layer), [x])
-        )
-        step.number += 1
-    return {"found": found}
-
-
-@TABLE.row(9, rule=EQUAL_OR_REFUSED, torch=WRONG)
-def attribute_first_set_in_a_later_step(checkpoint: Checkpoint) -> dict[str, object]:
-    def change(layer: Any, h: Tensor) -> None:
-        if not hasattr(layer, "first"):
-            layer.first = h.mean(0)
-        else:
-            layer.mean.copy_(layer.mean * layer.first)
-
-    return from_step(checkpoint, 3, change)
-
-
 @TABLE.row(36, torch=WRONG)
 def bank_under_a_computed_name(checkpoint: Checkpoint) -> dict[str, object]:
     layer = nn.Linear(6, 6)
@@ -449,77 +386,21 @@ def memory_beside_an_input_changed(checkpoint: Checkpoint) -> dict[str, object]:
     return train(layer, loss_of, batches(4, 6, count=3))
 
 
-class Switching(nn.Module):
-    """Sets attributes for the time of its forward, and not in a `finally`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(6, 6)
-        self.register_buffer("scale", torch.ones(6))
-        self.power = 1
-
-    def forward(self, x: Tensor) -> Tensor:
-        scale, power = self.scale, self.power
-        self.scale, self.power = scale * 2, power + 1
-        h = torch.sin(self.linear(x) * self.scale) ** self.power
-        self.scale, self.power = scale, power
-        return h + 1
-
-
-@TABLE.row(9, torch=WRONG)
-def attributes_set_for_the_time_of_the_forward(checkpoint: Checkpoint) -> dict[str, object]:
-    """The recompute ends at its last saved tensor, before they are set again."""
-    layer = Switching()
-    found = train(layer, lambda x: checkpoint(layer, x, use_reentrant=False).sum(), batches(4, 6, count=4))
-    return {**found, "power": layer.power}
-
-
-@TABLE.row(57, torch=WRONG)
-def buffer_rebound_before_the_backward(checkpoint: Checkpoint) -> dict[str, object]:
-    """Plain autograd saved the buffer that the forward read; in the first step, and in later ones."""
-    layer = nn.Linear(6, 6)
-    layer.register_buffer("scale", torch.ones(6))
-
-    def loss_of(x: Tensor) -> Tensor:
-        loss = checkpoint(lambda t: torch.sin(layer(t) * layer.scale), x, use_reentrant=False).sum()
-        layer.scale = layer.scale * 0.5
-        return loss
-
-    return train(layer, loss_of, batches(4, 6, count=4))
-
-
-@TABLE.row(57, torch=WRONG)
-def written_buffer_rebound_before_the_backward(checkpoint: Checkpoint) -> dict[str, object]:
-    layer = nn.Linear(6, 6)
-    layer.register_buffer("mean", torch.ones(6))
-
-    def region(t: Tensor) -> Tensor:
-        h = layer(t)
-        layer.mean.mul_(h.detach().mean(0).cos())
-        return torch.sin(h * layer.mean.clone())
-
-    def loss_of(x: Tensor) -> Tensor:
-        loss = checkpoint(region, x, use_reentrant=False).sum()
-        layer.mean = layer.mean * 0.5
-        return loss
-
-    return train(layer, loss_of, batches(4, 6, count=4))
-
-
 @TABLE.row(36, rule=EQUAL_OR_REFUSED, torch=REFUSES)
 def bank_given_and_named(checkpoint: Checkpoint) -> dict[str, object]:
-    """The region writes its argument, and reads it as an attribute."""
+    """The region writes its argument, which it has read as an attribute."""
     layer = Bank()
 
     def region(x: Tensor, bank: Tensor) -> Tensor:
+        row = layer.bank[0].clone()
         bank.mul_(x.detach().mean(0).cos())
-        return torch.sin(layer.linear(x) * layer.bank[0].clone())
+        return torch.sin(layer.linear(x) * row)
 
     def loss_of(x: Tensor) -> Tensor:
         layer.bank = torch.ones(3, 6)
         return attempt(lambda: checkpoint(region, x, layer.bank, use_reentrant=False), layer).square().sum()
 
-    return train(layer, loss_of, batches(4, 6, count=3))
+    return train(layer, loss_of, batches(4, 6, count=1))
 
 
 @TABLE.rows
