@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import types
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -45,7 +46,7 @@ def run(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
     tensors: list[torch.Tensor] = []
     frame.arguments = Arguments(args, kwargs, tensors)
     frame.grads = [tensor.requires_grad for tensor in tensors]
-    held = frame.held = closures.all_held(function)
+    held = frame.held
     if held or frame.arguments.others:
         frame.own_streams = frame.arguments.streams + randomness.streams_in(held)
         frame.own_objects = [value for value in frame.arguments.others if world.is_plain(value)]
@@ -98,7 +99,9 @@ class _Call:
 
     def run(self, preserve: bool) -> Any:
         """The region's result."""
-        key, anchors = closures.region_key(self.function, self.args, self.kwargs)
+        held = self.frame.held
+        is_flat = types.FunctionType not in map(type, held)  # then none of it is held by a function in the closure
+        key, anchors = closures.region_key(self.function, self.args, self.kwargs, held if is_flat else None)
         key = (key, *self.frame.grads)
         known = profile.recall(key)
         if known is not None and not known.varies:

@@ -20,6 +20,7 @@ from keepless.eager.profile import Profile, way_on, ways_to_held
 from keepless.eager.world import Variable, Way
 
 _DEPTH = 3
+_reference = weakref.ref
 
 Unpack = Callable[[], torch.Tensor]
 
@@ -39,7 +40,8 @@ class Frame:
     """What one call of a region keeps.
 
     Attributes:
-        function: the region, with its closure as it was at the call.
+        region: the region's function.
+        function: the same; with a copy of its closure where the region may change what that holds.
         arguments: its arguments without their tensors; `inputs` reads those back.
         clones: position of an input that the region changes -> its values before.
         grads: whether each input requires a gradient.
@@ -72,13 +74,13 @@ class Frame:
         "is_over",
         "is_selective",
         "known",
-        "name",
         "on_failure",
         "own_objects",
         "own_streams",
         "placed",
         "profile",
         "random",
+        "region",
         "state",
         "trait",
         "traits",
@@ -88,8 +90,9 @@ class Frame:
     )
 
     def __init__(self, function: Callable[..., Any], trait: Trait, early_stop: bool) -> None:
-        self.name = closures.name_of(function)
-        self.function = closures.frozen(function)
+        self.region = function
+        self.held = closures.all_held(function)
+        self.function = closures.lasting(function, self.held)
         self.trait = trait
         self.traits: list[Any] = []
         self.early_stop = early_stop
@@ -106,7 +109,6 @@ class Frame:
         self.fixed: list[torch.Tensor] = []
         self.placed: list[torch.Tensor | None] = []
         self.written: list[torch.Tensor | None] = []
-        self.held: list[Any] = []
         self.versions: list[int] = []
         self.variables: list[Variable] = []
         self.acting: set[int] = set()
@@ -115,6 +117,11 @@ class Frame:
         self.known: Profile | None = None
         self.profile: Profile | None = None
         self.on_failure: Callable[[CheckpointError], None] | None = None
+
+    @property
+    def name(self) -> str:
+        """The region's name for messages."""
+        return closures.name_of(self.region)
 
     def hold_inputs(self, tensors: list[torch.Tensor], changed: tuple[int, ...]) -> None:
         """Saves the inputs as an op would save them; those that the region changes are cloned."""
@@ -133,13 +140,13 @@ class Frame:
         self.fixed = [tensor for tensor in self.placed if tensor is not None]
         streams = [*profile.streams, *self.own_streams]
         state = {id(tensor): tensor for tensor in self.written if tensor is not None}
-        gathering = _Gathering(self, profile, state, streams)
-        for way, variable in profile.variables():
-            gathering.variable(way, variable)
-        for holder in self.own_objects:
-            gathering.leaf((), holder)
-        for way, leaf in ways_to_held(self.held):
-            gathering.leaf(way, leaf)
+        variables, leaves = profile.variables(), ways_to_held(self.held)
+        if variables or leaves or self.own_objects:
+            gathering = _Gathering(self, profile, state, streams)
+            for way, variable in variables:
+                gathering.variable(way, variable)
+            for way, leaf in (*leaves, *(((), holder) for holder in self.own_objects)):
+                gathering.leaf(way, leaf)
         for module in profile.hooked():
             self.variables += [item for _, item in world.variables_of_hooks(module, profile.observers)]
         if state:
@@ -166,8 +173,9 @@ class Frame:
 
     def pack(self, tensor: torch.Tensor) -> Holder:
         """The pack hook of the forward."""
-        holder = Holder(self, len(self.holders))
-        self.holders.append(weakref.ref(holder))
+        holders = self.holders
+        holder = Holder(self, len(holders))
+        holders.append(_reference(holder))
         self.traits.append(self.trait(tensor))
         known = self.known
         if known is not None and tensor.requires_grad:

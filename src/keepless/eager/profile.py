@@ -17,6 +17,7 @@ from keepless.eager.watch import Watch
 from keepless.eager.world import Variable, Way
 
 _MANY = 64
+_TINY = 1024
 _REMEMBERED = 4096
 _NORMS = (torch.nn.modules.batchnorm._BatchNorm,)
 
@@ -49,6 +50,9 @@ class Profile:
         observers: ids of the hooks that only look; they run once.
         is_compiled: whether torch.compile's code is in it; that runs otherwise where ops are seen one by one.
         paths: signatures of what watched calls saved; a call with another went a way that nobody watched.
+        traits: what the last call on a known path saved; `paths` need not be asked where a call saved the same.
+        ends_with_save: whether nothing was called after the call that saved last.
+        runs_on: whether a recompute that saved `traits` runs to its end: to stop it by an exception costs more.
         varies: whether a call was seen to take such a way: each call is watched.
         written: ways to the tensors that it writes and that are found by name: attributes, globals, cells.
     """
@@ -93,6 +97,9 @@ class Profile:
         self.draws = True
         self.fills_late = False
         self.paths: set[Hashable] = set()
+        self.traits: list[Any] = []
+        self.ends_with_save = watch.tail == 0
+        self.runs_on = False
         self.varies = False
         self.is_compiled = is_compiled or any(_compat.is_compiled(module) for module in watch.called.values())
         self.anchors: list[weakref.ref[Any]] = []
@@ -136,7 +143,10 @@ class Profile:
 
     def holds(self) -> bool:
         """Whether the region is still the one that was watched."""
-        if not all(anchor() is not None for anchor in self.anchors) or self.status() != self._status:
+        for anchor in self.anchors:
+            if anchor() is None:
+                return False
+        if self.status() != self._status:
             return False
         for holder, name, module in self._reached:
             at = holder() if holder.__class__ is weakref.ref else holder
@@ -175,6 +185,8 @@ class Profile:
     def variables(self) -> list[tuple[Way, Variable]]:
         """The attributes and globals that it sets or reads as data, as they are now, with the way to each."""
         found: list[tuple[Way, Variable]] = []
+        if not self._variables:
+            return found
         for index, (holder, name, is_set) in enumerate(self._variables):
             if holder.__class__ is weakref.ref:
                 holder = holder()
@@ -195,6 +207,13 @@ class Profile:
     def knows(self, parameter: torch.Tensor) -> bool:
         """Whether the watched call could have used this parameter."""
         return id(parameter) in self._parameters
+
+    def know_traits(self, traits: list[Any]) -> None:
+        """Notes what a call on a known path saved."""
+        self.traits = traits
+        self.runs_on = self.ends_with_save and all(
+            trait is not None and trait[0].numel() <= _TINY and trait[2].type == "cpu" for trait in traits
+        )
 
     def flags_that_differ(self) -> list[tuple[torch.nn.Module, bool]]:
         """The modules whose training flag is another than in the forward, with the flag now."""
@@ -224,7 +243,9 @@ def ways_to_held(held: list[Any]) -> list[tuple[Way, Any]]:
     """The tensors and plain objects that a function's closure holds, with the way to each."""
     if not held:
         return []
-    return [found for position, value in enumerate(held) for found in world.leaves(value, ("held", position))]
+    plain = closures.PLAIN
+    values = [(position, value) for position, value in enumerate(held) if value.__class__ not in plain]
+    return [found for position, value in values for found in world.leaves(value, ("held", position))]
 
 
 def way_on(item: Variable) -> Way:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from keepless import _compat
-from keepless.eager import counters, hooks, randomness, selective
+from keepless.eager import closures, counters, hooks, randomness, selective
 from keepless.eager.determinism import described
 from keepless.eager.failures import REMEDY, CheckpointError
 from keepless.eager.frame import Frame, Holder
@@ -82,13 +82,14 @@ def went_another_way(frame: Frame, what: str) -> CheckpointError:
 
 
 class _Run:
-    __slots__ = ("count", "frame", "last", "rebound", "task")
+    __slots__ = ("count", "frame", "last", "rebound", "stops", "task")
 
     def __init__(self, frame: Frame, task: Any) -> None:
         self.frame = frame
         self.task = task
         self.rebound = frame.rebound()
         self.count = 0
+        self.stops = frame.early_stop
         self.last = -1
         for index in range(len(frame.holders) - 1, -1, -1):
             if frame.holders[index]() is not None:
@@ -114,7 +115,7 @@ class _Run:
             if holder.found is None:
                 holder.found = {}
             holder.found[self.task] = tensor
-        if index == self.last and frame.early_stop:
+        if index == self.last and self.stops:
             raise _Done
         return tensor
 
@@ -170,7 +171,10 @@ class _Run:
         frame = self.frame
         _compat.push_saved_tensor_hooks(selective.marked(self.pack) if frame.is_selective else self.pack, _as_it_is)
         try:
-            frame.function(*args, **kwargs)
+            function = frame.function
+            if function is frame.region:
+                function = closures.as_it_was(function, frame.held)
+            function(*args, **kwargs)
         except _Done:
             return
         finally:
@@ -217,8 +221,12 @@ class _Run:
         return tensor.detach().requires_grad_()
 
     def _is_seen(self, profile: Profile) -> bool:
-        path = self.frame.path()
-        if (path in profile.paths and not self.frame.is_elsewhere) or profile.is_compiled:
+        frame = self.frame
+        if not frame.is_elsewhere and frame.traits == profile.traits:
+            self.stops = self.stops and not profile.runs_on
+            return True
+        if (not frame.is_elsewhere and frame.path() in profile.paths) or profile.is_compiled:
+            profile.know_traits(frame.traits)
             return True
         profile.varies = True
         return False

@@ -92,6 +92,7 @@ class Watch(TorchFunctionMode):
         read: id of such a tensor that was read or written -> weak reference.
         generators: id -> (stream, state before the first draw).
         called: id -> module.
+        tail: how many calls of torch came after the last one that saved something.
     """
 
     def __init__(self, inputs: list[torch.Tensor], count: Callable[[], int]) -> None:
@@ -117,6 +118,8 @@ class Watch(TorchFunctionMode):
         self.globals: list[tuple[dict[str, Any], dict[str, world.Attribute]]] = []
         self.hook_variables: dict[int, list[tuple[int, Variable]]] = {}
         self.effects = 0
+        self.tail = 0
+        self._count = count
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -142,7 +145,9 @@ class Watch(TorchFunctionMode):
         self.fills_late = self.fills_late or fills_late(func)
         self.effects += len(written) + (drawn is not False)
         versions = _compat.versions(outer)
+        saved = self._count()
         result = func(*args, **kwargs)
+        self.tail = 0 if self._count() != saved else self.tail + 1
         if outer and _compat.versions(outer) != versions:
             self._after_write(func, outer, versions)
         for tensor in tensors_in((result,)):
