@@ -14,6 +14,7 @@ from keepless import _compat
 from keepless.eager import closures, randomness, world
 from keepless.eager.ambient import Ambient
 from keepless.eager.arguments import Arguments
+from keepless.eager.constants import Constants
 from keepless.eager.determinism import Trait
 from keepless.eager.failures import CheckpointError
 from keepless.eager.profile import Profile, way_on, ways_to_held
@@ -51,7 +52,7 @@ class Frame:
         fixed, versions: tensors that it may read, and the version of each before.
         placed, written: parameters, buffers and other tensors at the places of `profile.fixed()` and `.state()`.
         held: what the function's closure holds.
-        variables: attributes and globals that it sets or reads, before.
+        variables: attributes and globals that it sets or reads, before; `constants` are those that stay mostly.
         acting: ids of hooks that did something in this call, though they only looked when watched.
         profile: what is known of the region; `known` is the same where this call was not watched.
     """
@@ -62,6 +63,7 @@ class Frame:
         "ambient",
         "arguments",
         "clones",
+        "constants",
         "context",
         "early_stop",
         "fixed",
@@ -111,6 +113,7 @@ class Frame:
         self.written: list[torch.Tensor | None] = []
         self.versions: list[int] = []
         self.variables: list[Variable] = []
+        self.constants: Constants | None = None
         self.acting: set[int] = set()
         self.context: AbstractContextManager[Any] | None = None
         self.is_over = self.is_selective = self.is_elsewhere = False
@@ -136,6 +139,8 @@ class Frame:
         """
         self.known = self.profile = profile
         self.early_stop = self.early_stop and not profile.fills_late
+        profile.settle()
+        self.constants = profile.constants
         self.placed, self.written = profile.fixed(), profile.state()
         self.fixed = [tensor for tensor in self.placed if tensor is not None]
         streams = [*profile.streams, *self.own_streams]
@@ -159,10 +164,11 @@ class Frame:
         self.random = randomness.save(streams)
 
     def rebound(self) -> list[Variable]:
-        """Parameters and buffers whose place holds another tensor now, each as it was."""
-        profile, found = self.profile, []
+        """Parameters, buffers, submodules and constants whose place holds something else now, each as it was."""
+        profile = self.profile
         if profile is None:
             return []
+        found = [*self.constants.changed(), *profile.modules.changed()] if self.constants is not None else []
         for is_state, before, now in ((False, self.placed, profile.fixed()), (True, self.written, profile.state())):
             if not all(map(operator.is_, before, now)):
                 for position, (one, other) in enumerate(zip(before, now, strict=True)):

@@ -12,6 +12,7 @@ import torch
 
 from keepless import _compat
 from keepless.eager import closures, hooks, memory, randomness, world
+from keepless.eager.constants import Constants, is_constant, is_submodule
 from keepless.eager.randomness import Stream
 from keepless.eager.watch import Watch
 from keepless.eager.world import Variable, Way
@@ -53,6 +54,7 @@ class Profile:
         traits: what the last call on a known path saved; `paths` need not be asked where a call saved the same.
         ends_with_save: whether nothing was called after the call that saved last.
         runs_on: whether a recompute that saved `traits` runs to its end: to stop it by an exception costs more.
+        modules, constants: submodules that it reads by name, and plain values; these stay mostly as they are.
         varies: whether a call was seen to take such a way: each call is watched.
         written: ways to the tensors that it writes and that are found by name: attributes, globals, cells.
     """
@@ -70,15 +72,12 @@ class Profile:
         self._flags = [(weakref.ref(module), module.training) for module in known.values()]
         self._status = self.status()
         self._variables: list[tuple[Any, str, bool]] = []
-        self._reached: list[tuple[Any, str, weakref.ref[torch.nn.Module]]] = []
-        lasting = []
-        for item in variables:
-            holder = item.holder if isinstance(item.holder, dict) else _reference(item.holder)
-            if holder is not None:
-                lasting.append(item)
-                self._variables.append((holder, item.name, item.is_set))
-                if isinstance(item.value, torch.nn.Module):
-                    self._reached.append((holder, item.name, weakref.ref(item.value)))
+        lasting = [item for item in variables if isinstance(item.holder, dict) or _reference(item.holder) is not None]
+        self.modules = Constants(item for item in lasting if is_submodule(item))
+        self.constants = Constants(item for item in lasting if is_constant(item))
+        lasting = [item for item in lasting if item.is_set or not (is_submodule(item) or is_constant(item))]
+        for item in lasting:
+            self._add_variable(item)
         bound = {(id(item.holder), item.name) for item in variables if item.is_set}
         self.written: set[Way] = set()
         self._objects: dict[int, weakref.ref[Any]] = {}
@@ -148,11 +147,19 @@ class Profile:
                 return False
         if self.status() != self._status:
             return False
-        for holder, name, module in self._reached:
-            at = holder() if holder.__class__ is weakref.ref else holder
-            if at is None or world.variable_now(at, name, False).value is not module():
-                return False
-        return True
+        return not self.modules.changed()
+
+    def settle(self) -> None:
+        """Constants that changed are variables from now on."""
+        changed = self.constants.changed()
+        if changed:
+            self.constants = self.constants.without(changed)
+            for item in changed:
+                self._add_variable(item)
+
+    def _add_variable(self, item: Variable) -> None:
+        holder = item.holder if isinstance(item.holder, dict) else _reference(item.holder)
+        self._variables.append((holder, item.name, item.is_set))
 
     def fixed(self) -> list[torch.Tensor | None]:
         """Parameters, buffers and other tensors that the region may read and does not write, each at its place."""

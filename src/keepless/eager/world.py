@@ -153,6 +153,14 @@ class Variable:
             self.home[self.name] = self.value
 
 
+def home_name(item: Variable) -> str:
+    """The attribute of a variable's holder that is the dictionary with it; empty for a global."""
+    if isinstance(item.holder, dict):
+        return ""
+    names = ("__dict__", "_modules", "_buffers", "_parameters")
+    return next(name for name in names if getattr(item.holder, name, None) is item.home)
+
+
 def variables_of(holder: Any) -> list[Variable]:
     """Every attribute of an object that is data, as if the region set it: for objects that nobody watched."""
     return [
