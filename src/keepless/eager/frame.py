@@ -52,7 +52,8 @@ class Frame:
         fixed, versions: tensors that it may read, and the version of each before.
         placed, written: parameters, buffers and other tensors at the places of `profile.fixed()` and `.state()`.
         held: what the function's closure holds.
-        variables: attributes and globals that it sets or reads, before; `constants` are those that stay mostly.
+        variables: attributes and globals that it sets or reads, before; `constants` are those that stay mostly,
+            `submodules` what `profile.modules` must not lose.
         acting: ids of hooks that did something in this call, though they only looked when watched.
         profile: what is known of the region; `known` is the same where this call was not watched.
     """
@@ -84,6 +85,7 @@ class Frame:
         "random",
         "region",
         "state",
+        "submodules",
         "trait",
         "traits",
         "variables",
@@ -114,6 +116,7 @@ class Frame:
         self.versions: list[int] = []
         self.variables: list[Variable] = []
         self.constants: Constants | None = None
+        self.submodules: list[Any] = []
         self.acting: set[int] = set()
         self.context: AbstractContextManager[Any] | None = None
         self.is_over = self.is_selective = self.is_elsewhere = False
@@ -140,7 +143,7 @@ class Frame:
         self.known = self.profile = profile
         self.early_stop = self.early_stop and not profile.fills_late
         profile.settle()
-        self.constants = profile.constants
+        self.constants, self.submodules = profile.constants, profile.modules.modules()
         self.placed, self.written = profile.fixed(), profile.state()
         self.fixed = [tensor for tensor in self.placed if tensor is not None]
         streams = [*profile.streams, *self.own_streams]

@@ -72,7 +72,12 @@ class Profile:
         self._flags = [(weakref.ref(module), module.training) for module in known.values()]
         self._status = self.status()
         self._variables: list[tuple[Any, str, bool]] = []
-        lasting = [item for item in variables if isinstance(item.holder, dict) or _reference(item.holder) is not None]
+        lasting = [
+            item
+            for item in variables
+            if (isinstance(item.holder, dict) or _reference(item.holder) is not None)
+            and (item.is_set or item.name != "training" or id(item.holder) not in known)  # the status has these flags
+        ]
         self.modules = Constants(item for item in lasting if is_submodule(item))
         self.constants = Constants(item for item in lasting if is_constant(item))
         lasting = [item for item in lasting if item.is_set or not (is_submodule(item) or is_constant(item))]

@@ -199,6 +199,52 @@ def written_buffer_rebound_before_the_backward(checkpoint: Checkpoint) -> dict[s
     return train(layer, loss_of, batches(4, 6, count=4))
 
 
+@TABLE.row(57, torch=WRONG)
+def submodule_replaced_before_the_backward(checkpoint: Checkpoint) -> dict[str, object]:
+    """Nobody but the region's own call holds the old one any more."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(6, 6)
+            self.gate: nn.Module = nn.LeakyReLU(0.3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.sin(self.gate(self.linear(x))) ** 2
+
+    net = Net()
+
+    def loss_of(x: Tensor) -> Tensor:
+        loss = checkpoint(net, x, use_reentrant=False).sum() + checkpoint(net, x, use_reentrant=False).sum()
+        net.gate = nn.LeakyReLU(0.2)
+        loss = loss + checkpoint(net, x, use_reentrant=False).sum()
+        net.gate = nn.LeakyReLU(0.3)
+        return loss + checkpoint(net, x, use_reentrant=False).sum()
+
+    return train(net, loss_of, batches(4, 6, count=4))
+
+
+@TABLE.row(57, torch=REFUSES)
+def constant_changed_before_the_backward(checkpoint: Checkpoint) -> dict[str, object]:
+    """A number, a string and a tuple, in the first step and in later ones."""
+    layer = nn.Linear(6, 6)
+    tools = Namespace(scale=1.5, kind="sin", shape=(6,))
+
+    def region(x: Tensor) -> Tensor:
+        h = layer(x) * tools.scale
+        h = nn.functional.layer_norm(h.reshape(-1, *tools.shape), tools.shape)
+        return h.sin() if tools.kind == "sin" else h.cos()
+
+    def loss_of(x: Tensor) -> Tensor:
+        loss = checkpoint(region, x, use_reentrant=False).square().sum()
+        tools.scale, tools.kind, tools.shape = tools.scale + 1, "cos" if tools.kind == "sin" else "sin", (3,)
+        loss = loss + checkpoint(region, x, use_reentrant=False).square().sum()
+        tools.shape = (6,)
+        return loss
+
+    return train(layer, loss_of, batches(4, 6, count=5))
+
+
 @TABLE.rows
 def test_as_without_checkpoint(row: Row, candidate: Checkpoint) -> None:
     judge(row, candidate)
