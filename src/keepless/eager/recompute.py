@@ -126,12 +126,13 @@ class _Run:
         inputs = [self._input(position) for position in range(len(frame.inputs))]
         args, kwargs = frame.arguments.filled(inputs)
         random = [(stream, stream.get()) for stream, _ in frame.random]
-        state = _swap(frame.state)
+        state = _now(frame.state)
         variables = [item.now() if item.is_set or item.differs() else item for item in frame.variables]
         places = [item.now() for item in self.rebound]
         flags = frame.profile.flags_that_differ() if frame.profile is not None else []
         grad = torch.is_grad_enabled()
         try:
+            _put_back(frame.state)
             randomness.put(frame.random)
             for item, current in zip(frame.variables, variables, strict=True):
                 if current is not item:
@@ -255,13 +256,11 @@ def _shape(tensor: torch.Tensor) -> str:
     return f"{kind} of shape {list(tensor.shape)}"
 
 
-def _swap(state: list[tuple[torch.Tensor, torch.Tensor]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def _now(state: list[tuple[torch.Tensor, torch.Tensor]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
     if not state:
         return []
     with torch.no_grad():
-        now = [(tensor, tensor.detach().clone()) for tensor, _ in state]
-    _put_back(state)
-    return now
+        return [(tensor, tensor.detach().clone()) for tensor, _ in state]
 
 
 def _put_back(state: list[tuple[torch.Tensor, torch.Tensor]]) -> None:

@@ -168,6 +168,23 @@ def attributes_set_for_the_time_of_the_forward(checkpoint: Checkpoint) -> dict[s
 
 
 @TABLE.row(57, torch=WRONG)
+def cell_bound_for_the_time_of_the_forward(checkpoint: Checkpoint) -> dict[str, object]:
+    """The recompute ends before the variable of the enclosing function is bound again."""
+    layer = nn.Linear(6, 6)
+    scale = 1.0
+
+    def region(x: Tensor) -> Tensor:
+        nonlocal scale
+        before, scale = scale, scale * 2
+        h = torch.sin(layer(x) * scale)
+        scale = before
+        return h + 1
+
+    found = train(layer, lambda x: checkpoint(region, x, use_reentrant=False).sum(), batches(4, 6, count=4))
+    return {**found, "scale": scale}
+
+
+@TABLE.row(57, torch=WRONG)
 def buffer_rebound_before_the_backward(checkpoint: Checkpoint) -> dict[str, object]:
     """Plain autograd saved the buffer that the forward read; in the first step, and in later ones."""
     layer = nn.Linear(6, 6)
