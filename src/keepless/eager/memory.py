@@ -80,15 +80,17 @@ def whole(owner: torch.Tensor, extent: Extent) -> tuple[torch.Tensor, Extent]:
 
 def share_elements(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether two tensors have an element in common; the thirds of an interleaved projection have none."""
+    if one is other:
+        return True
     a, b = extent_of(one), extent_of(other)
     if a.storage != b.storage or a.end <= b.start or b.end <= a.start:
         return False
     if not (_has_bytes(one) and _has_bytes(other)) or one.element_size() != other.element_size():
         return True
-    size = one.element_size()
-    marks = torch.zeros(max(a.end, b.end) // size, dtype=torch.bool)
-    marks.as_strided(one.shape, one.stride(), one.storage_offset()).fill_(True)
-    return bool(marks.as_strided(other.shape, other.stride(), other.storage_offset()).any())
+    size, start = one.element_size(), min(a.start, b.start)
+    marks = torch.zeros((max(a.end, b.end) - start) // size, dtype=torch.bool, device="cpu")
+    marks.as_strided(one.shape, one.stride(), (a.start - start) // size).fill_(True)
+    return bool(marks.as_strided(other.shape, other.stride(), (b.start - start) // size).any())
 
 
 def _has_bytes(tensor: torch.Tensor) -> bool:

@@ -189,7 +189,7 @@ class Watch(TorchFunctionMode):
         for position, given in sharing:
             if position not in self.inputs:
                 self.inputs[position] = given.detach().clone()
-        seen = [position for position, given in sharing if memory.share_elements(given, tensor)]
+        seen = [p for p, given in sharing if memory.share_elements(given, tensor)] if len(sharing) > 1 else []
         extent = memory.extent_of(tensor)
         if not any(memory.covers(memory.extent_of(given), extent) for _, given in sharing):
             self.lost = f"memory beside its input {sharing[0][0]} was changed in place"
