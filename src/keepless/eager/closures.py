@@ -20,7 +20,7 @@ import torch
 from keepless.eager import containers
 
 PLAIN = (bool, int, float, str, bytes, type(None))
-_CHANGING = {list, dict, set, types.FunctionType}
+_CHANGING = {*containers.KINDS, types.FunctionType}
 _OFTEN = (type(None), types.ModuleType, type, types.BuiltinFunctionType)
 _NAMED = (torch.nn.Module, types.FunctionType, types.MethodType)
 _DEPTH = 4

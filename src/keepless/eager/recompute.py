@@ -61,6 +61,7 @@ def _fill(frame: Frame, task: Any) -> None:
     run = _Run(frame, task)
     if frame.state or frame.variables or run.rebound or len(frame.random) > 1:
         with _turn:
+            run.rebound = frame.rebound()  # another thread may have had the forward's own in their places
             run.go()
     else:
         run.go()

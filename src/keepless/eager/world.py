@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import types
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any
@@ -95,7 +96,7 @@ def leaves(value: Any, way: Way, depth: int = 0) -> Iterator[tuple[Way, Any]]:
     """The tensors and plain objects that a value is or holds (in lists, tuples, dicts, sets), with the way to each."""
     if isinstance(value, torch.Tensor):
         yield way, value
-    elif isinstance(value, (list, tuple, dict, set)):
+    elif isinstance(value, (list, tuple, dict, set, collections.deque)):
         if depth <= _DEPTH and len(value) <= _SMALL:
             pairs = value.items() if isinstance(value, dict) else enumerate(value)
             for key, item in pairs:
@@ -186,6 +187,6 @@ def variable_now(holder: Any, name: str, is_set: bool) -> Variable:
     """An attribute or global as it is now, with its content where the region sets it or it is small."""
     variable = Variable(holder, name, MISSING, None, is_set)
     value = variable.value = variable.home.get(name, MISSING)
-    if value.__class__ in (list, dict, set) and (is_set or len(value) <= _SMALL):
+    if value.__class__ in containers.KINDS and (is_set or len(value) <= _SMALL):
         variable.content = Content(value)
     return variable

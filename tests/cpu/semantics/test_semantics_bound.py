@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
@@ -140,6 +141,23 @@ def average_begins_where_regions_are_forgotten(checkpoint: Checkpoint) -> dict[s
         found.append(train(layer, lambda t: checkpoint(region, t, use_reentrant=False).sum(), [x]))
         step.number += 1
     return {"found": found}
+
+
+@TABLE.row(36, torch=WRONG)
+def queues_and_counters(checkpoint: Checkpoint) -> dict[str, object]:
+    """A queue of the last states, of which the oldest falls out, and counts by name; both are read."""
+    layer = nn.Linear(6, 6)
+    tools = Namespace(last=collections.deque(maxlen=2), num=collections.Counter(), by=collections.defaultdict(list))
+
+    def region(x: Tensor) -> Tensor:
+        h = layer(x)
+        tools.last.append(h.detach().mean(0).cos())
+        tools.num["calls"] += 1
+        tools.by["first"].append(tools.num["calls"])
+        return torch.sin(h * sum(tools.last) / len(tools.by["first"]))
+
+    found = train(layer, lambda x: checkpoint(region, x, use_reentrant=False).sum(), batches(4, 6, count=4))
+    return {**found, "last": list(tools.last), "num": dict(tools.num), "by": dict(tools.by)}
 
 
 class Switching(nn.Module):
