@@ -354,38 +354,6 @@ def new_tensor_of_a_partial_changed_in_a_later_step(checkpoint: Checkpoint) -> d
     return state_of(layer)
 
 
-@TABLE.row(21, rule=EQUAL_OR_REFUSED, torch=REFUSES)
-def inputs_that_share_memory_one_changed(checkpoint: Checkpoint) -> dict[str, object]:
-    layer = nn.Linear(6, 6)
-
-    def region(whole: Tensor, part: Tensor) -> Tensor:
-        whole.mul_(2)
-        return torch.sin(layer(part * part))
-
-    def loss_of(x: Tensor) -> Tensor:
-        x = x.clone()
-        return attempt(lambda: checkpoint(region, x, x[0], use_reentrant=False), layer).sum()
-
-    return train(layer, loss_of, batches(4, 6, count=3))
-
-
-@TABLE.row(21, rule=EQUAL_OR_REFUSED, torch=REFUSES)
-def memory_beside_an_input_changed(checkpoint: Checkpoint) -> dict[str, object]:
-    """The input is the first row of a tensor whose second row the region changes through its closure."""
-    layer = nn.Linear(6, 6)
-
-    def loss_of(x: Tensor) -> Tensor:
-        x = x.clone()
-
-        def region(row: Tensor) -> Tensor:
-            x[1].mul_(2)
-            return torch.sin(layer(row + x[1].clone()))
-
-        return attempt(lambda: checkpoint(region, x[0], use_reentrant=False), layer).sum()
-
-    return train(layer, loss_of, batches(4, 6, count=3))
-
-
 @TABLE.row(36, rule=EQUAL_OR_REFUSED, torch=REFUSES)
 def bank_given_and_named(checkpoint: Checkpoint) -> dict[str, object]:
     """The region writes its argument, which it has read as an attribute."""

@@ -2,8 +2,23 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
+
 import torch
-from rows import EQUAL_OR_REFUSED, REFUSES, WRONG, Checkpoint, Row, Table, attempt, batches, judge, torch_differs, train
+from rows import (
+    EQUAL_OR_REFUSED,
+    REFUSES,
+    WRONG,
+    Checkpoint,
+    Row,
+    Table,
+    attempt,
+    batches,
+    judge,
+    state_of,
+    torch_differs,
+    train,
+)
 from torch import Tensor, nn
 
 TABLE = Table()
@@ -119,6 +134,39 @@ def same_values_under_a_bitwise_check(checkpoint: Checkpoint) -> dict[str, objec
         )
 
     return train(block, loss_of, batches(3, 4))
+
+
+class Counted(nn.Module):
+    """Counts its calls in a buffer, and scales by it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+        self.register_buffer("num", torch.ones(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.sin(self.linear(x))
+        with torch.no_grad():
+            self.num += 1
+        return h * self.num.clone()
+
+
+@TABLE.row(58, rule=EQUAL_OR_REFUSED, torch=WRONG)
+def another_layer_of_the_same_shape_later(checkpoint: Checkpoint) -> dict[str, object]:
+    """What is saved looks the same; the layer lies too deep to be found before it is called, and writes its buffer."""
+    layers = nn.ModuleList(Counted() for _ in range(2))
+    pool = Namespace(table={"a": {"b": {"c": list(layers)}}}, step=0)
+
+    def region(x: Tensor) -> Tensor:
+        return pool.table["a"]["b"]["c"][pool.step // 2](x)
+
+    found = []
+    for x in batches(4, 6, count=4):
+        loss = attempt(lambda t=x: checkpoint(region, t, use_reentrant=False).sum(), layers)
+        attempt(loss.backward, layers)
+        found.append(state_of(layers))
+        pool.step += 1
+    return {"found": found}
 
 
 @TABLE.rows
