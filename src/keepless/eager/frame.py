@@ -235,12 +235,15 @@ class _Gathering:
             self.streams += randomness.streams_in((value,))
 
     def leaf(self, way: Way, leaf: Any, depth: int = 0) -> None:
-        """A tensor, or an object with attributes."""
+        """A tensor, a module, or an object with attributes."""
         if isinstance(leaf, torch.Tensor):
             if way in self.profile.written:
                 self.state[id(leaf)] = leaf
             else:
                 self.frame.fixed.append(leaf)
+        elif isinstance(leaf, torch.nn.Module):
+            if not self.profile.knows_module(leaf):  # in a list, too deep to be found: it must not write its buffers
+                self.frame.fixed += [*leaf.parameters(), *leaf.buffers()]
         elif depth < _DEPTH and id(leaf) not in self.seen and not self.profile.is_known(leaf):
             self.seen.add(id(leaf))
             for item in world.variables_of(leaf):

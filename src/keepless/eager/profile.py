@@ -216,6 +216,10 @@ class Profile:
         """The modules with forward hooks."""
         return [m for ref in self._modules if (m := ref()) is not None and hooks.hooks_of(m)] if self._hooked else []
 
+    def knows_module(self, module: torch.nn.Module) -> bool:
+        """Whether a module is one of the region's, as far as they were found or called."""
+        return any(reference() is module for reference in self._modules)
+
     def knows(self, parameter: torch.Tensor) -> bool:
         """Whether the watched call could have used this parameter."""
         return id(parameter) in self._parameters

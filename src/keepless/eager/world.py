@@ -93,7 +93,7 @@ def may_get(holder: Any, names: set[str]) -> set[str]:
 
 
 def leaves(value: Any, way: Way, depth: int = 0) -> Iterator[tuple[Way, Any]]:
-    """The tensors and plain objects that a value is or holds (in lists, tuples, dicts, sets), with the way to each."""
+    """The tensors, modules and plain objects that a value is or holds in containers, with the way to each."""
     if isinstance(value, torch.Tensor):
         yield way, value
     elif isinstance(value, (list, tuple, dict, set, collections.deque)):
@@ -102,7 +102,7 @@ def leaves(value: Any, way: Way, depth: int = 0) -> Iterator[tuple[Way, Any]]:
             for key, item in pairs:
                 if item.__class__ not in closures.PLAIN:
                     yield from leaves(item, (*way, key), depth + 1)
-    elif not isinstance(value, torch.nn.Module) and is_plain(value):
+    elif isinstance(value, torch.nn.Module) or is_plain(value):
         yield way, value
 
 
@@ -129,7 +129,7 @@ class Variable:
                 self.home = next((home for home in homes if name in home), self.home)
 
     def leaves(self, way: Way) -> Iterator[tuple[Way, Any]]:
-        """The tensors and plain objects that it was or held."""
+        """The tensors, modules and plain objects that it was or held."""
         return leaves(self.value if self.content is None else self.content.items, way)
 
     def now(self) -> Variable:
