@@ -89,7 +89,11 @@ def modules_named(function: Any) -> list[Any]:
 
 
 def _held(function: Any) -> list[Any]:
-    held = [inside for _, inside in filled(function.__closure__)] if function.__closure__ else []
+    cells = function.__closure__ or ()
+    try:
+        held = [cell.cell_contents for cell in cells]
+    except ValueError:
+        held = [inside for _, inside in filled(cells)]
     if function.__defaults__:
         held += function.__defaults__
     if function.__kwdefaults__:
@@ -239,7 +243,7 @@ def owner(function: Callable[..., Any]) -> Any:
 
 def held_values(function: Callable[..., Any]) -> list[Any]:
     """What the cells and the defaults of a function hold, whatever wraps it."""
-    inside = plain(function)
+    inside = function if function.__class__ is types.FunctionType else plain(function)
     return _held(inside) if inside.__class__ is types.FunctionType else []
 
 
@@ -264,6 +268,8 @@ def modules_of(function: Callable[..., Any], values: Iterable[Any]) -> list[torc
 def all_held(function: Callable[..., Any]) -> list[Any]:
     """What the cells of a function hold, and the cells of functions in them."""
     found = held_values(function)
+    if types.FunctionType not in map(type, found):
+        return found
     depth, start = 0, 0
     while depth < _DEPTH and start < len(found):
         inner = [value for value in found[start:] if value.__class__ is types.FunctionType]

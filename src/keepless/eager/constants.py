@@ -47,6 +47,9 @@ class Constants:
                 self._groups[key] = (holder, world.home_name(item), {})
             self._groups[key][2][item.name] = held
 
+    def __bool__(self) -> bool:
+        return bool(self._groups)
+
     def changed(self) -> list[Variable]:
         """Those that hold something else now, each as it was."""
         found: list[Variable] = []

@@ -169,7 +169,7 @@ class Frame:
     def rebound(self) -> list[Variable]:
         """Parameters, buffers, submodules and constants whose place holds something else now, each as it was."""
         profile = self.profile
-        if profile is None:
+        if profile is None or not (self.placed or self.written or self.constants or self.submodules):
             return []
         found = [*self.constants.changed(), *profile.modules.changed()] if self.constants is not None else []
         for is_state, before, now in ((False, self.placed, profile.fixed()), (True, self.written, profile.state())):

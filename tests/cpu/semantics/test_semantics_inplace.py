@@ -124,6 +124,21 @@ def unsaved_output_changed_after_the_region(checkpoint: Checkpoint) -> dict[str,
     return train(layer, loss_of, batches(3, 4))
 
 
+@TABLE.row(21, rule=EQUAL_OR_REFUSED, torch=REFUSES)
+def memory_of_the_base_of_an_input_changed(checkpoint: Checkpoint) -> dict[str, object]:
+    layer = nn.Linear(6, 6)
+
+    def region(row: Tensor) -> Tensor:
+        base: Tensor = row._base  # type: ignore[assignment]
+        base[1].mul_(2)
+        return torch.sin(layer(row + base[1].clone()))
+
+    def loss_of(x: Tensor) -> Tensor:
+        return attempt(lambda: checkpoint(region, x.clone()[0], use_reentrant=False), layer).sum()
+
+    return train(layer, loss_of, batches(4, 6, count=1))
+
+
 @TABLE.row(36, rule=EQUAL_OR_REFUSED, torch=REFUSES)
 def key_value_cache(checkpoint: Checkpoint) -> dict[str, object]:
     """Attention appends its keys and values to a cache that it then attends to."""
