@@ -167,11 +167,12 @@ class Frame:
         self.random = randomness.save(streams)
 
     def rebound(self) -> list[Variable]:
-        """Parameters, buffers, submodules and constants whose place holds something else now, each as it was."""
+        """Parameters, buffers, submodules and constants that are others now, and names that are new: as they were."""
         profile = self.profile
-        if profile is None or not (self.placed or self.written or self.constants or self.submodules):
+        if profile is None or not (self.placed or self.written or self.constants or profile.has_modules):
             return []
         found = [*self.constants.changed(), *profile.modules.changed()] if self.constants is not None else []
+        found += profile.new_names()
         for is_state, before, now in ((False, self.placed, profile.fixed()), (True, self.written, profile.state())):
             if not all(map(operator.is_, before, now)):
                 for position, (one, other) in enumerate(zip(before, now, strict=True)):

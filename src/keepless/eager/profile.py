@@ -55,6 +55,7 @@ class Profile:
         ends_with_save: whether nothing was called after the call that saved last.
         runs_on: whether a recompute that saved `traits` runs to its end: to stop it by an exception costs more.
         modules, constants: submodules that it reads by name, and plain values; these stay mostly as they are.
+        has_modules: whether it is, reaches or calls a module.
         varies: whether a call was seen to take such a way: each call is watched.
         written: ways to the tensors that it writes and that are found by name: attributes, globals, cells.
     """
@@ -71,6 +72,8 @@ class Profile:
         self._modules = [weakref.ref(module) for module in known.values()]
         self._flags = [(weakref.ref(module), module.training) for module in known.values()]
         self._status = self.status()
+        self._names = [(weakref.ref(m), frozenset(m.__dict__), frozenset(m._buffers)) for m in known.values()]
+        self.has_modules = bool(known)
         self._variables: list[tuple[Any, str, bool]] = []
         lasting = [
             item
@@ -133,7 +136,10 @@ class Profile:
             self._objects[id(value)] = reference
 
     def status(self) -> list[Any]:
-        """Training flags and hooks of the region's modules; a call under another status is watched anew."""
+        """Training flags, hooks and numbers of attributes and buffers of the region's modules.
+
+        A call under another status is watched anew.
+        """
         found: list[Any] = [hooks.global_hooks()]
         for reference in self._modules:
             module = reference()
@@ -141,6 +147,7 @@ class Profile:
                 found.append(None)
                 continue
             found.append(module.training)
+            found.append(len(module.__dict__) + len(module._buffers))
             if module._forward_hooks or module._forward_pre_hooks:
                 found.append(hooks.hooks_of(module))
         return found
@@ -153,6 +160,21 @@ class Profile:
         if self.status() != self._status:
             return False
         return not self.modules.changed()
+
+    def new_names(self) -> list[Variable]:
+        """Attributes and buffers that the region's modules did not have when the call began, as they were: missing."""
+        found: list[Variable] = []
+        for reference, attributes, buffers in self._names:
+            module = reference()
+            if module is None:
+                continue
+            names: set[str] = set()
+            if len(module.__dict__) != len(attributes):
+                names |= module.__dict__.keys() - attributes
+            if len(module._buffers) != len(buffers):
+                names |= module._buffers.keys() - buffers
+            found += [Variable(module, name, world.MISSING, None, False) for name in names]
+        return found
 
     def settle(self) -> None:
         """Constants that changed are variables from now on."""

@@ -121,6 +121,38 @@ def attribute_made_in_a_later_step(checkpoint: Checkpoint) -> dict[str, object]:
     return {"found": found, "first": layer.first}
 
 
+def registered_later(checkpoint: Checkpoint, register: Callable[[nn.Module, Tensor], None]) -> dict[str, object]:
+    """Five steps; the third registers `first` on the layer, later ones read it."""
+    layer = nn.Linear(6, 6)
+    step = Namespace(number=0)
+
+    def region(x: Tensor) -> Tensor:
+        h = layer(x)
+        if step.number >= 2:
+            if hasattr(layer, "first"):
+                h = h * layer.first
+            else:
+                register(layer, h.detach().mean(0))
+                h = h * (layer.first * 2)
+        return torch.sin(h)
+
+    found = []
+    for x in batches(4, 6, count=5):
+        found.append(train(layer, lambda t: checkpoint(region, t, use_reentrant=False).sum(), [x]))
+        step.number += 1
+    return {"found": found}
+
+
+@TABLE.row(9, torch=WRONG)
+def buffer_registered_in_a_later_step(checkpoint: Checkpoint) -> dict[str, object]:
+    return registered_later(checkpoint, lambda layer, value: layer.register_buffer("first", value))
+
+
+@TABLE.row(9, torch=WRONG)
+def attribute_of_a_computed_name_in_a_later_step(checkpoint: Checkpoint) -> dict[str, object]:
+    return registered_later(checkpoint, lambda layer, value: setattr(layer, "fi" + "rst", value))
+
+
 @TABLE.row(9, torch=WRONG)
 def average_begins_where_regions_are_forgotten(checkpoint: Checkpoint) -> dict[str, object]:
     """The remedy of the error: the step that begins is watched, and none is refused."""
