@@ -328,3 +328,11 @@ def test_regions_are_recomputed_one_by_one(candidate: Checkpoint) -> None:
             x.register_hook(note)
         x.sum().backward()
         assert seen == [(1, 0), (0, 0), (0, 0)], f"step {step}: live activations of later regions"
+
+
+def test_a_saved_tensor_that_is_read_outside_a_backward_leaves_the_mode(candidate: Checkpoint) -> None:
+    """The recompute runs with gradients on; who asks from under `no_grad` keeps that."""
+    y = candidate(lambda t: torch.sin(t).exp(), torch.ones(3, requires_grad=True), use_reentrant=False)
+    with torch.no_grad():
+        assert y.grad_fn._saved_result.shape == (3,)
+        assert not torch.is_grad_enabled()
