@@ -5,7 +5,7 @@
 
 For each model torch's non-reentrant checkpoint goes around every block first, and its peak over forward and backward is
 measured. `keepless.plan` then gets that peak as its budget, with either engine, and the smallest budget of the eager
-engine. Whole AdamW steps are timed in turn, in an order drawn per round, on one model (its checkpointed blocks on a copy).
+engine. Whole AdamW steps are timed in turn, in an order drawn per round.
 Every contender's first step is compared with plain eager's: loss and gradients, bit for bit.
 """
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from keepless.api import with_loss as with_loss
     from keepless.eager import checkpoint as checkpoint
     from keepless.eager import checkpoint_sequential as checkpoint_sequential
+    from keepless.eager import forget_regions as forget_regions
     from keepless.errors import BatchError as BatchError
     from keepless.errors import BudgetError as BudgetError
     from keepless.errors import CaptureError as CaptureError
@@ -61,6 +62,7 @@ _HOMES = {
     "keepless.eager": (
         "checkpoint",
         "checkpoint_sequential",
+        "forget_regions",
     ),
     "keepless.errors": (
         "BatchError",

@@ -241,9 +241,12 @@ def function_modes() -> tuple[Any, ...]:
     return tuple((type(mode).__name__, str(getattr(mode, "device", ""))) for mode in function_mode_stack())
 
 
+_forward_ad: Any = torch.autograd.forward_ad
+
+
 def forward_ad_active() -> bool:
     """Whether a forward-mode AD level is open."""
-    return int(getattr(torch.autograd.forward_ad, "_current_level", -1)) >= 0
+    return int(getattr(_forward_ad, "_current_level", -1)) >= 0
 
 
 def kernel_choices() -> tuple[bool, ...]:
@@ -288,14 +291,16 @@ def capture_errors() -> tuple[type[BaseException], ...]:
     return tuple(getattr(fake_tensor, name) for name in names if hasattr(fake_tensor, name))
 
 
-def graph_is_kept() -> bool:
-    """Inside a backward: whether the caller asked to keep the graph."""
-    return bool(torch._C._autograd._get_current_graph_task_keep_graph())
+graph_is_kept: Callable[[], bool] = torch._C._autograd._get_current_graph_task_keep_graph
+"""Inside a backward: whether the caller asked to keep the graph."""
+
+transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
+"""Whether a torch.func transform is running."""
 
 
-def transforms_active() -> bool:
-    """Whether a torch.func transform is running."""
-    return bool(torch._C._are_functorch_transforms_active())
+def without_function_subclasses() -> Any:
+    """A block in which `__torch_function__` of tensor subclasses is not called."""
+    return torch._C.DisableTorchFunctionSubclass()
 
 
 def storage_key(tensor: torch.Tensor) -> int:
@@ -317,16 +322,21 @@ def device_types() -> tuple[str, ...]:
     return ("cpu",)
 
 
-def any_autocast() -> bool:
-    """Whether autocast is on for any kind of device."""
-    return bool(torch._C._is_any_autocast_enabled())
+any_autocast: Callable[[], bool] = torch._C._is_any_autocast_enabled
+"""Whether autocast is on for any kind of device."""
+
+num_function_modes: Callable[[], int] = torch._C._len_torch_function_stack
+"""How many torch-function modes are around this call."""
+
+
+_default_dtype: Callable[[], torch.dtype] = torch.get_default_dtype
 
 
 def ambient_flags() -> tuple[Any, ...]:
     """The default dtype and the switches that choose kernels, as `set_ambient_flags` takes them."""
     c: Any = torch._C
     return (
-        torch.get_default_dtype(),
+        _default_dtype(),
         c._get_flash_sdp_enabled(),
         c._get_mem_efficient_sdp_enabled(),
         c._get_math_sdp_enabled(),
@@ -394,24 +404,25 @@ def function_modes_replaced(modes: list[Any]) -> Iterator[None]:
             c._push_on_torch_function_stack(before.pop())
 
 
-def graph_task() -> int:
-    """The number of the backward that runs on this thread; -1 outside."""
-    return int(torch._C._current_graph_task_id())
+def _nothing() -> None:
+    return None
 
 
-def execution_group() -> Any:
-    """The `GraphExecGroup` around this backward: several backward calls that share one recompute. None outside."""
-    find = getattr(torch._C, "_get_graph_exec_group", None)
-    return None if find is None else find()
+graph_task: Callable[[], int] = torch._C._current_graph_task_id
+"""The number of the backward that runs on this thread; -1 outside."""
+
+execution_group: Callable[[], Any] = getattr(torch._C, "_get_graph_exec_group", _nothing)
+"""The `GraphExecGroup` around this backward: several backward calls that share one recompute. None outside."""
+
+_make_saved_tensor: Any = getattr(torch._C._autograd, "_make_saved_tensor", None)
 
 
 def save_tensor(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
     """Saves a tensor as an op would: through the saved-tensor hooks around, with its version. Returns what reads it."""
-    make = getattr(torch._C._autograd, "_make_saved_tensor", None)
-    if make is not None:
-        unpack: Callable[[], torch.Tensor] = make(tensor, is_output=False).unpack
-        return unpack
-    return _Saved(tensor)
+    if _make_saved_tensor is None:
+        return _Saved(tensor)
+    unpack: Callable[[], torch.Tensor] = _make_saved_tensor(tensor, is_output=False).unpack
+    return unpack
 
 
 class _Saved:
@@ -456,15 +467,17 @@ def versions(tensors: list[torch.Tensor]) -> list[int]:
         return [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
-def saved_tensor_hooks_allowed() -> bool:
-    """Whether saved-tensor hooks may be used here."""
-    home: Any = torch._C._autograd
-    return bool(home._saved_tensors_hooks_is_enabled())
+_autograd: Any = torch._C._autograd
+saved_tensor_hooks_allowed: Callable[[], bool] = _autograd._saved_tensors_hooks_is_enabled
+"""Whether saved-tensor hooks may be used here."""
+
+_dispatch_mode: Callable[[Any], Any] = torch._C._get_dispatch_mode
+_PROXY = torch._C._TorchDispatchModeKey.PROXY
 
 
 def proxies_trace() -> bool:
     """Whether ops are being traced into a graph (make_fx, AOTAutograd, export)."""
-    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+    return _dispatch_mode(_PROXY) is not None
 
 
 def checkpoint_switches() -> tuple[bool | None, bool | None]:

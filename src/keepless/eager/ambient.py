@@ -29,8 +29,11 @@ class Ambient:
             self.autocast is None
             and not _compat.any_autocast()
             and _compat.ambient_flags() == self.flags
-            and _same(_compat.function_mode_stack(), self.modes)
+            and ((not self.modes and not _compat.num_function_modes()) or self._has_modes())
         )
+
+    def _has_modes(self) -> bool:
+        return _same(_compat.function_mode_stack(), self.modes)
 
     @contextlib.contextmanager
     def again(self) -> Iterator[None]:

@@ -16,6 +16,9 @@ class _Slot:
         self.index = index
 
 
+_ONE: list[Any] = [_Slot(0)]
+
+
 class Arguments:
     """(args, kwargs) without their tensors.
 
@@ -25,7 +28,14 @@ class Arguments:
 
     __slots__ = ("args", "kwargs", "others", "streams")
 
+    args: list[Any]
+    kwargs: dict[str, Any]
+
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[torch.Tensor]) -> None:
+        if len(args) == 1 and not kwargs and isinstance(args[0], torch.Tensor):  # the usual region
+            tensors.append(args[0])
+            self.args, self.kwargs, self.others, self.streams = _ONE, {}, [], []
+            return
         taking = _Taking(tensors)
         self.args = [taking.take(value) for value in args]
         self.kwargs = {name: taking.take(value) for name, value in kwargs.items()} if kwargs else {}

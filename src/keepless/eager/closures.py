@@ -8,6 +8,7 @@ appends is appended once.
 
 from __future__ import annotations
 
+import dis
 import functools
 import types
 import weakref
@@ -19,20 +20,26 @@ import torch
 from keepless.eager import containers
 
 PLAIN = (bool, int, float, str, bytes, type(None))
+_CHANGING = {*containers.KINDS, types.FunctionType}
+_OFTEN = (type(None), types.ModuleType, type, types.BuiltinFunctionType)
+_NAMED = (torch.nn.Module, types.FunctionType, types.MethodType)
 _DEPTH = 4
 _MANY = 64
 _FOREIGN = ("torch", "numpy", "builtins", "random", "collections")
+_PLACEHOLDER: Any = getattr(functools, "Placeholder", object())
 
 
 def region_key(
-    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], held: list[Any] | None = None
 ) -> tuple[Hashable, list[Any]]:
     """A name for the code and the modules of a region, and the objects by whose identity it goes.
+
+    `held` is `held_values(function)`, where that is known.
 
     Two calls with equal keys run the same code on the same modules; tensors do not enter.
     """
     anchors: list[Any] = []
-    key = _name(function, anchors, 0)
+    key = _name(function, anchors, 0, held)
     for value in (*args, *kwargs.values()) if kwargs else args:
         if not isinstance(value, torch.Tensor):
             key = (key, _name(value, anchors, 1))
@@ -44,12 +51,12 @@ def _identity(value: Any, anchors: list[Any]) -> Hashable:
     return id(value)
 
 
-def _name(value: Any, anchors: list[Any], depth: int) -> Any:
+def _name(value: Any, anchors: list[Any], depth: int, known: list[Any] | None = None) -> Any:
     kind: Any = value.__class__
     if kind is types.FunctionType:
-        held = _held(value)
+        held = _held(value) if known is None else known
         if global_names(value.__code__):
-            held += modules_named(value)
+            held = held + modules_named(value)
         if not held or depth > _DEPTH:
             return value.__code__
         return (value.__code__, *[_name(inside, anchors, depth + 1) for inside in held])
@@ -76,13 +83,17 @@ def global_names(code: types.CodeType) -> tuple[str, ...]:
 
 def modules_named(function: Any) -> list[Any]:
     """The modules and callable objects that a function names as globals."""
-    home = function.__globals__
-    found = [home[name] for name in global_names(function.__code__) if name in home]
-    return [value for value in found if isinstance(value, (torch.nn.Module, types.FunctionType, types.MethodType))]
+    read = function.__globals__.get
+    found = [read(name) for name in global_names(function.__code__)]
+    return [value for value in found if value.__class__ not in _OFTEN and isinstance(value, _NAMED)]
 
 
 def _held(function: Any) -> list[Any]:
-    held = [inside for _, inside in filled(function.__closure__)] if function.__closure__ else []
+    cells = function.__closure__ or ()
+    try:
+        held = [cell.cell_contents for cell in cells]
+    except ValueError:
+        held = [inside for _, inside in filled(cells)]
     if function.__defaults__:
         held += function.__defaults__
     if function.__kwdefaults__:
@@ -124,6 +135,41 @@ def references(anchors: list[Any]) -> list[weakref.ref[Any]] | None:
         return None
 
 
+@functools.lru_cache(maxsize=4096)
+def _binds_cells(code: types.CodeType) -> bool:
+    inner = any(_binds_cells(item) for item in code.co_consts if isinstance(item, types.CodeType))
+    bound = {item.argval for item in dis.get_instructions(code) if item.opname in ("STORE_DEREF", "DELETE_DEREF")}
+    return inner or not bound.isdisjoint(code.co_freevars)
+
+
+def lasting(function: Callable[..., Any], held: list[Any]) -> Callable[..., Any]:
+    """The function itself where `as_it_was` can make its copy when it is wanted; else a copy with its closure now.
+
+    A copy is made now where the function, or one in it, binds its cells itself, and where one of the values that it
+    holds may be changed in place.
+    """
+    if function.__class__ is types.FunctionType:
+        cells: Any = function.__closure__
+        if not cells or (
+            not _binds_cells(function.__code__) and len(cells) <= len(held) and _CHANGING.isdisjoint(map(type, held))
+        ):
+            return function
+    return frozen(function)
+
+
+def as_it_was(function: Callable[..., Any], held: list[Any]) -> Callable[..., Any]:
+    """A function that `lasting` returned as it is, with its cells holding these values; itself where they still do."""
+    cells = getattr(function, "__closure__", None)
+    if not cells:
+        return function
+    for cell, value in zip(cells, held, strict=False):
+        if cell.cell_contents is not value:
+            break
+    else:
+        return function
+    return _made(function, tuple(types.CellType(value) for value in held[: len(cells)]))
+
+
 def frozen(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function with its closure as it is now; the function itself where it has none."""
     kind = function.__class__
@@ -151,9 +197,11 @@ def _frozen(function: Any, known: dict[int, types.CellType], depth: int) -> Any:
             else:
                 copy.cell_contents = _copied(inside, known, depth)
         cells.append(copy)
-    made = types.FunctionType(
-        function.__code__, function.__globals__, function.__name__, function.__defaults__, tuple(cells)
-    )
+    return _made(function, tuple(cells))
+
+
+def _made(function: Any, cells: tuple[types.CellType, ...]) -> types.FunctionType:
+    made = types.FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, cells)
     made.__kwdefaults__ = function.__kwdefaults__
     if function.__dict__:
         made.__dict__.update(function.__dict__)
@@ -164,6 +212,18 @@ def _copied(value: Any, known: dict[int, types.CellType], depth: int) -> Any:
     if value.__class__ is types.FunctionType and value.__closure__ and depth < _DEPTH:
         return _frozen(value, known, depth + 1)
     return containers.cloned(value)
+
+
+def unfolded(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+    """A call of a partial as the call that it makes: what it holds is then an argument as any other."""
+    while function.__class__ is functools.partial:
+        part: Any = function
+        if any(item is _PLACEHOLDER for item in part.args):
+            break
+        function, args, kwargs = part.func, (*part.args, *args), {**part.keywords, **kwargs}
+    return function, args, kwargs
 
 
 def plain(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -183,7 +243,7 @@ def owner(function: Callable[..., Any]) -> Any:
 
 def held_values(function: Callable[..., Any]) -> list[Any]:
     """What the cells and the defaults of a function hold, whatever wraps it."""
-    inside = plain(function)
+    inside = function if function.__class__ is types.FunctionType else plain(function)
     return _held(inside) if inside.__class__ is types.FunctionType else []
 
 
@@ -205,21 +265,18 @@ def modules_of(function: Callable[..., Any], values: Iterable[Any]) -> list[torc
     return found
 
 
-def held_tensors(function: Callable[..., Any]) -> list[torch.Tensor]:
-    """The tensors in the cells of a function."""
-    return [value for value in held_values(function) if isinstance(value, torch.Tensor)]
-
-
 def all_held(function: Callable[..., Any]) -> list[Any]:
     """What the cells of a function hold, and the cells of functions in them."""
-    found: list[Any] = []
-    waiting = [(function, 0)]
-    while waiting:
-        inside, depth = waiting.pop()
-        for value in held_values(inside):
-            found.append(value)
-            if value.__class__ is types.FunctionType and depth < _DEPTH:
-                waiting.append((value, depth + 1))
+    found = held_values(function)
+    if types.FunctionType not in map(type, found):
+        return found
+    depth, start = 0, 0
+    while depth < _DEPTH and start < len(found):
+        inner = [value for value in found[start:] if value.__class__ is types.FunctionType]
+        start = len(found)
+        for value in inner:
+            found += _held(value)
+        depth += 1
     return found
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dis
+import functools
 import types
 from collections.abc import Iterable
 from typing import Any
@@ -18,11 +20,13 @@ class Code:
     Attributes:
         functions: the functions: the region's own, forwards of modules, helpers that they name, methods.
         names: every name that these read.
+        stored: the names of attributes that they set.
     """
 
     def __init__(self, function: Any, holders: Iterable[Any]) -> None:
         self.functions: list[types.FunctionType] = []
         self.names: set[str] = set()
+        self.stored: set[str] = set()
         classes = {type(holder) for holder in holders}
         self._methods = {name: m for c in classes for name, m in _own_methods(c)}
         waiting = [closures.plain(function), *(m for c in classes for m in _entries(c))]
@@ -39,6 +43,7 @@ class Code:
         self.names |= names
         if _is_foreign(function):
             return []
+        self.stored |= _stored(function.__code__)
         found: list[Any] = [inside for _, inside in closures.filled(function.__closure__ or ())]
         for name in names:
             found += [function.__globals__.get(name), self._methods.get(name)]
@@ -61,6 +66,13 @@ class Code:
 
 _FIXED = (types.ModuleType, type)
 _CALLABLE = (types.FunctionType, types.MethodType)
+
+
+@functools.lru_cache(maxsize=4096)
+def _stored(code: types.CodeType) -> frozenset[str]:
+    own = [item.argval for item in dis.get_instructions(code) if item.opname == "STORE_ATTR"]
+    inner = [_stored(item) for item in code.co_consts if isinstance(item, types.CodeType)]
+    return frozenset(own).union(*inner)
 
 
 def _is_foreign(function: Any) -> bool:

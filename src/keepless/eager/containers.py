@@ -1,16 +1,17 @@
-"""Lists, dictionaries and sets as they were: copied, compared, put back in place."""
+"""Lists, dictionaries, sets and queues as they were: copied, compared, put back in place."""
 
 from __future__ import annotations
 
+import collections
 from typing import Any
 
-_KINDS = (list, dict, set)
+KINDS = (list, dict, set, collections.OrderedDict, collections.defaultdict, collections.Counter, collections.deque)
 _DEPTH = 4
 _MANY = 4096
 
 
 class Content:
-    """What a list, dict or set held, with the contents of the lists, dicts and sets in it.
+    """What a list, dict, set or queue held, with the contents of those in it.
 
     Attributes:
         container: the object itself.
@@ -25,7 +26,7 @@ class Content:
         self.items = container.copy()
         held = container.values() if isinstance(container, dict) else container
         deeper = depth < _DEPTH and len(container) <= _MANY
-        self.inner = [Content(item, depth + 1) for item in held if item.__class__ in _KINDS] if deeper else []
+        self.inner = [Content(item, depth + 1) for item in held if item.__class__ in KINDS] if deeper else []
 
     def is_now(self) -> bool:
         """Whether the container, and all in it, holds the same objects."""
@@ -35,6 +36,9 @@ class Content:
         """Makes it so."""
         if isinstance(self.container, list):
             self.container[:] = self.items
+        elif isinstance(self.container, collections.deque):
+            self.container.clear()
+            self.container.extend(self.items)
         else:
             self.container.clear()
             self.container.update(self.items)
@@ -43,14 +47,14 @@ class Content:
 
 
 def content_of(value: Any) -> Content | None:
-    """The content of a list, dict or set; None for anything else."""
-    return Content(value) if value.__class__ in _KINDS else None
+    """The content of a list, dict, set or queue; None for anything else."""
+    return Content(value) if value.__class__ in KINDS else None
 
 
 def cloned(value: Any, depth: int = 0) -> Any:
-    """A list, dict or set with copies of those in it; anything else as it is."""
+    """A list, dict, set or queue with copies of those in it; anything else as it is."""
     kind = value.__class__
-    if kind not in _KINDS or depth > _DEPTH:
+    if kind not in KINDS or depth > _DEPTH:
         return value
     if kind is dict:
         return {key: cloned(item, depth + 1) for key, item in value.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import types
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from keepless.eager.arguments import Arguments
 from keepless.eager.code import Code
 from keepless.eager.debugging import OpLogs
 from keepless.eager.determinism import Trait
-from keepless.eager.failures import CheckpointError
+from keepless.eager.failures import REMEDY, CheckpointError
 from keepless.eager.frame import Frame, Tap
 from keepless.eager.hooks import Judge
 from keepless.eager.profile import Profile
@@ -41,14 +42,16 @@ def run(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
     """Runs a region; its saved tensors are made again when a backward wants them."""
     if not torch.is_grad_enabled() or _runs_directly():
         return function(*args, **kwargs)
+    function, args, kwargs = closures.unfolded(function, args, kwargs)
     frame = Frame(function, options.trait, options.early_stop)
     frame.tap = options.tap
     tensors: list[torch.Tensor] = []
     frame.arguments = Arguments(args, kwargs, tensors)
-    held = closures.held_values(function)
+    frame.grads = [tensor.requires_grad for tensor in tensors]
+    held = frame.held
     if held or frame.arguments.others:
         frame.own_streams = frame.arguments.streams + randomness.streams_in(held)
-        frame.own_objects = [value for value in (*frame.arguments.others, *held) if world.is_plain(value)]
+        frame.own_objects = [value for value in frame.arguments.others if world.is_plain(value)]
     counters.count("regions")
     call = _Call(function, args, kwargs, frame, tensors)
     if options.context_fn or options.debug:
@@ -98,7 +101,10 @@ class _Call:
 
     def run(self, preserve: bool) -> Any:
         """The region's result."""
-        key, anchors = closures.region_key(self.function, self.args, self.kwargs)
+        held = self.frame.held
+        is_flat = types.FunctionType not in map(type, held)  # then none of it is held by a function in the closure
+        key, anchors = closures.region_key(self.function, self.args, self.kwargs, held if is_flat else None)
+        key = (key, *self.frame.grads)
         known = profile.recall(key)
         if known is not None and not known.varies:
             return self.with_profile(known, preserve)
@@ -116,7 +122,7 @@ class _Call:
         if _compat.versions(tensors) != versions:
             self._check_inputs(versions)
         if _compat.versions(frame.fixed) != frame.versions:
-            self._refuse("a parameter, a buffer or another tensor")
+            self._refuse(self._changed())
         return result
 
     def _plainly(self) -> Any:
@@ -151,13 +157,19 @@ class _Call:
         if not changed <= set(self.frame.clones):
             self._refuse(f"its input {min(changed - set(self.frame.clones))}")
 
+    def _changed(self) -> str:
+        frame = self.frame
+        assert frame.profile is not None
+        pairs = zip(frame.fixed, _compat.versions(frame.fixed), frame.versions, strict=True)
+        tensor = next(tensor for tensor, now, before in pairs if now != before)
+        return f"{frame.profile.name_of(tensor) or 'a tensor'} of shape {list(tensor.shape)}"
+
     def _refuse(self, what: str) -> None:
         assert self.frame.known is not None
         self.frame.known.varies = True
         raise CheckpointError(
             f"checkpoint: {self.frame.name} changed {what} in place, which it did not when it was watched; the values "
-            "of before are gone, and a recompute would use the new ones. From the next call on the region is watched: "
-            "put the state back and run the step again"
+            f"of before are gone, and a recompute would use the new ones. {REMEDY}"
         )
 
     def watched(self) -> tuple[Any, Profile]:
@@ -176,7 +188,7 @@ class _Call:
         named = [stream for item in code.functions for stream in randomness.named_in(item.__code__, item.__globals__)]
         own = randomness.streams_in(value for _, before in watch.attributes.values() for value, _ in before.values())
         before = randomness.save((randomness.DEFAULT, *profile.global_streams(), *frame.own_streams, *own))
-        is_compiled = any(_compat.is_compiled(item) for item in (function, *closures.all_held(function), *family))
+        is_compiled = any(_compat.is_compiled(item) for item in (function, *frame.held, *family))
         if is_compiled:
             result = self._compiled(watch, family)
         else:
@@ -184,34 +196,43 @@ class _Call:
                 result = self._plainly()
         watch.finish()
         if watch.lost:
-            raise CheckpointError(
-                f"checkpoint: {watch.lost} that {frame.name} does not own, in place, by a function that is not known "
-                "for it; the values of before are gone. Clone the tensor first, or leave it outside the region"
-            )
+            raise self._lost(watch.lost)
         moved = randomness.moved(before)
         frame.random = [(stream, state) for stream, state in before if stream in moved or stream is randomness.DEFAULT]
         frame.random += watch.generators.values()
         frame.clones.update(watch.inputs)
         for position in watch.inputs:
             frame.inputs[position] = None
-        frame.state = list(watch.before.values())
-        written = {id(tensor) for tensor, _ in frame.state}
-        frame.fixed = [t for key, ref in watch.read.items() if key not in written and (t := ref()) is not None]
+        frame.state = watch.before
+        read = [t for ref in watch.read.values() if (t := ref()) is not None]
+        frame.fixed = [tensor for tensor in read if not watch.written.touch(tensor)]
         frame.versions = _compat.versions(frame.fixed)
         code = Code(function, [*(holder for holder, _ in watch.attributes.values()), *watch.called.values()])
-        known = watch.variables(code.names)
+        known = watch.variables(
+            code.names, code.stored, {id(item) for item in (function, closures.owner(function), *frame.held, *values)}
+        )
+        if watch.inputs:
+            leaves = [leaf for item in known for _, leaf in item.leaves(())]
+            if any(map(watch.is_named_input, (*leaves, *(leaf for _, leaf in profile.ways_to_held(frame.held))))):
+                raise self._lost("an input that it also finds by name was changed in place")
         acting = watch.judge.active
         gathered = [v for pairs in watch.hook_variables.values() for key, v in pairs if key in acting]
         frame.variables = [*known, *gathered]
-        found = Profile(family, is_compiled, watch, known)
+        found = Profile(family, is_compiled, watch, known, frame.held)
         drawn = [stream for stream, _ in frame.random if stream is not randomness.DEFAULT]
         found.streams = list({stream.key: stream for stream in (*drawn, *named)}.values())
         found.draws = randomness.DEFAULT in moved
         found.fills_late = watch.fills_late
         frame.early_stop = frame.early_stop and not watch.fills_late
         found.paths.add(frame.path())
-        frame.profile = found
+        frame.profile, frame.placed, frame.written = found, found.fixed(), found.state()
         return result, found
+
+    def _lost(self, what: str) -> CheckpointError:
+        return CheckpointError(
+            f"checkpoint: in {self.frame.name}, {what}; a recompute would not find the values of before. Give the "
+            "region a clone, or leave the change outside"
+        )
 
     def _compiled(self, watch: Watch, family: list[torch.nn.Module]) -> Any:
         """Compiled code would be traced with whoever watches it: only what it left changed is seen."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import weakref
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager
@@ -13,10 +14,14 @@ from keepless import _compat
 from keepless.eager import closures, randomness, world
 from keepless.eager.ambient import Ambient
 from keepless.eager.arguments import Arguments
+from keepless.eager.constants import Constants
 from keepless.eager.determinism import Trait
 from keepless.eager.failures import CheckpointError
-from keepless.eager.profile import Profile
-from keepless.eager.world import Variable
+from keepless.eager.profile import Profile, way_on, ways_to_held
+from keepless.eager.world import Variable, Way
+
+_DEPTH = 3
+_reference = weakref.ref
 
 Unpack = Callable[[], torch.Tensor]
 
@@ -46,7 +51,8 @@ class Frame:
     """What one call of a region keeps.
 
     Attributes:
-        function: the region, with its closure as it was at the call.
+        region: the region's function.
+        function: the same; with a copy of its closure where the region may change what that holds.
         arguments: its arguments without their tensors; `inputs` reads those back.
         clones: position of an input that the region changes -> its values before.
         grads: whether each input requires a gradient.
@@ -54,7 +60,10 @@ class Frame:
         random: streams of random numbers and their states before.
         state: tensors that the region writes, and their values before.
         fixed, versions: tensors that it may read, and the version of each before.
-        variables: attributes and globals that it sets or reads, before.
+        placed, written: parameters, buffers and other tensors at the places of `profile.fixed()` and `.state()`.
+        held: what the function's closure holds.
+        variables: attributes and globals that it sets or reads, before; `constants` are those that stay mostly,
+            `submodules` what `profile.modules` must not lose.
         acting: ids of hooks that did something in this call, though they only looked when watched.
         profile: what is known of the region; `known` is the same where this call was not watched.
     """
@@ -65,34 +74,40 @@ class Frame:
         "ambient",
         "arguments",
         "clones",
+        "constants",
         "context",
         "early_stop",
         "fixed",
         "function",
         "grads",
+        "held",
         "holders",
         "inputs",
         "is_elsewhere",
         "is_over",
         "is_selective",
         "known",
-        "name",
         "on_failure",
         "own_objects",
         "own_streams",
+        "placed",
         "profile",
         "random",
+        "region",
         "state",
+        "submodules",
         "tap",
         "trait",
         "traits",
         "variables",
         "versions",
+        "written",
     )
 
     def __init__(self, function: Callable[..., Any], trait: Trait, early_stop: bool) -> None:
-        self.name = closures.name_of(function)
-        self.function = closures.frozen(function)
+        self.region = function
+        self.held = closures.all_held(function)
+        self.function = closures.lasting(function, self.held)
         self.trait = trait
         self.traits: list[Any] = []
         self.early_stop = early_stop
@@ -107,8 +122,12 @@ class Frame:
         self.own_objects: list[Any] = []
         self.state: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.fixed: list[torch.Tensor] = []
+        self.placed: list[torch.Tensor | None] = []
+        self.written: list[torch.Tensor | None] = []
         self.versions: list[int] = []
         self.variables: list[Variable] = []
+        self.constants: Constants | None = None
+        self.submodules: list[Any] = []
         self.acting: set[int] = set()
         self.context: AbstractContextManager[Any] | None = None
         self.is_over = self.is_selective = self.is_elsewhere = False
@@ -117,9 +136,13 @@ class Frame:
         self.on_failure: Callable[[CheckpointError], None] | None = None
         self.tap: Tap | None = None
 
+    @property
+    def name(self) -> str:
+        """The region's name for messages."""
+        return closures.name_of(self.region)
+
     def hold_inputs(self, tensors: list[torch.Tensor], changed: tuple[int, ...]) -> None:
         """Saves the inputs as an op would save them; those that the region changes are cloned."""
-        self.grads = [tensor.requires_grad for tensor in tensors]
         if changed:
             self.clones = {i: tensors[i].detach().clone() for i in changed}
         self.inputs = [None if i in self.clones else _compat.save_tensor(tensor) for i, tensor in enumerate(tensors)]
@@ -131,36 +154,50 @@ class Frame:
         """
         self.known = self.profile = profile
         self.early_stop = self.early_stop and not profile.fills_late
-        state = profile.state()
+        profile.settle()
+        self.constants, self.submodules = profile.constants, profile.modules.modules()
+        self.placed, self.written = profile.fixed(), profile.state()
+        self.fixed = [tensor for tensor in self.placed if tensor is not None]
+        streams = [*profile.streams, *self.own_streams]
+        state = {id(tensor): tensor for tensor in self.written if tensor is not None}
+        variables, leaves = profile.variables(), ways_to_held(self.held)
+        if variables or leaves or self.own_objects:
+            gathering = _Gathering(self, profile, state, streams)
+            for way, variable in variables:
+                gathering.variable(way, variable)
+            for way, leaf in (*leaves, *(((), holder) for holder in self.own_objects)):
+                gathering.leaf(way, leaf)
+        for module in profile.hooked():
+            self.variables += [item for _, item in world.variables_of_hooks(module, profile.observers)]
         if state:
             with torch.no_grad():
-                self.state = [(tensor, tensor.detach().clone()) for tensor in state]
-        self.fixed = profile.fixed()
-        streams = [*profile.streams, *self.own_streams]
-        variables = profile.variables()
-        for holder in self.own_objects:
-            if not profile.is_known(holder):
-                variables += world.variables_of(holder)
-        for module in profile.hooked():
-            variables += [item for _, item in world.variables_of_hooks(module, profile.observers)]
-        for variable in variables:
-            value = variable.value
-            if isinstance(value, torch.Tensor):
-                if all(value is not tensor for tensor, _ in self.state):
-                    self.fixed.append(value)
-            elif value.__class__ not in closures.PLAIN and variable.content is None:
-                streams += randomness.streams_in((value,))
-            self.variables.append(variable)
-        self.fixed += closures.held_tensors(self.function)
+                self.state = [(tensor, tensor.detach().clone()) for tensor in state.values()]
+            self.fixed = [tensor for tensor in self.fixed if id(tensor) not in state]
         self.versions = _compat.versions(self.fixed)
         if preserve or profile.draws:
             streams.append(randomness.DEFAULT)
         self.random = randomness.save(streams)
 
+    def rebound(self) -> list[Variable]:
+        """Parameters, buffers, submodules and constants that are others now, and names that are new: as they were."""
+        profile = self.profile
+        if profile is None or not (self.placed or self.written or self.constants or profile.has_modules):
+            return []
+        found = [*self.constants.changed(), *profile.modules.changed()] if self.constants is not None else []
+        found += profile.new_names()
+        for is_state, before, now in ((False, self.placed, profile.fixed()), (True, self.written, profile.state())):
+            if not all(map(operator.is_, before, now)):
+                for position, (one, other) in enumerate(zip(before, now, strict=True)):
+                    place = profile.place(is_state, position) if one is not other else None
+                    if place is not None:
+                        found.append(Variable(*place, one, None, False))
+        return found
+
     def pack(self, tensor: torch.Tensor) -> Holder:
         """The pack hook of the forward."""
-        holder = Holder(self, len(self.holders))
-        self.holders.append(weakref.ref(holder))
+        holders = self.holders
+        holder = Holder(self, len(holders))
+        holders.append(_reference(holder))
         self.traits.append(self.trait(tensor))
         known = self.known
         if known is not None and tensor.requires_grad:
@@ -185,3 +222,42 @@ class Frame:
             holder = reference()
             if holder is not None and holder.found is not None:
                 holder.found.pop(task, None)
+
+
+class _Gathering:
+    """Sorts what a later call finds by name into the tensors that it writes and those that it only reads.
+
+    Objects that were not there when the region was watched are looked into: three deep, as they are while watching.
+    """
+
+    def __init__(
+        self, frame: Frame, profile: Profile, state: dict[int, torch.Tensor], streams: list[randomness.Stream]
+    ) -> None:
+        self.frame, self.profile, self.state, self.streams = frame, profile, state, streams
+        self.seen: set[int] = set()
+
+    def variable(self, way: Way, variable: Variable, depth: int = 0) -> None:
+        """A variable, and what it holds."""
+        self.frame.variables.append(variable)
+        value = variable.value
+        if value.__class__ in closures.PLAIN:
+            return
+        for further, leaf in variable.leaves(way):
+            self.leaf(further, leaf, depth)
+        if variable.content is None:
+            self.streams += randomness.streams_in((value,))
+
+    def leaf(self, way: Way, leaf: Any, depth: int = 0) -> None:
+        """A tensor, a module, or an object with attributes."""
+        if isinstance(leaf, torch.Tensor):
+            if way in self.profile.written:
+                self.state[id(leaf)] = leaf
+            else:
+                self.frame.fixed.append(leaf)
+        elif isinstance(leaf, torch.nn.Module):
+            if not self.profile.knows_module(leaf):  # in a list, too deep to be found: it must not write its buffers
+                self.frame.fixed += [*leaf.parameters(), *leaf.buffers()]
+        elif depth < _DEPTH and id(leaf) not in self.seen and not self.profile.is_known(leaf):
+            self.seen.add(id(leaf))
+            for item in world.variables_of(leaf):
+                self.variable(way_on(item), item, depth + 1)

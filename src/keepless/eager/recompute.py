@@ -10,13 +10,12 @@ from typing import Any
 import torch
 
 from keepless import _compat
-from keepless.eager import counters, hooks, randomness, selective
+from keepless.eager import closures, counters, hooks, randomness, selective
 from keepless.eager.determinism import described
-from keepless.eager.failures import CheckpointError
+from keepless.eager.failures import REMEDY, CheckpointError
 from keepless.eager.frame import Frame, Holder
 from keepless.eager.profile import Profile
 from keepless.eager.watch import Refuse, Unseen
-from keepless.errors import StaleTensorError
 
 # Recomputes that move shared state (generators, buffers, attributes) take turns.
 _turn = threading.RLock()
@@ -56,12 +55,13 @@ def unpack(holder: Holder) -> torch.Tensor:
 
 def _fill(frame: Frame, task: Any) -> None:
     counters.count("recomputes")
-    if _compat.graph_is_kept():
+    if task != -1 and _compat.graph_is_kept():
         reference = weakref.ref(frame)
         _compat.at_end_of_backward(lambda: _forget(reference, task))
     run = _Run(frame, task)
-    if frame.state or frame.variables or len(frame.random) > 1:
+    if frame.state or frame.variables or run.rebound or len(frame.random) > 1:
         with _turn:
+            run.rebound = frame.rebound()  # another thread may have had the forward's own in their places
             run.go()
     else:
         run.go()
@@ -83,12 +83,14 @@ def went_another_way(frame: Frame, what: str) -> CheckpointError:
 
 
 class _Run:
-    __slots__ = ("count", "frame", "last", "task")
+    __slots__ = ("count", "frame", "last", "rebound", "stops", "task")
 
     def __init__(self, frame: Frame, task: Any) -> None:
         self.frame = frame
         self.task = task
+        self.rebound = frame.rebound()
         self.count = 0
+        self.stops = frame.early_stop
         self.last = -1
         for index in range(len(frame.holders) - 1, -1, -1):
             if frame.holders[index]() is not None:
@@ -114,7 +116,7 @@ class _Run:
             if holder.found is None:
                 holder.found = {}
             holder.found[self.task] = tensor
-        if index == self.last and frame.early_stop:
+        if index == self.last and self.stops:
             raise _Done
         return tensor
 
@@ -125,15 +127,19 @@ class _Run:
         inputs = [self._input(position) for position in range(len(frame.inputs))]
         args, kwargs = frame.arguments.filled(inputs)
         random = [(stream, stream.get()) for stream, _ in frame.random]
-        state = _swap(frame.state)
-        variables = [item.now() for item in frame.variables if item.is_set or item.differs()]
+        state = _now(frame.state)
+        variables = [item.now() if item.is_set or item.differs() else item for item in frame.variables]
+        places = [item.now() for item in self.rebound]
         flags = frame.profile.flags_that_differ() if frame.profile is not None else []
         grad = torch.is_grad_enabled()
         try:
+            _put_back(frame.state)
             randomness.put(frame.random)
-            if variables:
-                for item in frame.variables:
+            for item, current in zip(frame.variables, variables, strict=True):
+                if current is not item:
                     item.put_back()
+            for item in self.rebound:
+                item.put_back()
             for module, now in flags:
                 module.training = not now
             torch._C._set_grad_enabled(True)
@@ -147,11 +153,21 @@ class _Run:
             torch._C._set_grad_enabled(grad)
             for module, now in flags:
                 module.training = now
+            for item in places:
+                item.put_back()
+            self._put_back_places()
             for item in variables:
                 if item.differs():
                     item.put_back()
             _put_back(state)
             randomness.put(random)
+
+    def _put_back_places(self) -> None:
+        """Parameters and buffers that the recompute bound anew, and did not get to bind again before it was stopped."""
+        differed = {(id(item.holder), item.name) for item in self.rebound}
+        for item in self.frame.rebound():
+            if (id(item.holder), item.name) not in differed:
+                item.put_back()
 
     def _call(self, args: list[Any], kwargs: dict[str, Any]) -> None:
         frame = self.frame
@@ -159,7 +175,10 @@ class _Run:
             frame.tap.begins()
         _compat.push_saved_tensor_hooks(selective.marked(self.pack) if frame.is_selective else self.pack, _as_it_is)
         try:
-            frame.function(*args, **kwargs)
+            function = frame.function
+            if function is frame.region:
+                function = closures.as_it_was(function, frame.held)
+            function(*args, **kwargs)
         except _Done:
             return
         finally:
@@ -206,8 +225,12 @@ class _Run:
         return tensor.detach().requires_grad_()
 
     def _is_seen(self, profile: Profile) -> bool:
-        path = self.frame.path()
-        if (path in profile.paths and not self.frame.is_elsewhere) or profile.is_compiled:
+        frame = self.frame
+        if not frame.is_elsewhere and frame.traits == profile.traits:
+            self.stops = self.stops and not profile.runs_on
+            return True
+        if (not frame.is_elsewhere and frame.path() in profile.paths) or profile.is_compiled:
+            profile.know_traits(frame.traits)
             return True
         profile.varies = True
         return False
@@ -215,18 +238,11 @@ class _Run:
     def _not_watched(self, what: str) -> CheckpointError:
         return CheckpointError(
             f"checkpoint: {self.frame.name} took a way that it did not take when it was watched, and {what}; "
-            "what that was before is not known. From the next call on the region is watched: run the step again"
+            f"what that was before is not known. {REMEDY}"
         )
 
     def _changed(self) -> list[torch.Tensor]:
         frame = self.frame
-        if frame.known is not None:
-            for before, now in zip(frame.fixed, frame.known.fixed(), strict=False):
-                if before is not now:
-                    raise StaleTensorError(
-                        f"{_shape(before)} of {frame.name} was replaced by another tensor between forward and "
-                        "backward: load or move a model only between steps"
-                    )
         if _compat.versions(frame.fixed) == frame.versions:
             return []
         return [t for t, v in zip(frame.fixed, frame.versions, strict=True) if _compat.versions([t]) != [v]]
@@ -243,13 +259,11 @@ def _shape(tensor: torch.Tensor) -> str:
     return f"{kind} of shape {list(tensor.shape)}"
 
 
-def _swap(state: list[tuple[torch.Tensor, torch.Tensor]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def _now(state: list[tuple[torch.Tensor, torch.Tensor]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
     if not state:
         return []
     with torch.no_grad():
-        now = [(tensor, tensor.detach().clone()) for tensor, _ in state]
-    _put_back(state)
-    return now
+        return [(tensor, tensor.detach().clone()) for tensor, _ in state]
 
 
 def _put_back(state: list[tuple[torch.Tensor, torch.Tensor]]) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from keepless import _compat
-from keepless.eager import containers, hooks, randomness, world
+from keepless.eager import containers, hooks, memory, randomness, world
 from keepless.eager.calls import draws_of, fills_late, reads_values, storage_of, tensors_in, writes_of
 from keepless.eager.world import Variable
 from keepless.errors import StaleTensorError
@@ -85,10 +85,14 @@ class Watch(TorchFunctionMode):
 
     Attributes:
         inputs: position of an input whose memory was written -> its values before.
-        before: id of a tensor that is neither made here nor an input, and was written -> (tensor, its values before).
+        before: tensors that are neither made here nor an input, and were written, each with its values before; what was
+            saved first comes last, so that putting them back in this order is right where they share memory.
+        written: the bytes of these that were written.
+        lost: what was changed and cannot be put back; empty where there is nothing such.
         read: id of such a tensor that was read or written -> weak reference.
         generators: id -> (stream, state before the first draw).
         called: id -> module.
+        tail: how many calls of torch came after the last one that saved something.
     """
 
     def __init__(self, inputs: list[torch.Tensor], count: Callable[[], int]) -> None:
@@ -103,7 +107,9 @@ class Watch(TorchFunctionMode):
         self.fills_late = False
         self.owners: dict[Any, torch.Tensor] = {}
         self.inputs: dict[int, torch.Tensor] = {}
-        self.before: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.before: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.written = memory.Extents()
+        self._saved = memory.Extents()
         self.read: dict[int, weakref.ref[torch.Tensor]] = {}
         self.generators: dict[int, tuple[randomness.Stream, Any]] = {}
         self.called: dict[int, torch.nn.Module] = {}
@@ -112,6 +118,8 @@ class Watch(TorchFunctionMode):
         self.globals: list[tuple[dict[str, Any], dict[str, world.Attribute]]] = []
         self.hook_variables: dict[int, list[tuple[int, Variable]]] = {}
         self.effects = 0
+        self.tail = 0
+        self._count = count
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -137,7 +145,9 @@ class Watch(TorchFunctionMode):
         self.fills_late = self.fills_late or fills_late(func)
         self.effects += len(written) + (drawn is not False)
         versions = _compat.versions(outer)
+        saved = self._count()
         result = func(*args, **kwargs)
+        self.tail = 0 if self._count() != saved else self.tail + 1
         if outer and _compat.versions(outer) != versions:
             self._after_write(func, outer, versions)
         for tensor in tensors_in((result,)):
@@ -151,21 +161,40 @@ class Watch(TorchFunctionMode):
             key = storage_of(tensor)
             owner = self.owners.get(key)
             is_saved = owner is not None and (
-                id(owner) in self.before or any(b is owner for b, _ in self.small_buffers)
+                self._saved.cover(memory.extent_of(tensor)) or any(b is owner for b, _ in self.small_buffers)
             )
             is_cloned = all(position in self.inputs for position, _ in self.given.get(key, ())) and key in self.given
             if now != before and not is_saved and not is_cloned:
-                self.lost = f"{getattr(func, '__name__', func)} changed a tensor of shape {list(tensor.shape)}"
+                self.lost = (
+                    f"{getattr(func, '__name__', func)} changed a tensor of shape {list(tensor.shape)} in place, and "
+                    "is not known to do that"
+                )
         self.effects += 1
 
     def _before_write(self, tensor: torch.Tensor) -> None:
         key = storage_of(tensor)
-        for position, given in self.given.get(key, ()):
+        if key in self.given:
+            self._before_write_of_input(tensor, self.given[key])
+        owner = self.owners.get(key)
+        if owner is None:
+            return
+        extent = memory.extent_of(tensor)
+        self.written.add(extent)
+        if not self._saved.cover(extent):
+            target, saved = memory.whole(owner, extent)
+            self._saved.add(saved)
+            self.before.insert(0, (target, target.detach().clone()))
+
+    def _before_write_of_input(self, tensor: torch.Tensor, sharing: list[tuple[int, torch.Tensor]]) -> None:
+        for position, given in sharing:
             if position not in self.inputs:
                 self.inputs[position] = given.detach().clone()
-        owner = self.owners.get(key)
-        if owner is not None and id(owner) not in self.before:
-            self.before[id(owner)] = (owner, owner.detach().clone())
+        seen = [p for p, given in sharing if memory.share_elements(given, tensor)] if len(sharing) > 1 else []
+        extent = memory.extent_of(tensor)
+        if not any(memory.covers(memory.extent_of(given), extent) for _, given in sharing):
+            self.lost = f"memory beside its input {sharing[0][0]} was changed in place"
+        elif len(seen) > 1:
+            self.lost = f"its inputs {seen[0]} and {seen[1]} share the memory that was changed in place"
 
     def look_at(self, holder: Any) -> None:
         """Remembers the attributes of a module or object before the region changes them."""
@@ -200,19 +229,38 @@ class Watch(TorchFunctionMode):
         """Ends the watching; adds the small buffers that changed without an op that says so."""
         self.judge.effects = _none
         for buffer, before in self.small_buffers:
-            if id(buffer) not in self.before and not torch.equal(buffer, before):
-                self.before[id(buffer)] = (buffer, before)
+            extent = memory.extent_of(buffer)
+            if not self._saved.cover(extent) and not torch.equal(buffer, before):
+                self._saved.add(extent)
+                self.written.add(extent)
+                self.before.insert(0, (buffer, before))
 
-    def variables(self, names: set[str]) -> list[Variable]:
-        """The attributes that the region set, or that code with these names reads as data, as they were before."""
+    def is_named_input(self, value: Any) -> bool:
+        """Whether a tensor that the region finds by name shares memory with an input that it changed."""
+        return isinstance(value, torch.Tensor) and any(
+            memory.share_elements(given, value)
+            for position, given in self.given.get(storage_of(value), ())
+            if position in self.inputs
+        )
+
+    def variables(self, names: set[str], stored: set[str], roots: set[int]) -> list[Variable]:
+        """The attributes that the region set, or that its code reads as data or may set, as they were before.
+
+        `names` are those in the code, `stored` those of attributes that it sets, on objects of the user's classes
+        and on `roots`. A tensor that the region used counts whatever its name, which may be computed.
+        """
         found = []
         for holder, before in self.attributes.values():
             changed = set(world.changed(holder, before))
             for name in before.keys() | changed:
                 value, content = before.get(name, (world.MISSING, None))
                 is_buffer = isinstance(holder, torch.nn.Module) and name in holder._buffers
-                if name in changed or (name in names and not is_buffer and world.is_kept_data(value)):
+                is_read = name in names or (isinstance(value, torch.Tensor) and storage_of(value) in self.owners)
+                if name in changed or (is_read and not is_buffer and world.is_kept_data(value)):
                     found.append(Variable(holder, name, value, content, name in changed))
+            if stored and (id(holder) in roots or not world.is_foreign(holder)):
+                missing = world.may_get(holder, stored) - before.keys() - changed
+                found += [Variable(holder, name, world.MISSING, None, False) for name in sorted(missing)]
         for home, before in self.globals:
             for name, (value, content) in before.items():
                 is_set = home.get(name) is not value or (content is not None and not content.is_now())

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ _OWN = frozenset(name for name in torch.nn.Module().__dict__ if name.startswith(
 _FOREIGN = ("torch", "numpy", "builtins", "random", "functools", "re", "logging", "threading", "weakref")
 
 Attribute = tuple[Any, Content | None]
+Way = tuple[Hashable, ...]
 
 
 def holders_of(function: Callable[..., Any], values: Iterable[Any], modules: Iterable[torch.nn.Module]) -> list[Any]:
@@ -44,7 +46,12 @@ def is_plain(value: Any) -> bool:
     """Whether a value is an object of the user's with attributes of its own."""
     if isinstance(value, (type, types.ModuleType, types.FunctionType, types.MethodType, torch.Tensor)):
         return False
-    return hasattr(value, "__dict__") and type(value).__module__.split(".")[0] not in _FOREIGN
+    return hasattr(value, "__dict__") and not is_foreign(value)
+
+
+def is_foreign(value: Any) -> bool:
+    """Whether an object's class is torch's, NumPy's or the standard library's."""
+    return type(value).__module__.split(".")[0] in _FOREIGN
 
 
 def attributes_of(holder: Any) -> dict[str, Any]:
@@ -77,6 +84,28 @@ def is_kept_data(value: Any) -> bool:
     return value is not MISSING and not isinstance(value, (type, types.ModuleType))
 
 
+def may_get(holder: Any, names: set[str]) -> set[str]:
+    """The names under which an object may get an attribute that it does not have."""
+    if not hasattr(holder, "__dict__"):
+        return set()
+    taken = holder._parameters.keys() if isinstance(holder, torch.nn.Module) else ()
+    return {name for name in names if name not in taken and not hasattr(type(holder), name)}
+
+
+def leaves(value: Any, way: Way, depth: int = 0) -> Iterator[tuple[Way, Any]]:
+    """The tensors, modules and plain objects that a value is or holds in containers, with the way to each."""
+    if isinstance(value, torch.Tensor):
+        yield way, value
+    elif isinstance(value, (list, tuple, dict, set, collections.deque)):
+        if depth <= _DEPTH and len(value) <= _SMALL:
+            pairs = value.items() if isinstance(value, dict) else enumerate(value)
+            for key, item in pairs:
+                if item.__class__ not in closures.PLAIN:
+                    yield from leaves(item, (*way, key), depth + 1)
+    elif isinstance(value, torch.nn.Module) or is_plain(value):
+        yield way, value
+
+
 class Variable:
     """A variable as it was: an attribute of an object, or a global.
 
@@ -96,7 +125,12 @@ class Variable:
         else:
             self.home = holder.__dict__
             if isinstance(holder, torch.nn.Module) and name not in self.home:
-                self.home = holder._modules if name in holder._modules else holder._buffers
+                homes: tuple[Any, ...] = (holder._buffers, holder._modules, holder._parameters)
+                self.home = next((home for home in homes if name in home), self.home)
+
+    def leaves(self, way: Way) -> Iterator[tuple[Way, Any]]:
+        """The tensors, modules and plain objects that it was or held."""
+        return leaves(self.value if self.content is None else self.content.items, way)
 
     def now(self) -> Variable:
         """The variable as it is."""
@@ -118,6 +152,14 @@ class Variable:
             self.home.pop(self.name, None)
         else:
             self.home[self.name] = self.value
+
+
+def home_name(item: Variable) -> str:
+    """The attribute of a variable's holder that is the dictionary with it; empty for a global."""
+    if isinstance(item.holder, dict):
+        return ""
+    names = ("__dict__", "_modules", "_buffers", "_parameters")
+    return next(name for name in names if getattr(item.holder, name, None) is item.home)
 
 
 def variables_of(holder: Any) -> list[Variable]:
@@ -145,6 +187,6 @@ def variable_now(holder: Any, name: str, is_set: bool) -> Variable:
     """An attribute or global as it is now, with its content where the region sets it or it is small."""
     variable = Variable(holder, name, MISSING, None, is_set)
     value = variable.value = variable.home.get(name, MISSING)
-    if value.__class__ in (list, dict, set) and (is_set or len(value) <= _SMALL):
+    if value.__class__ in containers.KINDS and (is_set or len(value) <= _SMALL):
         variable.content = Content(value)
     return variable

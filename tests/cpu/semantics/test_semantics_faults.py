@@ -288,6 +288,29 @@ def test_regions_run_twice(candidate: Checkpoint) -> None:
         assert region_runs(checkpoint, retained) == 3
 
 
+@pytest.mark.parametrize(
+    ("size", "tail", "expected"), [(4, False, 2), (4096, False, 1), (4, True, 1)], ids=["tiny", "large", "tail"]
+)
+def test_a_recompute_ends_where_that_is_cheapest(candidate: Checkpoint, size: int, tail: bool, expected: int) -> None:
+    """At its last saved tensor; but an exception there costs more than what is left of a tiny region without a tail."""
+
+    class Ends:
+        num = 0
+
+    def region(x: Tensor) -> Tensor:
+        x = torch.sin(x)
+        if tail:
+            x = x + 1
+        Ends.num += 1
+        return x
+
+    x = torch.ones(size, requires_grad=True)
+    for _ in range(4):
+        Ends.num = 0
+        candidate(region, x, use_reentrant=False).sum().backward()
+    assert Ends.num == expected
+
+
 def test_regions_are_recomputed_one_by_one(candidate: Checkpoint) -> None:
     """Row 46: while one region's backward ends, the recomputed activations of those after it are gone."""
     regions = [Layers() for _ in range(3)]
@@ -305,3 +328,11 @@ def test_regions_are_recomputed_one_by_one(candidate: Checkpoint) -> None:
             x.register_hook(note)
         x.sum().backward()
         assert seen == [(1, 0), (0, 0), (0, 0)], f"step {step}: live activations of later regions"
+
+
+def test_a_saved_tensor_that_is_read_outside_a_backward_leaves_the_mode(candidate: Checkpoint) -> None:
+    """The recompute runs with gradients on; who asks from under `no_grad` keeps that."""
+    y = candidate(lambda t: torch.sin(t).exp(), torch.ones(3, requires_grad=True), use_reentrant=False)
+    with torch.no_grad():
+        assert y.grad_fn._saved_result.shape == (3,)
+        assert not torch.is_grad_enabled()

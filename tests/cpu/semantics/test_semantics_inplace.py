@@ -1,4 +1,4 @@
-"""In-place changes, and lists that a region appends to: rows 17, 18, 19 and 36."""
+"""In-place changes, and lists that a region appends to: rows 17, 18, 19, 21 and 36."""
 
 from __future__ import annotations
 
@@ -124,6 +124,21 @@ def unsaved_output_changed_after_the_region(checkpoint: Checkpoint) -> dict[str,
     return train(layer, loss_of, batches(3, 4))
 
 
+@TABLE.row(21, rule=EQUAL_OR_REFUSED, torch=REFUSES)
+def memory_of_the_base_of_an_input_changed(checkpoint: Checkpoint) -> dict[str, object]:
+    layer = nn.Linear(6, 6)
+
+    def region(row: Tensor) -> Tensor:
+        base: Tensor = row._base  # type: ignore[assignment]
+        base[1].mul_(2)
+        return torch.sin(layer(row + base[1].clone()))
+
+    def loss_of(x: Tensor) -> Tensor:
+        return attempt(lambda: checkpoint(region, x.clone()[0], use_reentrant=False), layer).sum()
+
+    return train(layer, loss_of, batches(4, 6, count=1))
+
+
 @TABLE.row(36, rule=EQUAL_OR_REFUSED, torch=REFUSES)
 def key_value_cache(checkpoint: Checkpoint) -> dict[str, object]:
     """Attention appends its keys and values to a cache that it then attends to."""
@@ -164,6 +179,38 @@ def collected_hidden_states(checkpoint: Checkpoint) -> dict[str, object]:
         return x.sum()
 
     return {**train(layers, loss_of, batches(3, 4)), "states": states}
+
+
+@TABLE.row(21, rule=EQUAL_OR_REFUSED, torch=REFUSES)
+def inputs_that_share_memory_one_changed(checkpoint: Checkpoint) -> dict[str, object]:
+    layer = nn.Linear(6, 6)
+
+    def region(whole: Tensor, part: Tensor) -> Tensor:
+        whole.mul_(2)
+        return torch.sin(layer(part * part))
+
+    def loss_of(x: Tensor) -> Tensor:
+        x = x.clone()
+        return attempt(lambda: checkpoint(region, x, x[0], use_reentrant=False), layer).sum()
+
+    return train(layer, loss_of, batches(4, 6, count=3))
+
+
+@TABLE.row(21, rule=EQUAL_OR_REFUSED, torch=REFUSES)
+def memory_beside_an_input_changed(checkpoint: Checkpoint) -> dict[str, object]:
+    """The input is the first row of a tensor whose second row the region changes through its closure."""
+    layer = nn.Linear(6, 6)
+
+    def loss_of(x: Tensor) -> Tensor:
+        x = x.clone()
+
+        def region(row: Tensor) -> Tensor:
+            x[1].mul_(2)
+            return torch.sin(layer(row + x[1].clone()))
+
+        return attempt(lambda: checkpoint(region, x[0], use_reentrant=False), layer).sum()
+
+    return train(layer, loss_of, batches(4, 6, count=3))
 
 
 @TABLE.rows

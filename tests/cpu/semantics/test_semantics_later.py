@@ -29,6 +29,8 @@ from rows import (
 )
 from torch import Tensor, nn
 
+from keepless.eager import checkpoint_counters, forget_regions, reset_checkpoint_counters
+
 TABLE = Table()
 
 
@@ -198,3 +200,16 @@ def test_as_without_checkpoint(row: Row, candidate: Checkpoint) -> None:
 @TABLE.torch_differs
 def test_torch_differs(row: Row) -> None:
     torch_differs(row)
+
+
+def test_a_layer_in_many_places_is_watched_once_for_each_kind_of_input(candidate: Checkpoint) -> None:
+    """The first of three calls has an input without gradient, and saves otherwise: two watched calls, and no more."""
+    layer = nn.Sequential(nn.Linear(6, 6), nn.Tanh())
+    forget_regions()
+    reset_checkpoint_counters()
+    for x in batches(4, 6, count=5):
+        for _ in range(3):
+            x = candidate(layer, x, use_reentrant=False)
+        x.sum().backward()
+    counters = checkpoint_counters()
+    assert (counters.regions, counters.watched, counters.recomputes) == (15, 2, 15)

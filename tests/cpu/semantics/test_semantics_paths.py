@@ -2,8 +2,25 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
+from collections.abc import Callable
+from typing import Any
+
 import torch
-from rows import EQUAL_OR_REFUSED, REFUSES, WRONG, Checkpoint, Row, Table, attempt, batches, judge, torch_differs, train
+from rows import (
+    EQUAL_OR_REFUSED,
+    REFUSES,
+    WRONG,
+    Checkpoint,
+    Row,
+    Table,
+    attempt,
+    batches,
+    judge,
+    state_of,
+    torch_differs,
+    train,
+)
 from torch import Tensor, nn
 
 TABLE = Table()
@@ -119,6 +136,54 @@ def same_values_under_a_bitwise_check(checkpoint: Checkpoint) -> dict[str, objec
         )
 
     return train(block, loss_of, batches(3, 4))
+
+
+class Counted(nn.Module):
+    """Counts its calls in a buffer, and scales by it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+        self.register_buffer("num", torch.ones(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.sin(self.linear(x))
+        with torch.no_grad():
+            self.num += 1
+        return h * self.num.clone()
+
+
+def other_layer_later(checkpoint: Checkpoint, table: Callable[[Any], Any], **needs: bool) -> dict[str, object]:
+    """Four steps; from the third on another layer with the same shapes runs, and writes its buffer."""
+    layers = nn.ModuleList(Counted() for _ in range(2))
+    pool = Namespace(table=table(list(layers)), step=0)
+
+    def region(x: Tensor) -> Tensor:
+        inside = pool.table
+        while isinstance(inside, dict):
+            inside = inside["in"]
+        return inside[pool.step // 2](x)
+
+    found = []
+    for x in batches(4, 6, count=4):
+        x.requires_grad_(**needs)
+        loss = attempt(lambda t=x: checkpoint(region, t, use_reentrant=False).sum(), layers)
+        attempt(loss.backward, layers)
+        found.append(state_of(layers))
+        pool.step += 1
+    return {"found": found}
+
+
+@TABLE.row(58, rule=EQUAL_OR_REFUSED, torch=WRONG)
+def another_layer_of_the_same_shape_later(checkpoint: Checkpoint) -> dict[str, object]:
+    """No parameter is saved: nothing but the buffer tells that it is another layer."""
+    return other_layer_later(checkpoint, lambda layers: {"in": {"in": {"in": layers}}}, requires_grad=False)
+
+
+@TABLE.row(58, rule=EQUAL_OR_REFUSED, torch=WRONG)
+def another_layer_out_of_reach_later(checkpoint: Checkpoint) -> dict[str, object]:
+    """The layer lies too deep to be found; its weight is saved."""
+    return other_layer_later(checkpoint, lambda layers: {"in": {"in": {"in": {"in": {"in": layers}}}}})
 
 
 @TABLE.rows

@@ -7,9 +7,12 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import pytest
 import torch
-from rows import WRONG, Checkpoint, Row, Table, batches, judge, state_of, torch_differs
+from rows import WRONG, Checkpoint, Row, Table, batches, bits, judge, plain, state_of, torch_differs
 from torch import Tensor, nn
+
+from keepless.eager import recompute
 
 TABLE = Table()
 
@@ -108,3 +111,69 @@ def test_as_without_checkpoint(row: Row, candidate: Checkpoint) -> None:
 @TABLE.torch_differs
 def test_torch_differs(row: Row) -> None:
     torch_differs(row)
+
+
+class Pause:
+    """Where the first recompute waits for the second; on a class, which no recompute puts back."""
+
+    is_wanted = False
+    started = threading.Event()
+    waits = threading.Event()
+
+    @classmethod
+    def here(cls) -> None:
+        if cls.is_wanted:
+            cls.is_wanted = False
+            cls.started.set()
+            assert cls.waits.wait(10)
+
+
+class Turn:
+    """The lock of recomputes; tells when a second thread waits for it."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.first: int | None = None
+
+    def __enter__(self) -> None:
+        if self.first is None:
+            self.first = threading.get_ident()
+        elif self.first != threading.get_ident():
+            Pause.waits.set()
+        self.lock.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self.lock.release()
+
+
+def test_a_thread_that_waits_sees_what_was_put_back(candidate: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it waits, another recompute has the forward's buffer in place; afterwards the new one is back."""
+    layer = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6))
+    layer.register_buffer("scale", torch.ones(6))
+
+    def region(x: Tensor) -> Tensor:
+        Pause.here()
+        return torch.sin(layer(x) * layer.scale)
+
+    x = batches(4, 6, count=1)[0]
+    for _ in range(2):
+        candidate(region, x, use_reentrant=False).sum().backward()
+    wanted = torch.autograd.grad(plain(region, x).sum(), layer[0].weight)[0]
+    losses = [candidate(region, x, use_reentrant=False).sum() for _ in range(2)]
+    layer.scale = layer.scale * 3
+    found: dict[int, Tensor] = {}
+
+    def backward(index: int) -> None:
+        (found[index],) = torch.autograd.grad(losses[index], layer[0].weight)
+
+    monkeypatch.setattr(recompute, "_turn", Turn())
+    Pause.is_wanted = True
+    threads = [threading.Thread(target=backward, args=(index,)) for index in range(2)]
+    threads[0].start()
+    assert Pause.started.wait(10)
+    threads[1].start()
+    for thread in threads:
+        thread.join()
+    assert bits(found[0]) == bits(wanted)
+    assert bits(found[1]) == bits(wanted)
+    assert layer.scale[0] == 3
