@@ -292,6 +292,18 @@ def graph_is_kept() -> bool:
     return bool(torch._C._autograd._get_current_graph_task_keep_graph())
 
 
+def own_ops() -> contextlib.AbstractContextManager[Any]:
+    """Inside, no dispatch mode sees an op: those that are ours, not the region's, are nothing for a user's modes."""
+    if not torch._C._len_torch_dispatch_stack():
+        return _NOTHING
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    return _disable_current_modes()
+
+
+_NOTHING: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+
+
 def transforms_active() -> bool:
     """Whether a torch.func transform is running."""
     return bool(torch._C._are_functorch_transforms_active())

@@ -122,7 +122,8 @@ def _checkpoint(
         return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False, context_fn=context_fn, **kwargs)
     if use_reentrant is None:
         warnings.warn(
-            "checkpoint: use_reentrant should be passed; here both values mean the non-reentrant method",
+            "checkpoint: the use_reentrant parameter should be passed explicitly; here both values mean the "
+            "non-reentrant method",
             stacklevel=3,
         )
     if not callable(function):
@@ -163,7 +164,8 @@ def checkpoint_sequential(
     """
     if use_reentrant is None:
         warnings.warn(
-            "checkpoint_sequential: use_reentrant should be passed; here both values mean the non-reentrant method",
+            "checkpoint_sequential: the use_reentrant parameter should be passed explicitly; here both values mean "
+            "the non-reentrant method",
             stacklevel=2,
         )
         use_reentrant = False

@@ -109,7 +109,8 @@ class Frame:
         """Saves the inputs as an op would save them; those that the region changes are cloned."""
         self.grads = [tensor.requires_grad for tensor in tensors]
         if changed:
-            self.clones = {i: tensors[i].detach().clone() for i in changed}
+            with _compat.own_ops():
+                self.clones = {i: tensors[i].detach().clone() for i in changed}
         self.inputs = [None if i in self.clones else _compat.save_tensor(tensor) for i, tensor in enumerate(tensors)]
 
     def hold_profile(self, profile: Profile, preserve: bool) -> None:
@@ -121,7 +122,7 @@ class Frame:
         self.early_stop = self.early_stop and not profile.fills_late
         state = profile.state()
         if state:
-            with torch.no_grad():
+            with torch.no_grad(), _compat.own_ops():
                 self.state = [(tensor, tensor.detach().clone()) for tensor in state]
         self.fixed = profile.fixed()
         streams = [*profile.streams, *self.own_streams]

@@ -194,10 +194,8 @@ class _Run:
         grad = frame.grads[position]
         if read is None:
             clone = frame.clones[position]
-            if not grad:
-                return clone.clone()
-            with torch.enable_grad():
-                return clone.detach().requires_grad_().clone()
+            with torch.set_grad_enabled(grad), _compat.own_ops():
+                return clone.detach().requires_grad_(grad).clone()
         tensor = read()
         if not grad or tensor.__class__ is torch.nn.Parameter:
             return tensor
@@ -244,7 +242,7 @@ def _shape(tensor: torch.Tensor) -> str:
 def _swap(state: list[tuple[torch.Tensor, torch.Tensor]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
     if not state:
         return []
-    with torch.no_grad():
+    with torch.no_grad(), _compat.own_ops():
         now = [(tensor, tensor.detach().clone()) for tensor, _ in state]
     _put_back(state)
     return now
@@ -252,7 +250,7 @@ def _swap(state: list[tuple[torch.Tensor, torch.Tensor]]) -> list[tuple[torch.Te
 
 def _put_back(state: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
     if state:
-        with torch.no_grad():
+        with torch.no_grad(), _compat.own_ops():
             for tensor, values in state:
                 tensor.data.copy_(values)
 

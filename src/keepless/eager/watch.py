@@ -96,7 +96,8 @@ class Watch(TorchFunctionMode):
         self.given: dict[Any, list[tuple[int, torch.Tensor]]] = {}
         for position, tensor in enumerate(inputs):
             self.given.setdefault(storage_of(tensor), []).append((position, tensor))
-        self.judge = hooks.Judge(lambda: (self.effects, count()))
+        itself = weakref.proxy(self)  # a ring would hold the inputs where an early stop ends the call
+        self.judge = hooks.Judge(lambda: (itself.effects, count()))
         self.made: set[Any] = set()
         self.start = _compat.next_node_number()
         self.lost = ""
@@ -160,12 +161,13 @@ class Watch(TorchFunctionMode):
 
     def _before_write(self, tensor: torch.Tensor) -> None:
         key = storage_of(tensor)
-        for position, given in self.given.get(key, ()):
-            if position not in self.inputs:
-                self.inputs[position] = given.detach().clone()
-        owner = self.owners.get(key)
-        if owner is not None and id(owner) not in self.before:
-            self.before[id(owner)] = (owner, owner.detach().clone())
+        with _compat.own_ops():
+            for position, given in self.given.get(key, ()):
+                if position not in self.inputs:
+                    self.inputs[position] = given.detach().clone()
+            owner = self.owners.get(key)
+            if owner is not None and id(owner) not in self.before:
+                self.before[id(owner)] = (owner, owner.detach().clone())
 
     def look_at(self, holder: Any) -> None:
         """Remembers the attributes of a module or object before the region changes them."""
@@ -191,17 +193,17 @@ class Watch(TorchFunctionMode):
         """Remembers a module's attributes, and the values of its small buffers."""
         self.called[id(module)] = module
         self.look_at(module)
-        with torch.no_grad():
+        with torch.no_grad(), _compat.own_ops():
             for buffer in module._buffers.values():
                 if buffer is not None and buffer.layout is torch.strided and buffer.nbytes <= _SMALL:
                     self.small_buffers.append((buffer, buffer.detach().clone()))
 
     def finish(self) -> None:
-        """Ends the watching; adds the small buffers that changed without an op that says so."""
-        self.judge.effects = _none
-        for buffer, before in self.small_buffers:
-            if id(buffer) not in self.before and not torch.equal(buffer, before):
-                self.before[id(buffer)] = (buffer, before)
+        """Adds the small buffers that changed without an op that says so."""
+        with _compat.own_ops():
+            for buffer, before in self.small_buffers:
+                if id(buffer) not in self.before and not torch.equal(buffer, before):
+                    self.before[id(buffer)] = (buffer, before)
 
     def variables(self, names: set[str]) -> list[Variable]:
         """The attributes that the region set, or that code with these names reads as data, as they were before."""
@@ -219,7 +221,3 @@ class Watch(TorchFunctionMode):
                 if is_set or world.is_kept_data(value):
                     found.append(Variable(home, name, value, content, is_set))
         return found
-
-
-def _none() -> None:
-    return None
