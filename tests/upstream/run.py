@@ -3,7 +3,7 @@
     python tests/upstream/run.py CHECKOUT      # make test-upstream TORCH_SRC=CHECKOUT
 
 `CHECKOUT` is a source checkout of PyTorch, of the release that is installed. Of the files in `FILES` every case runs
-whose class or name says checkpoint, in one process for each file and side. What counts is that ours fails or skips
+whose class, name or code says checkpoint, in one process for each file and side. What counts is that ours fails or skips
 nothing that passes with torch's; exit code 0 says so, 1 that some case differs, 2 that nothing could be compared. A
 difference that is meant stands in `known.json`, with the words of its error and the reason; nothing else is left out.
 """
@@ -72,6 +72,8 @@ def outcomes(checkout: Path, file: str, substitute: str | None) -> dict[str, Out
         surroundings = {
             "PYTHONPATH": os.pathsep.join(os.path.abspath(path) for path in paths),
             "PYTHONDONTWRITEBYTECODE": "1",
+            "PYTORCH_TEST_WITH_SLOW": "1",
+            "PYTORCH_PRINT_REPRO_ON_FAILURE": "0",
             "UPSTREAM_LOG": str(log),
             "UPSTREAM_SUBSTITUTE": substitute or "",
         }

@@ -6,9 +6,11 @@ Loaded before any test module, so that `from torch.utils.checkpoint import check
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import os
 import sys
+import types
 from typing import Any
 
 import pytest
@@ -37,12 +39,24 @@ def _write(case: str, word: str, error: str = "") -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Only cases whose class or name says checkpoint; each is lost until it ends."""
-    wanted = [item for item in items if "checkpoint" in item.nodeid.partition("::")[2].lower()]
+    """Only cases whose class, name or code says checkpoint; each is lost until it ends."""
+    wanted = [item for item in items if _says_checkpoint(item)]
     config.hook.pytest_deselected(items=[item for item in items if item not in set(wanted)])
     items[:] = wanted
     for item in wanted:
         _write(item.nodeid, "lost", "its process ended first")
+
+
+def _says_checkpoint(item: pytest.Item) -> bool:
+    if "checkpoint" in item.nodeid.partition("::")[2].lower():
+        return True
+    code = getattr(inspect.unwrap(getattr(item, "function", None)), "__code__", None)
+    return code is not None and _names_checkpoint(code)
+
+
+def _names_checkpoint(code: types.CodeType) -> bool:
+    inner = (constant for constant in code.co_consts if isinstance(constant, types.CodeType))
+    return any(name in NAMES for name in code.co_names) or any(_names_checkpoint(item) for item in inner)
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

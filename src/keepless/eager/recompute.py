@@ -56,7 +56,7 @@ def unpack(holder: Holder) -> torch.Tensor:
 
 def _fill(frame: Frame, task: Any) -> None:
     counters.count("recomputes")
-    if _compat.graph_is_kept():
+    if _compat.graph_task() != -1 and _compat.graph_is_kept():
         reference = weakref.ref(frame)
         _compat.at_end_of_backward(lambda: _forget(reference, task))
     run = _Run(frame, task)
