@@ -3,9 +3,9 @@
     python tests/upstream/run.py CHECKOUT      # make test-upstream TORCH_SRC=CHECKOUT
 
 `CHECKOUT` is a source checkout of PyTorch, of the release that is installed. Of the files in `FILES` every case runs
-whose class, name or code says checkpoint, in one process for each file and side. What counts is that ours fails or skips
-nothing that passes with torch's; exit code 0 says so, 1 that some case differs, 2 that nothing could be compared. A
-difference that is meant stands in `known.json`, with the words of its error and the reason; nothing else is left out.
+whose class, name or code says checkpoint, in one process for each file and side. What counts is that ours fails or
+skips nothing that passes with torch's; exit code 0 says so, 1 that some case differs, 2 that a file cannot be compared.
+A difference that is meant stands in `known.json`, with the words of its error and the reason; nothing else is left out.
 """
 
 from __future__ import annotations
@@ -113,10 +113,7 @@ def compared(torchs: dict[str, Outcome], ours: dict[str, Outcome], known: list[K
     rows = []
     for case in dict.fromkeys((*torchs, *ours)):
         there, here = torchs.get(case, lost), ours.get(case, lost)
-        name = case.partition("::")[2].replace("::", ".")
-        meant = [
-            item for item in known if fnmatch.fnmatchcase(name, item.case) and re.search(item.error, here.error, re.S)
-        ]
+        meant = [item for item in known if _is_of(item, case) and re.search(item.error, here.error, re.S)]
         rows.append(Row(case, there, here, meant[0] if meant else None))
     return rows
 
@@ -166,9 +163,10 @@ def main(words: list[str]) -> int:
     checkout = Path(asked.checkout).resolve()
     files = [file for file in (*FILES, *asked.also) if asked.checkout and (checkout / file).is_file()]
     if not files:
+        place = f"There are no checkpoint tests of PyTorch in {asked.checkout!r}" if asked.checkout else "No checkout"
         print(
-            f"No checkpoint tests of PyTorch in {asked.checkout!r}: looked for {', '.join(FILES)}. Give a source "
-            "checkout of the installed release: make test-upstream TORCH_SRC=../pytorch",
+            f"{place}: looked for {', '.join(FILES)}. Give a source checkout of PyTorch {metadata.version('torch')}: "
+            "make test-upstream TORCH_SRC=../pytorch",
             file=sys.stderr,
         )
         return NOTHING
@@ -177,25 +175,30 @@ def main(words: list[str]) -> int:
             print(f"not in this checkout: {file}")
     installed, version = metadata.version("torch"), checkout / "version.txt"
     if version.is_file() and _release(version.read_text()) != _release(installed):
-        print(f"the checkout is of torch {version.read_text().strip()}, installed is {installed}: expect failures of both")
+        print(f"the checkout is of torch {version.read_text().strip()}, and {installed} is installed")
     known = known_differences(asked.known)
     rows: list[Row] = []
     for file in files:
         rows += compared(outcomes(checkout, file, None), outcomes(checkout, file, asked.substitute), known)
-    if not rows:
-        print(f"No case of {', '.join(files)} says checkpoint: nothing was compared.", file=sys.stderr)
+    unread = [row for row in rows if row.case in files and row.torchs.word == "failed"]
+    for row in unread:
+        print(f"{row.case} does not run with torch's own, {installed}: {row.torchs.error}", file=sys.stderr)
+    if unread or not any(row.torchs.word == "passed" for row in rows):
+        print(
+            f"Nothing was compared: no checkpoint case of {', '.join(files)} passes with torch's own.", file=sys.stderr
+        )
         return NOTHING
     print(table(rows))
     used = {row.known for row in rows if row.differs}
     for item in known:
-        if item not in used and any(fnmatch.fnmatchcase(_name(row), item.case) for row in rows):
+        if item not in used and any(_is_of(item, row.case) for row in rows):
             print(f"no difference any more: {item.case} can leave {asked.known.name}")
     print(summary(rows))
     return DIFFERS if any(row.counts for row in rows) else SAME
 
 
-def _name(row: Row) -> str:
-    return row.case.partition("::")[2].replace("::", ".")
+def _is_of(known: Known, case: str) -> bool:
+    return fnmatch.fnmatchcase(case.partition("::")[2].replace("::", "."), known.case)
 
 
 if __name__ == "__main__":

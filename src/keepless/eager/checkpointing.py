@@ -21,6 +21,8 @@ from keepless.eager.forward import Contexts, Options
 P = ParamSpec("P")
 R = TypeVar("R")
 
+_torchs = torch.utils.checkpoint.checkpoint  # as it is now: a program may put ours in its place
+
 
 class CheckpointedFunction(Generic[P, R]):
     """A function that runs as a checkpointed region each time it is called; works as a method too."""
@@ -118,8 +120,8 @@ def _checkpoint(
 ) -> Any:
     if torch.compiler.is_dynamo_compiling():
         if context_fn is torch.utils.checkpoint.noop_context_fn:
-            return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False, **kwargs)
-        return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False, context_fn=context_fn, **kwargs)
+            return _torchs(function, *args, use_reentrant=False, **kwargs)
+        return _torchs(function, *args, use_reentrant=False, context_fn=context_fn, **kwargs)
     if use_reentrant is None:
         warnings.warn(
             "checkpoint: the use_reentrant parameter should be passed explicitly; here both values mean the "

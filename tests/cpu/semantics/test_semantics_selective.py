@@ -112,7 +112,7 @@ def test_copies_of_state_are_nothing_for_a_policy(check: str, candidate: Callabl
 
 
 def test_a_region_inside_copies_its_state_unseen(candidate: Callable[..., torch.Tensor]) -> None:
-    """The inner region is watched in the outer's forward and known in its recompute: the outer's policy sees neither."""
+    """It is watched in the outer's forward and known in its recompute: the outer's policy sees neither."""
     seen: list[str] = []
 
     def policy(context: object, op: object, *args: object, **kwargs: object) -> CheckpointPolicy:
