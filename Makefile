@@ -5,12 +5,13 @@ PURE ?= .venv-pure
 BIN := $(VENV)/bin
 CONSTRAINTS := constraints.txt
 
-.PHONY: help demo test test-fast test-pure check lint types imports format bench bench-planner bench-gpu clean
+.PHONY: help demo test test-fast test-pure test-upstream check lint types imports format bench bench-planner bench-gpu clean
 
 help:
 	@echo "make demo       train a small GPT-2 four ways inside and outside a budget (out/)"
 	@echo "make test       lint, types, import contracts, all tests"
 	@echo "make test-fast  the tests without the slow ones"
+	@echo "make test-upstream TORCH_SRC=...  PyTorch's own checkpoint tests, of a source checkout, with ours in its place"
 	@echo "make bench      the committed figures (benchmarks/results/)"
 	@echo "make bench-planner  how near the optimum plans are, and how soon"
 
@@ -60,6 +61,10 @@ test-fast: $(VENV)/.ready
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow" tests/pure & pure=$$!; \
 	$(BIN)/python -m pytest -q -m "not slow" tests/cpu tests/gpu; rest=$$?; \
 	wait $$pure && exit $$rest
+
+# PyTorch's own tests of checkpoint, with torch's function and with ours; TORCH_SRC is a checkout of its source.
+test-upstream: $(VENV)/.ready
+	$(BIN)/python tests/upstream/run.py "$(TORCH_SRC)"
 
 bench: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.step

@@ -166,7 +166,7 @@ def simulation(table: Table) -> None:
 
 
 def show(console: Console, table: Table, names: list[str]) -> None:
-    """What matters per step, and how the solvers fare on the DAGs."""
+    """What matters per step, and how the solvers fare on the DAGs where they were measured."""
     shown = RichTable(
         "step", "ops", "smallest", "median gap", "worst gap >= 1.1x", "first s", "last s", "holds", "falls"
     )
@@ -189,6 +189,12 @@ def show(console: Console, table: Table, names: list[str]) -> None:
             "yes" if all(column("falls")) else "no",
         )
     console.print(shown)
+    if any(row.model.startswith("dag ") for row in table.rows):
+        show_dags(console, table)
+
+
+def show_dags(console: Console, table: Table) -> None:
+    """How the solvers fare on the DAGs."""
     shown = RichTable("DAGs", "solver", "fits", "added where it fits", "slowest s")
     for num in SIZES:
         for solver in ("keepless", *CLASSICS):

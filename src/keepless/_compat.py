@@ -303,6 +303,18 @@ def without_function_subclasses() -> Any:
     return torch._C.DisableTorchFunctionSubclass()
 
 
+def own_ops() -> contextlib.AbstractContextManager[Any]:
+    """Inside, no dispatch mode sees an op: those that are ours, not the region's, are nothing for a user's modes."""
+    if not torch._C._len_torch_dispatch_stack():
+        return _NOTHING
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    return _disable_current_modes()
+
+
+_NOTHING: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+
+
 def storage_key(tensor: torch.Tensor) -> int:
     """Equal for tensors that share storage, also for fake ones."""
     return int(tensor.untyped_storage()._cdata)

@@ -60,3 +60,23 @@ def test_a_thousand_steps_end_at_the_bytes_of_the_third(fresh: bool) -> None:
             if step in (2, 999):
                 counts.append((storages.live(), len(profile._profiles)))
     assert counts[0] == counts[1]
+
+
+@pytest.mark.usefixtures("_no_collector")
+def test_a_watched_call_that_an_early_stop_ends_holds_nothing() -> None:
+    """The inner region is new in the outer's recompute, which ends inside it."""
+    inputs = []
+
+    def outer(value: Tensor) -> Tensor:
+        new = nn.Sequential(nn.Tanh(), nn.Tanh())
+        return keepless.checkpoint(new, value * 2, use_reentrant=False)
+
+    def step() -> None:
+        x = torch.ones(4, requires_grad=True)
+        inputs.append(StorageWeakRef(x.untyped_storage()))
+        middle = keepless.checkpoint(outer, x, use_reentrant=False)
+        torch.autograd.grad(middle.sum(), x, create_graph=True)[0].sum().backward()
+
+    for _ in range(3):
+        step()
+    assert [reference.expired() for reference in inputs] == [True] * 3

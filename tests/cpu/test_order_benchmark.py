@@ -56,3 +56,19 @@ def test_a_small_model_has_all_its_rows() -> None:
     assert table.find("tiny", steps[-1].contender, "replays") == 0
     assert (table.find("tiny", steps[0].contender, "replays") or 0) > 0
     assert table.find("tiny", order.WHOLE, "noise") is not None
+
+
+def test_the_planners_benchmark_shows_what_it_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    """Without DAGs there is no table of DAGs that none of fits."""
+    from benchmarks import planner
+    from benchmarks.common import Table
+    from rich.console import Console
+
+    table = Table("cpu", 0)
+    for metric, value in (("ops", 3), ("smallest_over_kept", 0.5), ("first", 0.1), ("solve", 0.2)):
+        table.add("gpt2-4", "keepless", metric, "count", value)
+    planner.show(Console(width=120), table, ["gpt2-4"])
+    assert "DAGs" not in capsys.readouterr().out
+    table.add("dag 100 0 0.9", "keepless", "fits", "count", 1)
+    planner.show(Console(width=120), table, ["gpt2-4"])
+    assert "1 of 6" in capsys.readouterr().out

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import statistics
 import tempfile
 from dataclasses import asdict
@@ -37,7 +36,16 @@ from keepless.cli.options import (
     SolverOption,
     Values,
 )
-from keepless.cli.session import FAILED, Session, UsageError, planning, read_budget, session
+from keepless.cli.session import (
+    FAILED,
+    Session,
+    UsageError,
+    check_picture,
+    check_target,
+    planning,
+    read_budget,
+    session,
+)
 from keepless.cost import format_graph
 from keepless.ir import format_bytes
 from keepless.machine import Plan, load_plan
@@ -90,6 +98,9 @@ def plan_command(
             "outside": read_budget(outside),
             "cache": cache,
         }
+        check_picture(picture)
+        check_target(save)
+        check_target(export)
         found = _planned(_build(recipe), budget, options)
         if export is not None:
             export.write_text(format_graph(found.graph, found.cost), encoding="ascii")
@@ -125,6 +136,7 @@ def train(
     with session(as_json, debug) as current:
         recipe = _recipe(model, batch_size, seq_len, dtype, optimizer, device, learning_rate, seed)
         _refuse_meta(recipe)
+        check_target(save)
         built = _build(recipe)
         found = _plan_of(built, plan, budget, {"solver": solver, "engine": engine, "release_outputs": True})
         from keepless import api
@@ -204,6 +216,7 @@ def show(
 ) -> None:
     """Show a saved plan: what is kept, what is made again, bytes, time and reasons. Needs no torch."""
     with session(as_json, debug) as current:
+        check_picture(picture)
         _describe(current, load_plan(file), values=values, save=None, picture=picture)
 
 
@@ -302,14 +315,9 @@ def _describe(current: Session, plan: Plan, *, values: bool, save: Path | None, 
     if save is not None:
         plan.save(save)
     if picture is not None:
-        if importlib.util.find_spec("matplotlib") is None:
-            raise UsageError("A picture needs matplotlib: pip install 'keepless[report]'")
         from keepless.report.picture import draw
 
-        try:
-            draw(plan, picture)
-        except ValueError as error:  # matplotlib's word for a file name whose end it does not know
-            raise UsageError(f"The picture {str(picture)!r} cannot be drawn: {error}") from None
+        draw(plan, picture)
     if current.as_json:
         current.answer = plan_dict(plan, values=values)
         current.answer |= {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,7 +23,7 @@ from keepless.cli.options import (
     Seed,
     SeqLen,
 )
-from keepless.cli.session import UsageError, planning, read_budget, session
+from keepless.cli.session import UsageError, check_picture, check_target, planning, read_budget, session
 from keepless.ir.budget import MAX_NBYTES, parse_bytes
 from keepless.report.tables import plan_dict, verdict
 
@@ -57,8 +56,8 @@ def curve_command(
     with session(as_json, debug) as current:
         if save is not None and save_at is None:
             raise UsageError("--save writes one plan of the curve: say which, --save-at 8GiB.")
-        if picture is not None and importlib.util.find_spec("matplotlib") is None:
-            raise UsageError("A picture needs matplotlib: pip install 'keepless[report]'")
+        check_picture(picture)
+        check_target(save)
         wanted = None if save_at is None else read_budget(save_at)
         if wanted is not None:
             parse_bytes(wanted, device_nbytes=MAX_NBYTES)  # what cannot be read is refused before any work
@@ -82,10 +81,7 @@ def curve_command(
         if chosen is not None and save is not None:
             chosen.save(save)
         if picture is not None:
-            try:
-                found.draw(picture, budget=wanted)
-            except ValueError as error:  # matplotlib's word for a file name whose end it does not know
-                raise UsageError(f"The picture {str(picture)!r} cannot be drawn: {error}") from None
+            found.draw(picture, budget=wanted)
         if as_json:
             current.answer = found.as_dict() | {
                 "plan": None if chosen is None else plan_dict(chosen),

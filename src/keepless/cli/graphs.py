@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from keepless.cli.searching import ended_by_ctrl_c, searching
-from keepless.cli.session import Session, UsageError, read_budget, session
+from keepless.cli.session import Session, UsageError, check_target, read_budget, session
 from keepless.cost import CostModel, GraphFile, read_graph
 from keepless.errors import BudgetError, GraphError, InfeasibleBudget, PlanError, ProgramError
 from keepless.ir import DEVICE, Budget, Graph, Program, Run, Status, Timeline, format_bytes, parse_bytes
@@ -34,6 +33,8 @@ BudgetOption = Annotated[
     str | None,
     typer.Option("--budget", "-b", help='"8GiB" (2**30), "8GB" (10**9), bytes, or 0.8 of the given order\'s peak.'),
 ]
+_CLOSE = 1 + 1e-6
+"""What sums of seconds may differ by, for rounding."""
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, and nothing else.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")]
 
@@ -67,7 +68,7 @@ def solve_command(
             raise UsageError(f"--time-limit {time_limit} is not a number of seconds above 0.")
         solvers.named_solver(solver)
         for target in (output, order, save):
-            _check_target(target, graph)
+            check_target(target, graph)
         if budget is None:
             raise UsageError("A budget is needed: --budget 8GiB, or --budget 0.8 of the given order's peak.")
         file = read_graph(graph)
@@ -144,16 +145,6 @@ def _budget(limit: int, cost: CostModel) -> Budget:
     return Budget({**dict.fromkeys(tiers, MAX_NBYTES), DEVICE: limit})
 
 
-def _check_target(target: Path | None, graph: Path) -> None:
-    """Refuses, before the search, files that cannot be written after it."""
-    if target is None:
-        return
-    if target.is_dir() or not target.parent.is_dir():
-        raise UsageError(f"{str(target)!r} cannot be written: it is a folder, or its folder does not exist.")
-    if target.exists() and graph.exists() and os.path.samefile(target, graph):
-        raise UsageError(f"{str(target)!r} is the graph's own file: write to another one.")
-
-
 def _program(path: Path, file: GraphFile) -> Program:
     """The program in a file, or that of the order in it."""
     graph = file.graph
@@ -198,6 +189,7 @@ def _recheck(current: Session, plan: Plan) -> None:
     is_open = can_recheck(claim)
     current.answer["rechecked"] = is_open
     if not is_open:
+        _check_by_its_own_program(plan)
         current.show(f"claims   of solver {claim.solver!r} have no witness that could be checked")
         return
     found = recheck(plan.graph, plan.cost, plan.budget.device, claim)
@@ -208,7 +200,41 @@ def _recheck(current: Session, plan: Plan) -> None:
             f"The plan claims a bound of {claim.bound_seconds:.6g} s and {claim.bound_bytes} bytes; its witness proves "
             f"{found.bound_seconds:.6g} s and {found.bound_bytes} bytes."
         )
+    _check_by_its_own_program(plan)
+    if claim.status is Status.OPTIMAL and found.bound_seconds * _CLOSE < plan.predicted.seconds:
+        raise PlanError(
+            f"The plan claims to be optimal; its program takes {plan.predicted.seconds:.6g} s, and its witness proves "
+            f"no more than that none is faster than {found.bound_seconds:.6g} s."
+        )
+    if 0 < plan.smallest_budget < found.bound_bytes:
+        raise PlanError(
+            f"The plan claims that {plan.smallest_budget} bytes are enough for some plan; every plan needs "
+            f"{found.bound_bytes} bytes."
+        )
     current.show(f"claims   hold: {proven} ({claim.space})")
+
+
+def _check_by_its_own_program(plan: Plan) -> None:
+    """Whether a plan's program is what its certificate says that there cannot be.
+
+    Raises:
+        PlanError: it is.
+    """
+    claim, seconds, peak = plan.certificate, plan.predicted.seconds, plan.predicted.peak
+    if claim.bound_seconds > seconds * _CLOSE:
+        raise PlanError(
+            f"The plan claims that no plan is faster than {claim.bound_seconds:.6g} s, and its own program takes "
+            f"{seconds:.6g} s."
+        )
+    least = max(claim.bound_bytes, plan.smallest_bound)
+    if least > peak:
+        raise PlanError(
+            f"The plan claims that no plan needs less than {least} bytes, and its own program's peak is {peak} bytes."
+        )
+    if claim.status in (Status.PROVEN_INFEASIBLE, Status.NOT_FOUND):
+        raise PlanError(
+            f"The plan's status is {claim.status.value!r}, and its own program keeps the budget with {peak} bytes."
+        )
 
 
 def _plan(file: GraphFile, found: Solution, given: Evaluation, limit: int) -> Plan:

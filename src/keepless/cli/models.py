@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import os
 import sys
@@ -145,17 +146,20 @@ def _hugging_face(recipe: Recipe, device: torch.device) -> tuple[torch.nn.Module
         raise UsageError("hf: models need transformers: pip install transformers") from None
     try:
         config = transformers.AutoConfig.for_model(fields.pop("model_type"), **fields)
-    except (ValueError, TypeError) as error:
+    except Exception as error:  # transformers and its checks of fields have many
         raise UsageError(f"transformers cannot use the config {path!r}: {str(error)[:500]}") from None
     if hasattr(config, "use_cache"):
         config.use_cache = False
     if recipe.dtype not in DTYPES:
         raise UsageError(f"There is no dtype {recipe.dtype!r}; use {', '.join(DTYPES)}.")
-    names = getattr(config, "architectures", None) or []
-    kind = getattr(transformers, names[0], None) if names else None
-    causal: Any = transformers.AutoModelForCausalLM
-    with device:
-        model = kind(config) if kind is not None else causal.from_config(config)
+    make = _constructor(transformers, fields.get("architectures"), path)
+    try:
+        with device:
+            model = make(config)
+    except Exception as error:  # whatever a config of odd numbers ends in
+        raise UsageError(
+            f"transformers cannot make a model of the config {path!r}: {type(error).__name__}: {str(error)[:500]}"
+        ) from None
     model = model.to(DTYPES[recipe.dtype]).train()
     longest: int = getattr(config, "max_position_embeddings", None) or 0
     is_learned = any(isinstance(m, torch.nn.Embedding) and m.num_embeddings == longest for m in model.modules())
@@ -164,7 +168,45 @@ def _hugging_face(recipe: Recipe, device: torch.device) -> tuple[torch.nn.Module
     return model, _random_batch(model, config, recipe, device), None
 
 
+def _constructor(transformers: Any, names: Any, path: str) -> Callable[[Any], Any]:
+    """What makes the model that a config names; a causal language model where it names none."""
+    if names is None or names == []:
+        causal: Callable[[Any], Any] = transformers.AutoModelForCausalLM.from_config
+        return causal
+    if not isinstance(names, list) or not isinstance(names[0], str):
+        raise UsageError(f"The config {path!r} has architectures {names!r}: a list of class names is wanted.")
+    kind = getattr(transformers, names[0], None)
+    if not isinstance(kind, type) or not issubclass(kind, torch.nn.Module):
+        raise UsageError(
+            f"The config {path!r} is of {names[0]!r}, which is no model of transformers {transformers.__version__}. "
+            "Name one in 'architectures', or write a factory of your own: package.module:factory."
+        )
+    return kind
+
+
+_NO_BATCH = ("MultipleChoice", "NextSentencePrediction", "ForPreTraining")
+"""Heads for which `_random_batch` has no labels."""
+
+
+def _check_batch(model: Any) -> None:
+    """Refuses models for which there is no random batch with a loss.
+
+    Raises:
+        UsageError: with what to do instead.
+    """
+    name = type(model).__name__
+    own = "write a factory of your own, package.module:factory, which returns (model, batch, loss_fn)"
+    given = getattr(model, "main_input_name", "input_ids")
+    if given not in ("input_ids", "pixel_values") or any(kind in name for kind in _NO_BATCH):
+        raise UsageError(f"hf: makes batches of text and of images to classify, and none for {name}: {own}.")
+    if not {"labels", "start_positions"} & inspect.signature(model.forward).parameters.keys():
+        raise UsageError(
+            f"{name} takes no labels and has no loss: name a model with a head in 'architectures', or {own}."
+        )
+
+
 def _random_batch(model: Any, config: Any, recipe: Recipe, device: torch.device) -> dict[str, torch.Tensor]:
+    _check_batch(model)
     name = type(model).__name__
     size, count = recipe.batch_size, recipe.seq_len
 

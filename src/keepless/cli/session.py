@@ -8,10 +8,13 @@ stdout is one JSON object, errors included.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -116,7 +119,18 @@ def _code(error: Exception) -> int:
     if isinstance(error, InfeasibleBudget):
         return INFEASIBLE
     if isinstance(
-        error, (UsageError, BudgetError, GraphError, PlanError, SolverError, FileNotFoundError, IsADirectoryError)
+        error,
+        (
+            UsageError,
+            BudgetError,
+            GraphError,
+            PlanError,
+            SolverError,
+            FileNotFoundError,
+            IsADirectoryError,
+            NotADirectoryError,
+            PermissionError,
+        ),
     ):
         return BAD_USAGE
     return FAILED
@@ -129,6 +143,47 @@ def read_budget(text: str) -> str | int | float:
     with contextlib.suppress(ValueError):
         return float(text)
     return text
+
+
+def check_target(target: Path | None, source: Path | None = None) -> None:
+    """Refuses, before any work, a file that cannot be written after it.
+
+    Arguments:
+        source: a file that is read, and must not be written.
+
+    Raises:
+        UsageError: its folder does not exist or cannot be written, it is a folder, or it is the source.
+    """
+    if target is None:
+        return
+    folder = target.parent
+    if target.is_dir() or not folder.is_dir():
+        raise UsageError(f"{str(target)!r} cannot be written: it is a folder, or its folder does not exist.")
+    if source is not None and target.exists() and source.exists() and os.path.samefile(target, source):
+        raise UsageError(f"{str(target)!r} is the graph's own file: write to another one.")
+    if not os.access(folder, os.W_OK) or (target.exists() and not os.access(target, os.W_OK)):
+        raise UsageError(f"{str(target)!r} cannot be written: it or its folder {str(folder)!r} is read-only.")
+
+
+def check_picture(picture: Path | None) -> None:
+    """Refuses, before any work, a picture that cannot be drawn after it.
+
+    Raises:
+        UsageError: matplotlib is not there, the name's end is no format, or the file cannot be written.
+    """
+    if picture is None:
+        return
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UsageError("A picture needs matplotlib: pip install 'keepless[report]'")
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    known = FigureCanvasBase.get_supported_filetypes()
+    if picture.suffix[1:].lower() not in known:
+        raise UsageError(
+            f"The picture {str(picture)!r} cannot be drawn: its name ends in no format. Use .png, .svg or .pdf "
+            f"(matplotlib knows {', '.join(known)})."
+        )
+    check_target(picture)
 
 
 @contextlib.contextmanager

@@ -21,6 +21,8 @@ from keepless.eager.forward import Contexts, Options
 P = ParamSpec("P")
 R = TypeVar("R")
 
+_torchs = torch.utils.checkpoint.checkpoint  # as it is now: a program may put ours in its place
+
 
 class CheckpointedFunction(Generic[P, R]):
     """A function that runs as a checkpointed region each time it is called; works as a method too."""
@@ -118,11 +120,12 @@ def _checkpoint(
 ) -> Any:
     if torch.compiler.is_dynamo_compiling():
         if context_fn is torch.utils.checkpoint.noop_context_fn:
-            return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False, **kwargs)
-        return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False, context_fn=context_fn, **kwargs)
+            return _torchs(function, *args, use_reentrant=False, **kwargs)
+        return _torchs(function, *args, use_reentrant=False, context_fn=context_fn, **kwargs)
     if use_reentrant is None:
         warnings.warn(
-            "checkpoint: use_reentrant should be passed; here both values mean the non-reentrant method",
+            "checkpoint: the use_reentrant parameter should be passed explicitly; here both values mean the "
+            "non-reentrant method",
             stacklevel=3,
         )
     if not callable(function):
@@ -163,7 +166,8 @@ def checkpoint_sequential(
     """
     if use_reentrant is None:
         warnings.warn(
-            "checkpoint_sequential: use_reentrant should be passed; here both values mean the non-reentrant method",
+            "checkpoint_sequential: the use_reentrant parameter should be passed explicitly; here both values mean "
+            "the non-reentrant method",
             stacklevel=2,
         )
         use_reentrant = False

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from keepless import _compat
+
 Trait = Callable[[torch.Tensor], Any]
 
 
@@ -24,9 +26,10 @@ def bitwise(tensor: torch.Tensor) -> Any:
 def digest(tensor: torch.Tensor) -> str:
     """BLAKE2 of a tensor's values as bytes, whatever its layout or device."""
     found = hashlib.blake2b(digest_size=16)
-    for part in _dense_parts(tensor.detach()):
-        plain = part.resolve_conj().resolve_neg().cpu().contiguous()
-        found.update(plain.reshape(-1).view(torch.uint8).numpy().data)
+    with _compat.own_ops():
+        for part in _dense_parts(tensor.detach()):
+            plain = part.resolve_conj().resolve_neg().cpu().contiguous()
+            found.update(plain.reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 

@@ -245,10 +245,21 @@ class _Call:
         return result
 
 
-@contextlib.contextmanager
-def _both(one: contextlib.AbstractContextManager[Any], other: contextlib.AbstractContextManager[Any]) -> Iterator[None]:
-    with one, other:
-        yield
+class _Both:
+    """Two contexts as one, entered again by each recompute."""
+
+    def __init__(self, *contexts: contextlib.AbstractContextManager[Any]) -> None:
+        self.contexts = contexts
+        self.stack = contextlib.ExitStack()
+
+    def __enter__(self) -> None:
+        with contextlib.ExitStack() as stack:
+            for context in self.contexts:
+                stack.enter_context(context)
+            self.stack = stack.pop_all()
+
+    def __exit__(self, *error: Any) -> bool | None:
+        return self.stack.__exit__(*error)
 
 
 @contextlib.contextmanager
@@ -266,7 +277,7 @@ def _contexts(frame: Frame, options: Options) -> Iterator[None]:
     ended = False
     draws = selective.Draws()
     frame.is_selective = True
-    frame.context = _both(frame.context, selective.Redraws(draws))
+    frame.context = _Both(frame.context, selective.Redraws(draws))
     with around, draws:
         yield
         ended = True

@@ -144,7 +144,8 @@ class Frame:
     def hold_inputs(self, tensors: list[torch.Tensor], changed: tuple[int, ...]) -> None:
         """Saves the inputs as an op would save them; those that the region changes are cloned."""
         if changed:
-            self.clones = {i: tensors[i].detach().clone() for i in changed}
+            with _compat.own_ops():
+                self.clones = {i: tensors[i].detach().clone() for i in changed}
         self.inputs = [None if i in self.clones else _compat.save_tensor(tensor) for i, tensor in enumerate(tensors)]
 
     def hold_profile(self, profile: Profile, preserve: bool) -> None:
@@ -170,7 +171,7 @@ class Frame:
         for module in profile.hooked():
             self.variables += [item for _, item in world.variables_of_hooks(module, profile.observers)]
         if state:
-            with torch.no_grad():
+            with torch.no_grad(), _compat.own_ops():
                 self.state = [(tensor, tensor.detach().clone()) for tensor in state.values()]
             self.fixed = [tensor for tensor in self.fixed if id(tensor) not in state]
         self.versions = _compat.versions(self.fixed)

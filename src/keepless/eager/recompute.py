@@ -55,7 +55,7 @@ def unpack(holder: Holder) -> torch.Tensor:
 
 def _fill(frame: Frame, task: Any) -> None:
     counters.count("recomputes")
-    if task != -1 and _compat.graph_is_kept():
+    if _compat.graph_task() != -1 and _compat.graph_is_kept():
         reference = weakref.ref(frame)
         _compat.at_end_of_backward(lambda: _forget(reference, task))
     run = _Run(frame, task)
@@ -215,10 +215,8 @@ class _Run:
         grad = frame.grads[position]
         if read is None:
             clone = frame.clones[position]
-            if not grad:
-                return clone.clone()
-            with torch.enable_grad():
-                return clone.detach().requires_grad_().clone()
+            with torch.set_grad_enabled(grad), _compat.own_ops():
+                return clone.detach().requires_grad_(grad).clone()
         tensor = read()
         if not grad or tensor.__class__ is torch.nn.Parameter:
             return tensor
@@ -262,13 +260,13 @@ def _shape(tensor: torch.Tensor) -> str:
 def _now(state: list[tuple[torch.Tensor, torch.Tensor]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
     if not state:
         return []
-    with torch.no_grad():
+    with torch.no_grad(), _compat.own_ops():
         return [(tensor, tensor.detach().clone()) for tensor, _ in state]
 
 
 def _put_back(state: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
     if state:
-        with torch.no_grad():
+        with torch.no_grad(), _compat.own_ops():
             for tensor, values in state:
                 tensor.data.copy_(values)
 

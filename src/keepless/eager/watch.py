@@ -100,7 +100,8 @@ class Watch(TorchFunctionMode):
         self.given: dict[Any, list[tuple[int, torch.Tensor]]] = {}
         for position, tensor in enumerate(inputs):
             self.given.setdefault(storage_of(tensor), []).append((position, tensor))
-        self.judge = hooks.Judge(lambda: (self.effects, count()))
+        itself = weakref.proxy(self)  # a ring would hold the inputs where an early stop ends the call
+        self.judge = hooks.Judge(lambda: (itself.effects, count()))
         self.made: set[Any] = set()
         self.start = _compat.next_node_number()
         self.lost = ""
@@ -173,6 +174,10 @@ class Watch(TorchFunctionMode):
 
     def _before_write(self, tensor: torch.Tensor) -> None:
         key = storage_of(tensor)
+        with _compat.own_ops():
+            self._before_own_write(key, tensor)
+
+    def _before_own_write(self, key: int, tensor: torch.Tensor) -> None:
         if key in self.given:
             self._before_write_of_input(tensor, self.given[key])
         owner = self.owners.get(key)
@@ -220,20 +225,20 @@ class Watch(TorchFunctionMode):
         """Remembers a module's attributes, and the values of its small buffers."""
         self.called[id(module)] = module
         self.look_at(module)
-        with torch.no_grad():
+        with torch.no_grad(), _compat.own_ops():
             for buffer in module._buffers.values():
                 if buffer is not None and buffer.layout is torch.strided and buffer.nbytes <= _SMALL:
                     self.small_buffers.append((buffer, buffer.detach().clone()))
 
     def finish(self) -> None:
         """Ends the watching; adds the small buffers that changed without an op that says so."""
-        self.judge.effects = _none
-        for buffer, before in self.small_buffers:
-            extent = memory.extent_of(buffer)
-            if not self._saved.cover(extent) and not torch.equal(buffer, before):
-                self._saved.add(extent)
-                self.written.add(extent)
-                self.before.insert(0, (buffer, before))
+        with _compat.own_ops():
+            for buffer, before in self.small_buffers:
+                extent = memory.extent_of(buffer)
+                if not self._saved.cover(extent) and not torch.equal(buffer, before):
+                    self._saved.add(extent)
+                    self.written.add(extent)
+                    self.before.insert(0, (buffer, before))
 
     def is_named_input(self, value: Any) -> bool:
         """Whether a tensor that the region finds by name shares memory with an input that it changed."""
@@ -267,7 +272,3 @@ class Watch(TorchFunctionMode):
                 if is_set or world.is_kept_data(value):
                     found.append(Variable(home, name, value, content, is_set))
         return found
-
-
-def _none() -> None:
-    return None

@@ -292,7 +292,10 @@ def _list(table: dict[str, object], key: str) -> list[object]:
 
 
 def _string(table: dict[str, object], key: str) -> str:
-    return _typed(table, key, str)
+    found = _typed(table, key, str)
+    if not found.isprintable():
+        _refuse(f"{key!r} is {found[:64]!r}, which cannot be printed on one line")
+    return found
 
 
 def _lines(table: dict[str, object], key: str) -> str:

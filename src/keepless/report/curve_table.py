@@ -46,8 +46,12 @@ def curve_text(curve: Curve, budget_of: Callable[[int], int] = int) -> str:
             "too long; ask again when the machine is idle (bytes do not depend on it)"
         )
     if curve.is_ended_early:
-        lines.append("the search was ended early: another run may find other plans")
-    lines.append("named strategies, each at the smallest budget that it needs:")
+        lines.append(
+            f"the search was ended early, after {len(curve.bounds)} budgets: the curve is rougher than it can be, and "
+            "another run may find other plans"
+        )
+    if curve.strategies:
+        lines.append("named strategies, each at the smallest budget that it needs:")
     names = max((len(one.name) for one in curve.strategies), default=0)
     sizes = [format_bytes(budget_of(one.peak)) for one in curve.strategies]
     wide = max(map(len, sizes), default=0)

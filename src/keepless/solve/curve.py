@@ -235,7 +235,8 @@ def trace_curve(
             left out. None: chosen where the curve is known least.
         points: how many limits, where they are chosen.
         seed: of the searches.
-        search: `work` counts limits, and `tell` hears of each. The two ends are solved in any case.
+        search: `work` counts limits, and `tell` hears of each. The two ends are solved in any case; then Ctrl-C ends it
+            with the points that there are, and a second one at once.
         strategies: names in `keepless.solve.SOLVERS` to show beside the curve; None for those that cost little.
 
     Raises:
@@ -265,14 +266,19 @@ def trace_curve(
         search.spend()
         solve_for(limit)
     low, high = planner.smallest.peak, base.peak
-    if wanted is None:
-        while len(solved) < points and (middle := next_limit(solved)) is not None and search.spend():
-            solve_for(middle)
-    else:
-        for limit in wanted:
-            if low < limit < high and limit not in solved and search.spend():
-                solve_for(limit)
-    named = named_strategies(planner, strategies, (low, (low + high) // 2), seed)
+    try:
+        if wanted is None:
+            while len(solved) < points and (middle := next_limit(solved)) is not None and search.spend():
+                solve_for(middle)
+        else:
+            for limit in wanted:
+                if low < limit < high and limit not in solved and search.spend():
+                    solve_for(limit)
+    except KeyboardInterrupt:
+        if search.is_interrupted:
+            raise
+        search.interrupt()
+    named = [] if search.is_interrupted else named_strategies(planner, strategies, (low, (low + high) // 2), seed)
     floor, where = floor_bound(graph, cost)
     without = Curve(
         graph=graph,

@@ -56,6 +56,16 @@ def third_derivative_and_hessian(checkpoint: Checkpoint) -> dict[str, object]:
 
 
 @TABLE.row(27)
+def saved_tensors_read_outside_a_backward(checkpoint: Checkpoint) -> dict[str, object]:
+    x = torch.linspace(0.1, 1, 4, requires_grad=True)
+    y = checkpoint(lambda t: torch.exp(t * t), x, use_reentrant=False)
+    node: Any = y.grad_fn
+    read = [node._saved_result.clone() for _ in range(2)]
+    y.sum().backward()
+    return {"read": read, "grad": x.grad}
+
+
+@TABLE.row(27)
 def two_backwards_with_retain(checkpoint: Checkpoint) -> dict[str, object]:
     model = mlp()
     loss = checkpoint(model, torch.ones(3, 4), use_reentrant=False).sum()

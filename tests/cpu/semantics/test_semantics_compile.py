@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from rows import Checkpoint, Row, Table, batches, judge, train
 from torch import Tensor, nn
 
@@ -70,3 +71,19 @@ def compiled_region_of_many_sizes(checkpoint: Checkpoint) -> dict[str, object]:
 @TABLE.rows
 def test_as_without_checkpoint(row: Row, candidate: Checkpoint) -> None:
     judge(row, candidate)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+def test_ours_in_torchs_place_compiles(monkeypatch: pytest.MonkeyPatch, candidate: Checkpoint) -> None:
+    """A graph break inside the region: torch.compile traces ours, which must not call itself for torch's."""
+
+    def region(x: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        return x.sigmoid().exp()
+
+    x = torch.linspace(0, 1, 4, requires_grad=True)
+    (expected,) = torch.autograd.grad(region(x.sin()).sum(), x)
+    monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", candidate)
+    compiled = aot_eager(lambda x: torch.utils.checkpoint.checkpoint(region, x.sin(), use_reentrant=False).sum())
+    (got,) = torch.autograd.grad(compiled(x), x)
+    assert torch.equal(expected, got)

@@ -8,9 +8,12 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from rows import Checkpoint, Row, Table, attempt, batches, judge, state_of, train
 from torch import Tensor, nn
+
+from keepless import checkpoint_sequential
 
 TABLE = Table()
 
@@ -223,3 +226,12 @@ def branches_on_data(checkpoint: Checkpoint) -> dict[str, object]:
 @TABLE.rows
 def test_as_without_checkpoint(row: Row, candidate: Checkpoint) -> None:
     judge(row, candidate)
+
+
+def test_the_warning_without_use_reentrant_is_torchs(candidate: Checkpoint) -> None:
+    """The words that filters for torch's own warning look for."""
+    x = torch.ones(2, requires_grad=True)
+    with pytest.warns(UserWarning, match="the use_reentrant parameter should be passed explicitly"):
+        candidate(torch.sin, x)
+    with pytest.warns(UserWarning, match="the use_reentrant parameter should be passed explicitly"):
+        checkpoint_sequential([torch.sin, torch.exp], 2, x)
