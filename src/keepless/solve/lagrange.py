@@ -26,25 +26,27 @@ class Effort:
     """How many cuts one search may make.
 
     Arguments:
-        families: that are bisected at all, the fastest at full recomputation first.
+        families: that are bisected at all, the most promising first.
         finalists: families whose prices are reshaped.
         rounds: of reshaping.
         levels: cuts per bisection.
+        blends: mixtures of its last two cuts, of either kind.
     """
 
     families: int
     finalists: int
     rounds: int
     levels: int
+    blends: int
 
     @staticmethod
     def of(num_ops: int) -> Effort:
         """Some hundred cuts for ordinary graphs, some dozens for very large ones: seconds either way."""
         if num_ops <= 2000:
-            return Effort(24, 4, 4, 14)
+            return Effort(24, 4, 4, 14, 8)
         if num_ops <= 6000:
-            return Effort(8, 3, 3, 10)
-        return Effort(5, 2, 2, 8) if num_ops <= 15_000 else Effort(2, 1, 1, 6)
+            return Effort(8, 3, 3, 10, 8)
+        return Effort(5, 2, 2, 8, 8) if num_ops <= 15_000 else Effort(2, 1, 1, 6, 10)
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ class PriceSearch:
         starts = []
         for cut in cuts:
             woven, _ = self.evaluate(cut.everything())
-            starts.append((max(woven.peak - self.limit, 0), woven.seconds, cut))
+            starts.append((max(woven.peak - self.limit, 0), self._between(woven, everything), cut))
         starts.sort(key=lambda s: s[:2])
         feasible = [s for s in starts if s[0] == 0][: effort.families] or starts[:1]
         ranked: list[tuple[float, int, MinCut, Floats]] = []
@@ -125,6 +127,11 @@ class PriceSearch:
         assert self.best is not None
         return self.best
 
+    def _between(self, low: Woven, everything: Woven) -> float:
+        """Seconds at the limit on the line from a family's lowest order to the one in which every op runs once."""
+        share = (self.limit - low.peak) / max(everything.peak - low.peak, 1)
+        return low.seconds + max(share, 0.0) * (everything.seconds - low.seconds)
+
     def bisect(self, cut: MinCut, shape: Floats) -> tuple[Woven | None, Floats]:
         """The cheapest order within the limit for prices of this shape, and a better shape."""
         total = float(shape.sum()) or 1.0
@@ -132,17 +139,53 @@ class PriceSearch:
         scale = float(self.tables.seconds.sum()) / max(self.limit, 1)
         low, high = scale * 1e-5, scale * 1e5
         found, failing = None, None
+        fewer: set[int] = set()
+        more: set[int] = set()
         for _ in range(Effort.of(self.tables.num_ops).levels):
             level = float(np.sqrt(low * high))
-            woven, profile = self.evaluate(cut.solve(unit * level))
+            replayed = cut.solve(unit * level)
+            woven, profile = self.evaluate(replayed)
             if woven.peak <= self.limit:
-                high, found = level, woven if found is None or woven.seconds < found.seconds else found
+                high, more = level, replayed
+                found = woven if found is None or woven.seconds < found.seconds else found
             else:
-                low, failing = level, profile
+                low, failing, fewer = level, profile, replayed
+        if found is not None:
+            found = min(found, self.blend(fewer, more), key=lambda woven: woven.seconds)
         if failing is not None:
             excess = np.maximum(failing - self.limit, 0).astype(np.float64)
             unit = 0.5 * unit + 0.5 * excess / max(float(excess.sum()), 1.0)
         return found, unit
+
+    def blend(self, fewer: set[int], more: set[int]) -> Woven:
+        """The fastest order of two cuts' mixtures: one up to some op, the other from there on.
+
+        A cut jumps where many values share a price, as in equal layers or steps. Between the jump's ends the relaxed
+        optimum takes a share of each, and so does a mixture.
+
+        Arguments:
+            fewer: replays that do not fit.
+            more: replays that do.
+        """
+        best = self.evaluate(more)[0]
+        differing = sorted(fewer ^ more)
+        for is_first in (True, False):  # whether the replays that fit are those of the first ops
+            low, high = 0, len(differing)  # ops from which on the others are taken: too few fit not, all do
+            for _ in range(Effort.of(self.tables.num_ops).blends):
+                if high - low <= 1:
+                    break
+                middle = (low + high) // 2
+                border = differing[middle]
+                head, tail = (more, fewer) if is_first else (fewer, more)
+                mixed = {p for p in head if p < border} | {p for p in tail if p >= border}
+                woven, _ = self.evaluate(mixed)
+                if (woven.peak <= self.limit) == is_first:
+                    high = middle
+                else:
+                    low = middle
+                if woven.peak <= self.limit and woven.seconds < best.seconds:
+                    best = woven
+        return best
 
 
 def base_profile(tables: Tables, order: Ints, profile: Ints) -> Ints:

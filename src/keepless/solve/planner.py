@@ -19,7 +19,7 @@ from keepless.ir import Graph
 from keepless.solve.bound import best_bound, candidates
 from keepless.solve.gaps import Gaps
 from keepless.solve.lagrange import PriceSearch, Woven, better
-from keepless.solve.min_cut import MinCut
+from keepless.solve.min_cut import MinCut, Spans
 from keepless.solve.moments import Bound, Relaxation
 from keepless.solve.reorder import is_free, low_order, permuted
 from keepless.solve.search import Search
@@ -52,6 +52,7 @@ class Planner:
         is_proxy: the costs stand for others (see `smallest`).
         keeps_order: first runs in the graph's order, also where another would be allowed.
         first_runs: where the graph's ops are those of another graph in another order: their ids there.
+        like: a planner of the same graph at other seconds, whose tables and families serve here, too.
     """
 
     graph: Graph
@@ -59,16 +60,23 @@ class Planner:
     is_proxy: bool = False
     keeps_order: bool = False
     first_runs: tuple[int, ...] | None = None
+    like: Planner | None = None
 
     @cached_property
     def tables(self) -> Tables:
         """The graph as arrays."""
-        return Tables(self.graph, self.cost)
+        return Tables(self.graph, self.cost) if self.like is None else self.like.tables.priced(self.cost)
+
+    @cached_property
+    def families(self) -> list[tuple[int, ...]]:
+        """Values that are kept in any case, from none to every narrow place."""
+        return families(self.tables, find_cuts(self.tables)) if self.like is None else self.like.families
 
     @cached_property
     def cuts(self) -> list[MinCut]:
-        """One cut per family of values that are kept in any case."""
-        return [MinCut(self.tables, kept) for kept in families(self.tables, find_cuts(self.tables))]
+        """One cut per family."""
+        spans = Spans.of(self.tables)
+        return [MinCut(self.tables, kept, spans) for kept in self.families]
 
     @cached_property
     def seen(self) -> dict[frozenset[int], tuple[Woven, Ints]]:
@@ -142,7 +150,8 @@ class Planner:
         """
         if self.is_proxy:
             return self._lowest()
-        low = Planner(self.graph, proxy_cost(self.graph, self.cost), is_proxy=True, keeps_order=True).smallest
+        cost = proxy_cost(self.graph, self.cost)
+        low = Planner(self.graph, cost, is_proxy=True, keeps_order=True, like=self).smallest
         gaps = Gaps(self.tables, low.order, self.work)
         gaps.fill(low.peak)
         return gaps.woven if gaps.peak <= low.peak else Woven.judged(self.tables, low.order)

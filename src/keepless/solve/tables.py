@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -146,6 +147,13 @@ class Tables:
         pairs = [reuse_pairs(graph, op) for op in graph.ops]
         self._reuse_out = _csr([[p[0] for p in row] for row in pairs])
         self._reuse_in = _csr([[p[1] for p in row] for row in pairs])
+
+    def priced(self, cost: CostModel) -> Tables:
+        """The same arrays at other seconds; scratch is the same."""
+        assert cost.scratch == self.cost.scratch
+        other = copy(self)
+        other.cost, other.seconds = cost, np.array(cost.seconds, np.float64)
+        return other
 
     def _may_replay(self, op_id: int) -> bool:
         op = self.graph.ops[op_id]
