@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 from test_solve import tiny
-from test_solve_models import dense, gpt, lstm, unet
+from test_solve_models import Tape, dense, gpt, lstm, unet
 
+from keepless.ir import Kind
 from keepless.machine import verify
 from keepless.passes import evaluate, from_order
 from keepless.solve.anytime import plan
@@ -13,6 +14,7 @@ from keepless.solve.fill import Fill, take_out
 from keepless.solve.gaps import Gaps
 from keepless.solve.lagrange import PriceSearch
 from keepless.solve.planner import Planner, proxy_cost
+from keepless.solve.search import Search
 from keepless.solve.tables import Tables
 
 MODELS = {
@@ -112,3 +114,32 @@ def test_tables_at_other_seconds_are_those_made_anew(model: str) -> None:
     order = Planner(graph, cost).smallest.order
     assert (shared.lives(order).profile == own.lives(order).profile).all()
     assert shared.lives(order).seconds == own.lives(order).seconds
+
+
+@pytest.mark.parametrize("model", sorted(MODELS))
+def test_first_plans_become_faster_with_the_limit(model: str) -> None:
+    """What there is room for is taken out of the lowest order: a first plan fits wherever one was found."""
+    graph, cost = MODELS[model]()
+    planner = Planner(graph, cost)
+    before = float("inf")
+    for limit in limits_of(planner)[:-1]:
+        found = [woven for woven in planner.firsts(limit, Search()) if woven.peak <= limit]
+        fastest = min(woven.seconds for woven in found)
+        assert fastest <= before
+        before = fastest
+
+
+def test_states_of_generators_are_counted_from_the_first_run_to_the_last_replay() -> None:
+    """Recorded states in the profile agree with the machine's own count, with any number of replays."""
+    t = Tape()
+    x = t.value(4096, Kind.INPUT)
+    for _ in range(3):
+        mask = t.noise(4096)
+        x = t.forward("mul", (x, mask), 4096, [(x, (mask,))] if x else [])[0]
+    graph, cost = t.finish(t.forward("sum", (x,), 4, [(x, (x,))])[0])
+    planner = Planner(graph, cost)
+    draws = [op.id for op in graph.ops if op.name == "bernoulli"]
+    backward = (graph.loss_op or 0) + 1
+    for again in ([], draws[:1], draws, [*draws, *draws]):
+        order = [*range(backward), *again, *range(backward, len(graph.ops))]
+        assert planner.tables.lives(order).peak == evaluate(graph, cost, order).peak

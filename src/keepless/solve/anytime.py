@@ -33,8 +33,11 @@ _CLASSICS: tuple[Solver, ...] = (Revolve(), Rotor(), Dtr(), SqrtN())
 _CLASSICS_OPS = 4000
 """Ops beyond which they take too long."""
 _SMALL_OPS = 1500
+"""Ops beyond which the slowest of them, rotor, is left out, and the others wait for a gap that is large."""
+_HUGE_OPS = 10_000
+"""Ops beyond which the work lasts for so few orders that nothing follows the first ones but where the gap is large."""
 _FAR = 0.03
-"""A certified gap that makes the classics worth their seconds beyond so many ops."""
+"""A certified gap that is large."""
 _ON_CHAINS: tuple[Solver, ...] = (Revolve(), Rotor())
 _LONG_CHAIN_OPS = 150
 """Ops beyond which these settle a chain of equal steps: its orders are long, and searching on takes minutes in vain."""
@@ -100,6 +103,7 @@ class _Course:
         self.base = float(tables.seconds.sum())
         self.best = Woven.judged(tables, tables.base.tolist())
         self._tried: list[Woven] = []
+        self._pool: list[Woven] = []
         self._floor = floor_bound(self.planner.graph, self.planner.cost)
 
     @property
@@ -114,6 +118,10 @@ class _Course:
     def is_enough(self) -> bool:
         """Whether the best order need not become better."""
         return self.best.seconds <= self.fastest * (1 + self.planner.enough)
+
+    @property
+    def _is_far(self) -> bool:
+        return self.best.seconds > self.fastest * (1 + _FAR)
 
     def run(self) -> Solution:
         """The whole search. Ctrl-C ends it with its best so far: at once if nothing fits yet or it came twice."""
@@ -155,7 +163,9 @@ class _Course:
 
     def _first(self) -> None:
         if self.best.peak > self.limit:
-            self.best = self.planner.within(self.limit, self.search)
+            for woven in self.planner.firsts(self.limit, self.search):
+                self._pool.append(woven)
+                self._take(woven)
         if self.best.peak > self.limit:
             for woven in self._classics():
                 self.best = better(woven, self.best, self.limit)
@@ -163,7 +173,9 @@ class _Course:
 
     def _improve(self) -> None:
         self._certify()
-        pool = [self.best]
+        if self.planner.tables.num_ops > _HUGE_OPS and not self._is_far:
+            return
+        pool = [self.best, *self._pool]
         if not self.is_enough:
             for woven in chain(self.planner.others(self.limit, self.search), self._more_classics()):
                 pool.append(woven)
@@ -208,7 +220,8 @@ class _Course:
         planner = self.planner
         if planner.tables.num_ops > _CLASSICS_OPS:
             return
-        for number, solver in enumerate(_CLASSICS):
+        is_small = planner.tables.num_ops <= _SMALL_OPS
+        for number, solver in enumerate(s for s in _CLASSICS if is_small or not isinstance(s, Rotor)):
             if self.search.is_over:
                 return
             if number == len(self._tried):
@@ -219,7 +232,7 @@ class _Course:
     def _more_classics(self) -> Iterator[Woven]:
         """The classics' orders, where there is one or much may be missing: on larger graphs they take seconds."""
         is_small = self.planner.tables.num_ops <= _SMALL_OPS
-        if is_small or self._tried or self.best.seconds > self.fastest * (1 + _FAR):
+        if is_small or self._tried or self._is_far:
             yield from self._classics()
 
     def _certify(self) -> None:

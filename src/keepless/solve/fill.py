@@ -38,16 +38,16 @@ class Fill:
         seconds = self._tables.cost.seconds
         scored = []
         for position in np.flatnonzero(self._is_replay).tolist():
-            room, nbytes, _, _ = self._room(position)
-            if room >= 0:
-                scored.append((seconds[self._order[position]] / (nbytes + 1.0), position))
+            nbytes = sum(self._tables.sizes[v] for v, _, _ in self._stays(position))
+            scored.append((seconds[self._order[position]] / (nbytes + 1.0), position))
         scored.sort(reverse=True)
         found = []
         for _, position in scored:
             if position in self._gone:
                 continue
-            room, _, more, less = self._room(position)
-            if room < 0:
+            more = self._stays(position)
+            less = self._is_freed(position) if more else []
+            if not self._has_room(position, more, less):
                 continue
             group = self._group(position)
             self._gone.update(group)
@@ -60,43 +60,44 @@ class Fill:
             found.append(group)
         return found
 
-    def _room(self, position: int) -> tuple[int, int, list[tuple[int, int, int]], list[tuple[int, int, int]]]:
-        """Bytes below the limit without the run at `position`, the bytes of its outputs, and what moves.
-
-        What moves is (value, start of its instance, position): what stays resident from there until `position`, and
-        what is free from there until `position`.
-        """
-        tables, lives, ends = self._tables, self._lives, self._ends
-        op_id = self._order[position]
-        more: list[tuple[int, int, int]] = []
-        less: list[tuple[int, int, int]] = []
-        begin, total = position, 0
-        for v in tables.writes[op_id]:
+    def _stays(self, position: int) -> list[tuple[int, int, int]]:
+        """What is resident longer without the run at `position`: (value, start of its instance, from where on)."""
+        lives, found = self._lives, []
+        for v in self._tables.writes[self._order[position]]:
             born, end = lives.instance(v, position + 1)
             if born < 0 or end <= position:
                 continue
             before, death = lives.instance(v, position)
-            if before < 0:
-                continue
-            start = min(ends.get((v, before), death), death) + 1
-            more.append((v, before, start))
-            begin = min(begin, start)
-            total += tables.sizes[v]
-        if not more or begin >= position:
-            return self._limit, total, more, less
-        for u in tables.reads[op_id]:
+            if before >= 0:
+                found.append((v, before, min(self._ends.get((v, before), death), death) + 1))
+        return found
+
+    def _is_freed(self, position: int) -> list[tuple[int, int, int]]:
+        """What is free earlier without it: (value, start of its instance, from where on)."""
+        lives, found = self._lives, []
+        for u in self._tables.reads[self._order[position]]:
             born, end = lives.instance(u, position)
             if born >= 0 and end == position and (u, born) not in self._longer:
-                less.append((u, born, max(lives.last_read(u, position), born) + 1))
+                found.append((u, born, max(lives.last_read(u, position), born) + 1))
+        return found
+
+    def _has_room(
+        self, position: int, more: Sequence[tuple[int, int, int]], less: Sequence[tuple[int, int, int]]
+    ) -> bool:
+        """Whether the profile stays within the limit without the run at `position`."""
+        sizes = self._tables.sizes
+        begin = min((start for _, _, start in more), default=position)
+        if begin >= position:
+            return True
         delta = self._profile[begin:position]
-        if len(more) == 1 and self._limit - int(delta.max()) >= total:
-            return self._limit - int(delta.max()) - total, total, more, less
+        if int(delta.max()) + sum(sizes[v] for v, _, _ in more) <= self._limit:
+            return True
         delta = delta.copy()
         for value, _, start in more:
-            delta[start - begin :] += tables.sizes[value]
+            delta[start - begin :] += sizes[value]
         for value, _, start in less:
-            delta[max(start - begin, 0) :] -= tables.sizes[value]
-        return self._limit - int(delta.max()), total, more, less
+            delta[max(start - begin, 0) :] -= sizes[value]
+        return int(delta.max()) <= self._limit
 
     def _group(self, position: int) -> list[int]:
         """The position with those of replays that serve nothing else."""

@@ -18,7 +18,7 @@ from keepless.cost import CostModel
 from keepless.ir import Graph
 from keepless.solve.bound import best_bound, candidates
 from keepless.solve.gaps import Gaps
-from keepless.solve.lagrange import PriceSearch, Woven, better
+from keepless.solve.lagrange import PriceSearch, Woven
 from keepless.solve.min_cut import MinCut, Spans
 from keepless.solve.moments import Bound, Relaxation
 from keepless.solve.reorder import is_free, low_order, permuted
@@ -179,17 +179,20 @@ class Planner:
         gaps.fill(low.peak)
         return gaps.woven if gaps.peak <= low.peak else low
 
-    def within(self, limit: int, search: Search | None = None) -> Woven:
-        """A first fast order within the limit, or the lowest where none was found."""
-        found = self._relaxed(limit)
-        best = self._refined(found, limit, search)
+    def firsts(self, limit: int, search: Search) -> Iterator[Woven]:
+        """First orders for the limit: by prices, then the lowest one with what there is room for taken out of it.
+
+        Where neither fits, orders for more memory are evicted down.
+        """
+        found = self._refined(self._relaxed(limit), limit, search)
+        yield found
+        low = self._refined(self.smallest, limit, search)
+        yield low
         for loosening in _LOOSENINGS:
-            if best.peak <= limit or (search is not None and search.is_over):
+            if min(found.peak, low.peak) <= limit or search.is_over:
                 break
-            best = better(self._refined(self._relaxed(int(limit * loosening)), limit, search), best, limit)
-        if best.peak > limit or found.peak > limit:
-            best = better(self._refined(self.smallest, limit, search), best, limit)
-        return best
+            found = self._refined(self._relaxed(int(limit * loosening)), limit, search)
+            yield found
 
     def others(self, limit: int, search: Search) -> Iterator[Woven]:
         """More orders for the limit: plans for more memory, evicted down.

@@ -140,6 +140,10 @@ class Tables:
         states = set(self.state.values())
         for op_id, v in self.state.items():  # every run of an RNG op writes the state, kept or not
             self.scratch[op_id] += self.sizes[v]
+        self._draws = np.zeros(self.num_ops, bool)
+        self._state_nbytes = np.zeros(self.num_ops, np.int64)
+        for op_id, v in self.state.items():
+            self._draws[op_id], self._state_nbytes[op_id] = True, self.sizes[v]
         self._read_csr = _csr(self.reads)
         self._write_csr = _csr(
             [tuple(v for v in row if v not in states and v not in self.static) for row in self.writes]
@@ -227,15 +231,13 @@ class Tables:
 
     def _states(self, runs: Ints, num: int) -> Ints:
         """Bytes of recorded generator states: from an op's first run to its last replay."""
-        draws = np.array(sorted(self.state), np.int64)
-        at = np.flatnonzero(np.isin(runs, draws))
+        at = np.flatnonzero(self._draws[runs])
         if not len(at):
             return np.zeros(num, np.int64)
         ops = runs[at]
         begin, finish = np.full(self.num_ops, num, np.int64), np.full(self.num_ops, -1, np.int64)
-        np.minimum.at(begin, ops, at)
-        np.maximum.at(finish, ops, at)
-        drawn = draws[finish[draws] >= 0]
-        size = self.nbytes[[self.state[int(op)] for op in drawn]]
+        begin[ops[::-1]], finish[ops] = at[::-1], at  # of equal indices the last assignment stays
+        drawn = np.flatnonzero(finish >= 0)
+        size = self._state_nbytes[drawn]
         moves = np.bincount(begin[drawn] + 1, size, num + 2) - np.bincount(finish[drawn] + 1, size, num + 2)
         return np.cumsum(moves)[:num].astype(np.int64)
