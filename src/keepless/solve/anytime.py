@@ -26,8 +26,10 @@ from keepless.solve.search import Search, Standing
 from keepless.solve.solution import Solution, Solver, solution
 
 NAME = "keepless"
-_STARTS = 2
-"""Orders that are improved, the fastest first."""
+_RUN_WORK = 1600
+"""Evaluated orders that make another run of improvement worth its start."""
+_RUNS = (2, 6)
+"""Runs of improvement at least and at most."""
 _CLASSICS: tuple[Solver, ...] = (Revolve(), Rotor(), Dtr(), SqrtN())
 """Their orders are starts, too: on chains some of them are optimal."""
 _CLASSICS_OPS = 4000
@@ -182,14 +184,14 @@ class _Course:
                 self._take(woven)
                 if self.is_enough:
                     break
-        fitting = sorted({w.seconds: w for w in pool if w.peak <= self.limit}.items())[:_STARTS]
-        for number, (_, woven) in enumerate(fitting):
+        starts = self._starts(pool)
+        for number, woven in enumerate(starts):
             if not self.is_enough:
                 improve(
                     self.planner.tables,
                     woven,
                     self.limit,
-                    work=self.planner.improvement_work // len(fitting),
+                    work=self.planner.improvement_work // len(starts),
                     seed=self.seed + number,
                     enough=self.fastest * (1 + self.planner.enough),
                     search=self.search,
@@ -197,6 +199,18 @@ class _Course:
                 )
         if not self.is_enough and not self.search.is_over:
             self._certify()
+
+    def _starts(self, pool: list[Woven]) -> list[Woven]:
+        """Orders to improve: the fastest two, or, where the work lasts for more, the fastest and the lowest many times.
+
+        From the lowest order, which is far from the limit, each seed takes another way.
+        """
+        fitting = sorted({w.seconds: w for w in pool if w.peak <= self.limit}.items())
+        runs = min(max(self.planner.improvement_work // _RUN_WORK, _RUNS[0]), _RUNS[1])
+        low = self.planner.smallest
+        if low.peak > self.limit or runs == _RUNS[0]:
+            return [woven for _, woven in fitting[: _RUNS[0]]]
+        return [fitting[0][1], *[low] * (runs - 1)]
 
     def _exhaust(self) -> None:
         """Small graphs are searched until nothing could be faster."""

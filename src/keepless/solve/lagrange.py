@@ -161,8 +161,8 @@ class PriceSearch:
         """The fastest order of mixtures of two cuts: the first one's replays up to some op, the other's from there on.
 
         A cut jumps where many values share a price, as in equal layers or steps. Between the jump's ends the relaxed
-        optimum takes a share of each, and so does a mixture. What the first ops make is kept longest, but what the last
-        ones make is replayed first, while the most is resident: that way round was as good or better in nine of ten.
+        optimum takes a share of each, and so does a mixture. The other way round, the second one's replays first, it is
+        rarely better.
 
         Arguments:
             fewer: replays that do not fit.
