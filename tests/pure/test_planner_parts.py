@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from test_solve import tiny
+from test_solve import least_seconds, tiny
 from test_solve_models import Tape, dense, gpt, lstm, unet
 
 from keepless.ir import Kind
@@ -12,7 +12,7 @@ from keepless.passes import evaluate, from_order
 from keepless.solve.anytime import plan
 from keepless.solve.fill import Fill, take_out
 from keepless.solve.gaps import Gaps
-from keepless.solve.lagrange import PriceSearch
+from keepless.solve.lagrange import PriceSearch, Woven
 from keepless.solve.planner import Planner, proxy_cost
 from keepless.solve.search import Search
 from keepless.solve.tables import Tables
@@ -143,3 +143,36 @@ def test_states_of_generators_are_counted_from_the_first_run_to_the_last_replay(
     for again in ([], draws[:1], draws, [*draws, *draws]):
         order = [*range(backward), *again, *range(backward, len(graph.ops))]
         assert planner.tables.lives(order).peak == evaluate(graph, cost, order).peak
+
+
+@pytest.mark.parametrize("model", sorted(MODELS))
+def test_the_first_plan_is_told_before_the_search_for_it_ends(model: str) -> None:
+    """Each order that fits is told as soon as it is met, and each is better than the one before."""
+    graph, cost = MODELS[model]()
+    planner = Planner(graph, cost)
+    told: list[Woven] = []
+    limit = limits_of(planner)[2]
+    first = next(planner.firsts(limit, Search(), told.append))
+    assert told
+    assert all(woven.peak <= limit for woven in told)
+    assert [w.seconds for w in told] == sorted((w.seconds for w in told), reverse=True)
+    assert first.seconds <= told[-1].seconds
+    met: list[float] = []
+    found = plan(planner, limit, search=Search(tell=lambda standing: met.append(standing.seconds)))
+    assert min(met) == pytest.approx(found.seconds)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_bound_of_several_orders_moments_holds(seed: int) -> None:
+    """Moments of other orders join those of the best one: never above the exhaustive optimum, never below what was known."""
+    graph, cost = tiny(seed, layers=5)
+    planner = Planner(graph, cost)
+    base = float(planner.tables.seconds.sum())
+    for limit in limits_of(planner)[:-1]:
+        found = plan(planner, limit)
+        best = least_seconds(graph, cost, limit)
+        assert best is not None
+        orders = [Woven.of(found), *planner.firsts(limit, Search())]
+        alone = planner.bound(limit, orders[:1])
+        together = planner.bound(limit, orders, alone)
+        assert alone.seconds * (1 - 1e-9) <= together.seconds <= (best - base) * (1 + 1e-9) + 1e-12

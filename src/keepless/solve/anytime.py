@@ -30,6 +30,8 @@ _RUN_WORK = 1600
 """Evaluated orders that make another run of improvement worth its start."""
 _RUNS = (2, 6)
 """Runs of improvement at least and at most."""
+_BOUND_ORDERS = 2
+"""First orders whose tight moments a bound may rest on beside those of the best one."""
 _CLASSICS: tuple[Solver, ...] = (Revolve(), Rotor(), Dtr(), SqrtN())
 """Their orders are starts, too: on chains some of them are optimal."""
 _CLASSICS_OPS = 4000
@@ -165,7 +167,7 @@ class _Course:
 
     def _first(self) -> None:
         if self.best.peak > self.limit:
-            for woven in self.planner.firsts(self.limit, self.search):
+            for woven in self.planner.firsts(self.limit, self.search, self._take):
                 self._pool.append(woven)
                 self._take(woven)
         if self.best.peak > self.limit:
@@ -250,7 +252,10 @@ class _Course:
             yield from self._classics()
 
     def _certify(self) -> None:
-        found = self.planner.bound(self.limit, self.best, self.bound)
+        orders = [self.best]
+        if self.bound.prices:  # the first bound is for the best order alone: often that is enough
+            orders += [woven for woven in self._pool[:_BOUND_ORDERS] if woven is not self.best]
+        found = self.planner.bound(self.limit, orders, self.bound)
         if found.seconds > self.bound.seconds:
             self.bound = found
             self._tell()

@@ -10,7 +10,7 @@ A cut of a graph with 4,000 ops takes some milliseconds.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -86,12 +86,20 @@ def better(first: Woven, second: Woven, limit: int) -> Woven:
 
 @dataclass
 class PriceSearch:
-    """The search for one limit, over families of values that are kept in any case."""
+    """The search for one limit, over families of values that are kept in any case.
+
+    Arguments:
+        limit: bytes.
+        best: the best order so far.
+        seen: orders that other searches met, by their replays.
+        tell: called with each order that fits and is the best so far.
+    """
 
     tables: Tables
     limit: int
     best: Woven | None = None
     seen: dict[frozenset[int], tuple[Woven, Ints]] = field(default_factory=dict)
+    tell: Callable[[Woven], None] | None = None
 
     def evaluate(self, replayed: set[int]) -> tuple[Woven, Ints]:
         """The woven order of a set of replays, and the highest bytes at each base position."""
@@ -104,6 +112,8 @@ class PriceSearch:
         woven = self.seen[key][0]
         if woven.beats(self.best, self.limit):
             self.best = woven
+            if self.tell is not None and woven.peak <= self.limit:
+                self.tell(woven)
         return self.seen[key]
 
     def run(self, cuts: Iterable[MinCut]) -> Woven:

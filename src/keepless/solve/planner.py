@@ -10,9 +10,10 @@ of their first runs. `anytime` goes on from there: a bound, and better orders un
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import zip_longest
 
 from keepless.cost import CostModel
 from keepless.ir import Graph
@@ -103,16 +104,18 @@ class Planner:
         """What bounds rest on."""
         return Relaxation(self.tables)
 
-    def bound(self, limit: int, woven: Woven, known: Bound | None = None) -> Bound:
-        """Seconds of recomputation that every order within the limit has, from the moments where this one is tight.
+    def bound(self, limit: int, orders: Sequence[Woven], known: Bound | None = None) -> Bound:
+        """Seconds of recomputation that every order within the limit has, from the moments where these are tight.
 
         Arguments:
             limit: bytes.
-            woven: an order.
+            orders: the best one first: where it is tight depends on its own choices, so that others help.
             known: a bound for this limit, to go on from.
         """
-        enough = woven.seconds / (1 + self.enough) - float(self.tables.seconds.sum())
-        return best_bound(self.relaxation, limit, candidates(self.tables, woven), enough, known)
+        enough = orders[0].seconds / (1 + self.enough) - float(self.tables.seconds.sum())
+        each = [candidates(self.tables, woven) for woven in orders]
+        moments = dict.fromkeys(op for ops in zip_longest(*each) for op in ops if op is not None)
+        return best_bound(self.relaxation, limit, list(moments), enough, known)
 
     @cached_property
     def is_free(self) -> bool:
@@ -176,22 +179,32 @@ class Planner:
                 low = gaps.woven
             if gaps.peak < low.peak:
                 low = gaps.woven
-        gaps.fill(low.peak)
-        return gaps.woven if gaps.peak <= low.peak else low
+        return low
 
-    def firsts(self, limit: int, search: Search) -> Iterator[Woven]:
+    def firsts(self, limit: int, search: Search, tell: Callable[[Woven], None] | None = None) -> Iterator[Woven]:
         """First orders for the limit: by prices, then the lowest one with what there is room for taken out of it.
 
         Where neither fits, orders for more memory are evicted down.
+
+        Arguments:
+            limit: bytes.
+            search: counts what is evaluated, and may end it.
+            tell: called on the way with each order that fits and is the best so far.
         """
-        found = self._refined(self._relaxed(limit), limit, search)
-        yield found
-        low = self._refined(self.smallest, limit, search)
-        yield low
+        relaxed = self._relaxed(limit, tell)
+        fits = relaxed.peak <= limit
+        starts = [relaxed, self.smallest] if fits else [self.smallest, relaxed]
+        for number, start in enumerate(starts):
+            if number == 1 and not fits and self.tables.num_ops > _HUGE and self.smallest.peak <= limit:
+                return
+            found = self._refined(start, limit, search)
+            fits |= found.peak <= limit
+            yield found
         for loosening in _LOOSENINGS:
-            if min(found.peak, low.peak) <= limit or search.is_over:
-                break
+            if fits or search.is_over:
+                return
             found = self._refined(self._relaxed(int(limit * loosening)), limit, search)
+            fits = found.peak <= limit
             yield found
 
     def others(self, limit: int, search: Search) -> Iterator[Woven]:
@@ -205,8 +218,8 @@ class Planner:
                 return
             yield self._refined(self._relaxed(int(limit * loosening)), limit, search)
 
-    def _relaxed(self, limit: int) -> Woven:
-        return PriceSearch(self.tables, limit, seen=self.seen).run(self.cuts)
+    def _relaxed(self, limit: int, tell: Callable[[Woven], None] | None = None) -> Woven:
+        return PriceSearch(self.tables, limit, seen=self.seen, tell=tell).run(self.cuts)
 
     def _refined(self, start: Woven, limit: int, search: Search | None = None) -> Woven:
         gaps = Gaps(self.tables, start.order, self.work, search=search)
