@@ -164,7 +164,7 @@ def test_the_first_plan_is_told_before_the_search_for_it_ends(model: str) -> Non
 
 @pytest.mark.parametrize("seed", range(6))
 def test_a_bound_of_several_orders_moments_holds(seed: int) -> None:
-    """Moments of other orders join those of the best one: never above the exhaustive optimum, never below what was known."""
+    """Moments of other orders join the best one's: never above the exhaustive optimum, never below what was known."""
     graph, cost = tiny(seed, layers=5)
     planner = Planner(graph, cost)
     base = float(planner.tables.seconds.sum())

@@ -64,7 +64,13 @@ def plan(planner: Planner, limit_nbytes: int, seed: int = 0, search: Search | No
     Where ops may run in any order, an order of first runs with a lower peak is planned for first: a plan that needs no
     recomputation there is optimal.
     """
-    course = _Course(planner, limit_nbytes, seed, search or Search())
+    found = _planned(planner, limit_nbytes, seed, search or Search())
+    planner.forget()
+    return found
+
+
+def _planned(planner: Planner, limit_nbytes: int, seed: int, search: Search) -> Solution:
+    course = _Course(planner, limit_nbytes, seed, search)
     other = planner.reordered if course.best.peak > limit_nbytes else None
     if other is None:
         return course.run()

@@ -18,6 +18,7 @@ from itertools import zip_longest
 from keepless.cost import CostModel
 from keepless.ir import Graph
 from keepless.solve.bound import best_bound, candidates
+from keepless.solve.front import front_of
 from keepless.solve.gaps import Gaps
 from keepless.solve.lagrange import PriceSearch, Woven
 from keepless.solve.min_cut import MinCut, Spans
@@ -37,6 +38,8 @@ _WORK_OPS = 4_000_000
 _IMPROVE_OPS = 5_000_000
 """The same for the rounds after it."""
 _ENOUGH = 0.005
+_MOST_SEEN = 3_000_000
+"""Op ids in the orders that searches share, about 60 bytes each; beyond it only the best orders stay."""
 _HUGE = 10_000
 """Ops beyond which one start must do for the smallest peak."""
 _LARGE = 3000
@@ -83,6 +86,13 @@ class Planner:
     def seen(self) -> dict[frozenset[int], tuple[Woven, Ints]]:
         """Woven orders by their set of replays, shared by the searches for all limits."""
         return {}
+
+    def forget(self) -> None:
+        """Of the orders that the searches share only those stay that no other beats, where there are too many."""
+        if len(self.seen) * self.tables.num_ops > _MOST_SEEN:
+            best = front_of(self.seen.items(), lambda item: (item[1][0].peak, item[1][0].seconds))
+            self.seen.clear()
+            self.seen.update(best)
 
     @cached_property
     def work(self) -> int:
