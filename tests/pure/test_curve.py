@@ -107,7 +107,7 @@ def test_at_never_solves(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: object, **kwargs: object) -> None:
         raise AssertionError("at() solved again")
 
-    monkeypatch.setattr(planner_module.Planner, "within", refuse)
+    monkeypatch.setattr(planner_module.Planner, "firsts", refuse)
     monkeypatch.setattr(planner_module.Planner, "_lowest", refuse)
     monkeypatch.setattr(curve_module, "plan", refuse)
     before = float("inf")
@@ -160,7 +160,7 @@ def test_shared_orders_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         return trace_curve(graph, cost, points=5, search=search), max(sizes)
 
     whole, many = watched()
-    monkeypatch.setattr(curve_module, "_MOST_SEEN", 0)
+    monkeypatch.setattr(planner_module, "_MOST_SEEN", 0)
     pruned, few = watched()
     assert few < many // 2
     assert pruned.as_dict() == whole.as_dict()

@@ -245,3 +245,21 @@ def test_graphs_are_well_formed() -> None:
             ready.update(op.outputs)
         assert len(cost.seconds) == len(graph.ops) == len(cost.scratch)
         assert graph.loss_op is not None
+
+
+def lstm(steps: int, nbytes: int = 8192) -> tuple[Graph, CostModel]:
+    """An LSTM cell over time steps: the state is small, the gates are four times it, and the weight is shared."""
+    t = Tape()
+    weight = t.value(16 * nbytes, Kind.PARAM)
+    h, c = t.value(nbytes, Kind.INPUT), t.value(nbytes, Kind.INPUT)
+    first = {h, c}
+    for _ in range(steps):
+        inner = [] if h in first else [(h, (weight,))]
+        gates = t.forward("addmm", (h, weight), 4 * nbytes, [*inner, (weight, (h,))], flops=2e5)[0]
+        i, f, g, o = (t.forward("act", (gates,), nbytes, [(gates, ())], saves_output=True)[0] for _ in range(4))
+        old = t.forward("mul", (f, c), nbytes, [(f, (c,)), *([] if c in first else [(c, (f,))])])[0]
+        new = t.forward("mul", (i, g), nbytes, [(i, (g,)), (g, (i,))])[0]
+        c = t.forward("add", (old, new), nbytes, [(old, ()), (new, ())])[0]
+        tanh = t.forward("tanh", (c,), nbytes, [(c, ())], saves_output=True)[0]
+        h = t.forward("mul", (o, tanh), nbytes, [(o, (tanh,)), (tanh, (o,))])[0]
+    return t.finish(t.forward("sum", (h,), 4, [(h, (h,))])[0])

@@ -26,15 +26,22 @@ from keepless.solve.search import Search, Standing
 from keepless.solve.solution import Solution, Solver, solution
 
 NAME = "keepless"
-_STARTS = 2
-"""Orders that are improved, the fastest first."""
+_RUN_WORK = 1600
+"""Evaluated orders that make another run of improvement worth its start."""
+_RUNS = (2, 6)
+"""Runs of improvement at least and at most."""
+_BOUND_ORDERS = 2
+"""First orders whose tight moments a bound may rest on beside those of the best one."""
 _CLASSICS: tuple[Solver, ...] = (Revolve(), Rotor(), Dtr(), SqrtN())
 """Their orders are starts, too: on chains some of them are optimal."""
 _CLASSICS_OPS = 4000
 """Ops beyond which they take too long."""
 _SMALL_OPS = 1500
+"""Ops beyond which the slowest of them, rotor, is left out, and the others wait for a gap that is large."""
+_HUGE_OPS = 10_000
+"""Ops beyond which the work lasts for so few orders that nothing follows the first ones but where the gap is large."""
 _FAR = 0.03
-"""A certified gap that makes the classics worth their seconds beyond so many ops."""
+"""A certified gap that is large."""
 _ON_CHAINS: tuple[Solver, ...] = (Revolve(), Rotor())
 _LONG_CHAIN_OPS = 150
 """Ops beyond which these settle a chain of equal steps: its orders are long, and searching on takes minutes in vain."""
@@ -57,7 +64,13 @@ def plan(planner: Planner, limit_nbytes: int, seed: int = 0, search: Search | No
     Where ops may run in any order, an order of first runs with a lower peak is planned for first: a plan that needs no
     recomputation there is optimal.
     """
-    course = _Course(planner, limit_nbytes, seed, search or Search())
+    found = _planned(planner, limit_nbytes, seed, search or Search())
+    planner.forget()
+    return found
+
+
+def _planned(planner: Planner, limit_nbytes: int, seed: int, search: Search) -> Solution:
+    course = _Course(planner, limit_nbytes, seed, search)
     other = planner.reordered if course.best.peak > limit_nbytes else None
     if other is None:
         return course.run()
@@ -100,6 +113,7 @@ class _Course:
         self.base = float(tables.seconds.sum())
         self.best = Woven.judged(tables, tables.base.tolist())
         self._tried: list[Woven] = []
+        self._pool: list[Woven] = []
         self._floor = floor_bound(self.planner.graph, self.planner.cost)
 
     @property
@@ -114,6 +128,10 @@ class _Course:
     def is_enough(self) -> bool:
         """Whether the best order need not become better."""
         return self.best.seconds <= self.fastest * (1 + self.planner.enough)
+
+    @property
+    def _is_far(self) -> bool:
+        return self.best.seconds > self.fastest * (1 + _FAR)
 
     def run(self) -> Solution:
         """The whole search. Ctrl-C ends it with its best so far: at once if nothing fits yet or it came twice."""
@@ -155,7 +173,9 @@ class _Course:
 
     def _first(self) -> None:
         if self.best.peak > self.limit:
-            self.best = self.planner.within(self.limit, self.search)
+            for woven in self.planner.firsts(self.limit, self.search, self._take):
+                self._pool.append(woven)
+                self._take(woven)
         if self.best.peak > self.limit:
             for woven in self._classics():
                 self.best = better(woven, self.best, self.limit)
@@ -163,21 +183,23 @@ class _Course:
 
     def _improve(self) -> None:
         self._certify()
-        pool = [self.best]
+        if self.planner.tables.num_ops > _HUGE_OPS and not self._is_far:
+            return
+        pool = [self.best, *self._pool]
         if not self.is_enough:
             for woven in chain(self.planner.others(self.limit, self.search), self._more_classics()):
                 pool.append(woven)
                 self._take(woven)
                 if self.is_enough:
                     break
-        fitting = sorted({w.seconds: w for w in pool if w.peak <= self.limit}.items())[:_STARTS]
-        for number, (_, woven) in enumerate(fitting):
+        starts = self._starts(pool)
+        for number, woven in enumerate(starts):
             if not self.is_enough:
                 improve(
                     self.planner.tables,
                     woven,
                     self.limit,
-                    work=self.planner.improvement_work // len(fitting),
+                    work=self.planner.improvement_work // len(starts),
                     seed=self.seed + number,
                     enough=self.fastest * (1 + self.planner.enough),
                     search=self.search,
@@ -185,6 +207,18 @@ class _Course:
                 )
         if not self.is_enough and not self.search.is_over:
             self._certify()
+
+    def _starts(self, pool: list[Woven]) -> list[Woven]:
+        """Orders to improve: the fastest two, or, where the work lasts for more, the fastest and the lowest many times.
+
+        From the lowest order, which is far from the limit, each seed takes another way.
+        """
+        fitting = sorted({w.seconds: w for w in pool if w.peak <= self.limit}.items())
+        runs = min(max(self.planner.improvement_work // _RUN_WORK, _RUNS[0]), _RUNS[1])
+        low = self.planner.smallest
+        if low.peak > self.limit or runs == _RUNS[0]:
+            return [woven for _, woven in fitting[: _RUNS[0]]]
+        return [fitting[0][1], *[low] * (runs - 1)]
 
     def _exhaust(self) -> None:
         """Small graphs are searched until nothing could be faster."""
@@ -208,7 +242,8 @@ class _Course:
         planner = self.planner
         if planner.tables.num_ops > _CLASSICS_OPS:
             return
-        for number, solver in enumerate(_CLASSICS):
+        is_small = planner.tables.num_ops <= _SMALL_OPS
+        for number, solver in enumerate(s for s in _CLASSICS if is_small or not isinstance(s, Rotor)):
             if self.search.is_over:
                 return
             if number == len(self._tried):
@@ -219,11 +254,14 @@ class _Course:
     def _more_classics(self) -> Iterator[Woven]:
         """The classics' orders, where there is one or much may be missing: on larger graphs they take seconds."""
         is_small = self.planner.tables.num_ops <= _SMALL_OPS
-        if is_small or self._tried or self.best.seconds > self.fastest * (1 + _FAR):
+        if is_small or self._tried or self._is_far:
             yield from self._classics()
 
     def _certify(self) -> None:
-        found = self.planner.bound(self.limit, self.best, self.bound)
+        orders = [self.best]
+        if self.bound.prices:  # the first bound is for the best order alone: often that is enough
+            orders += [woven for woven in self._pool[:_BOUND_ORDERS] if woven is not self.best]
+        found = self.planner.bound(self.limit, orders, self.bound)
         if found.seconds > self.bound.seconds:
             self.bound = found
             self._tell()

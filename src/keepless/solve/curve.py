@@ -29,7 +29,7 @@ from keepless.ir.budget import MAX_NBYTES
 from keepless.solve.anytime import plan
 from keepless.solve.bound import witness_text
 from keepless.solve.floor import floor_bound
-from keepless.solve.front import LESS, Line, Point, front_of, next_limit
+from keepless.solve.front import LESS, Line, Point, next_limit
 from keepless.solve.lagrange import Woven
 from keepless.solve.met import sort_out
 from keepless.solve.moments import Bound
@@ -41,8 +41,6 @@ from keepless.solve.strategies import Strategy, check_strategies, named_strategi
 
 MAX_LIMITS = 200
 """Limits that one curve may be solved for."""
-_MOST_SEEN = 3_000_000
-"""Op ids in the orders that the searches share, about 60 bytes each; beyond it only the best orders stay."""
 
 
 @dataclass(frozen=True)
@@ -258,7 +256,6 @@ def trace_curve(
         solved[limit] = found = plan(planner, limit, seed, inner)
         search.is_cut_by_clock |= inner.is_cut_by_clock
         search.is_interrupted |= inner.is_interrupted
-        _forget(planner)
         lines[limit] = Line.of(tables, limit, found.certificate)
         search.report(Standing("curve", found.seconds, found.peak, found.certificate.bound_seconds, search.spent))
 
@@ -321,12 +318,3 @@ def _checked(budgets: Iterable[int] | None) -> list[int] | None:
         if isinstance(limit, bool) or not isinstance(limit, int) or not 0 < limit <= MAX_NBYTES:
             raise SolverError(f"The limit {limit!r} is not a number of bytes between 1 and 2**60.")
     return sorted(set(wanted))
-
-
-def _forget(planner: Planner) -> None:
-    """Of the orders that the searches share only those stay that no other beats, where there are too many."""
-    seen = planner.seen
-    if len(seen) * planner.tables.num_ops > _MOST_SEEN:
-        best = front_of(seen.items(), lambda item: (item[1][0].peak, item[1][0].seconds))
-        seen.clear()
-        seen.update(best)

@@ -15,10 +15,10 @@ import random
 
 import numpy as np
 
+from keepless.solve.fill import Fill, take_out
 from keepless.solve.lagrange import Woven
 from keepless.solve.search import Search
 from keepless.solve.tables import Ints, Lives, Tables
-from keepless.solve.weave import useful
 
 _TRIED = 6
 """Evictions evaluated exactly per step."""
@@ -165,75 +165,18 @@ class Gaps:
         return changed
 
     def _fill_pass(self, limit: int) -> bool:
-        """Try each replay once, the most seconds per byte first."""
-        seconds = self.tables.cost.seconds
-        runs = np.asarray(self.order, np.int64)
-        replays = np.setdiff1d(np.arange(len(runs)), np.unique(runs, return_index=True)[1])
-        scored = []
-        for position in replays.tolist():
-            room, nbytes = self._room(position, limit)
-            if room >= 0:
-                scored.append((seconds[self.order[position]] / (nbytes + 1.0), position))
-        scored.sort(reverse=True)
-        changed = False
-        now = np.arange(len(runs))  # where each position of the pass's first order is now; -1 if it is gone
-        for _, original in scored:
-            position = int(now[original])
-            if position < 0 or self._room(position, limit)[0] < 0:
-                continue
-            if self.work <= 0:
-                break
-            without = [*self.order[:position], *self.order[position + 1 :]]
-            kept = useful(self.tables, without) if self._orphans(position) else range(len(without))
-            candidate = [without[p] for p in kept] if len(kept) < len(without) else without
-            lives = self._try(candidate)
-            if lives.peak <= limit and lives.seconds < self.lives.seconds:
-                old = np.array(kept, np.int64)
-                moved = np.full(len(self.order), -1, np.int64)
-                moved[old + (old >= position)] = np.arange(len(old))
-                now = np.where(now >= 0, moved[now], -1)
-                self._take(candidate, lives)
-                changed = True
-        return changed
+        """Take out what there is room for, the most seconds per byte first."""
+        before = self.lives
 
-    def _orphans(self, position: int) -> bool:
-        """Whether a replay serves only the run at this position."""
-        for u in self.tables.reads[self.order[position]]:
-            born, end = self.lives.instance(u, position)
-            if born >= 0 and end == position and self.order.index(self.order[born]) < born:
-                return True
-        return False
+        def judge(order: list[int]) -> bool:
+            lives = self._try(order)
+            if lives.peak > limit or lives.seconds >= self.lives.seconds:
+                return False
+            self._take(order, lives)
+            return True
 
-    def _room(self, position: int, limit: int) -> tuple[int, int]:
-        """Bytes below the limit if the run at `position` were taken out, and the bytes of its outputs."""
-        tables, lives = self.tables, self.lives
-        op_id = self.order[position]
-        begin, total = position, 0
-        parts: list[tuple[int, int]] = []
-        for v in tables.writes[op_id]:
-            born, end = lives.instance(v, position + 1)
-            if born < 0 or end <= position:
-                continue
-            before, death = lives.instance(v, position)
-            if before < 0:
-                continue
-            parts.append((death + 1, tables.sizes[v]))
-            begin = min(begin, death + 1)
-            total += tables.sizes[v]
-        if not parts or begin >= position:
-            return limit, total
-        delta = lives.profile[begin:position]
-        if len(parts) == 1 and limit - int(delta.max()) >= total:
-            return limit - int(delta.max()) - total, total
-        delta = delta.copy()
-        for start, size in parts:
-            delta[start - begin :] += size
-        for u in tables.reads[op_id]:
-            born, end = lives.instance(u, position)
-            if born >= 0 and end == position:
-                back = max(lives.last_read(u, position), born) + 1
-                delta[max(back - begin, 0) :] -= tables.sizes[u]
-        return limit - int(delta.max()), total
+        take_out(self.order, Fill(self.tables, self.order, self.lives, limit).groups(), judge, lambda: self.work > 0)
+        return self.lives is not before
 
 
 def _excess(profile: Ints, target: int) -> float:

@@ -17,97 +17,139 @@ none of them are kept: the local search fills what is left.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Collection
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
+import numpy.typing as npt
 
 from keepless.solve.flow import TOTAL, infinite, source_side
 from keepless.solve.tables import Floats, Ints, Tables
 from keepless.solve.weave import closure
 
 
-class MinCut:
-    """The cut's graph, built once per graph and set of values that are kept in any case."""
+@dataclass(frozen=True)
+class Spans:
+    """What the cuts of one graph have in common: forward values, when they serve, and who reads them.
 
-    def __init__(self, tables: Tables, fixed: Collection[int] = ()) -> None:
-        self.tables = tables
+    Arguments:
+        values: forward values, in the order in which they are made.
+        node: the index in `values` of each value of the graph; -1 where it is none of them.
+        maker: the op that makes each.
+        last_forward: the last op up to the LOSS op that reads each; its maker where none does.
+        first_backward: the first op after the LOSS op that reads each; the number of ops where none does.
+        needed: whether one does.
+        edges: (op, index of a value that it reads), of forward ops.
+    """
+
+    values: Ints
+    node: Ints
+    maker: Ints
+    last_forward: Ints
+    first_backward: Ints
+    needed: npt.NDArray[np.bool_]
+    edges: Ints
+
+    @staticmethod
+    def of(tables: Tables) -> Spans:
+        """O(edges)."""
         loss, num_ops = tables.loss, tables.num_ops
-        fixed_ops = {tables.producer[v] for v in fixed}
-        self.free = [p < loss and tables.replayable[p] and p not in fixed_ops for p in range(num_ops)]
-        forward = [v for p in range(loss) for v in tables.writes[p] if tables.producer[v] == p]
-        self.values = np.array(forward, np.int64)
-        num = len(forward)
-        node = {v: i for i, v in enumerate(forward)}
-        self._source, self._sink, self._op0 = num + loss, num + loss + 1, num
-        last_forward, first_backward = np.zeros(num, np.int64), np.full(num, num_ops, np.int64)
-        needed = np.zeros(num, bool)
-        for v, i in node.items():
-            after = [c for c in tables.consumers[v] if c > loss]
-            before = [c for c in tables.consumers[v] if c <= loss]
-            last_forward[i] = before[-1] if before else tables.producer[v]
-            if after:
-                first_backward[i], needed[i] = after[0], True
-        self._last_forward, self._first_backward, self.needed = last_forward, first_backward, needed
-        rows: list[int] = []
-        cols: list[int] = []
-        for v, i in node.items():
-            rows.append(i)
-            cols.append(num + tables.producer[v] if self.free[tables.producer[v]] else self._sink)
-        self._num_keep = num
-        self._ops = np.array([p for p in range(loss) if self.free[p]], np.int64)
-        rows.extend((self._op0 + self._ops).tolist())
-        cols.extend([self._sink] * len(self._ops))
-        for p in self._ops.tolist():
-            for u in tables.reads[p]:
-                if u in node:
-                    rows.append(num + p)
-                    cols.append(node[u])
-        heads = np.flatnonzero(needed)
-        rows.extend([self._source] * len(heads))
-        cols.extend(heads.tolist())
-        self._rows, self._cols = np.array(rows), np.array(cols)
-        self._need = self._need_positions(node)
+        values = [v for p in range(loss) for v in tables.writes[p] if tables.producer[v] == p]
+        node = np.full(len(tables.sizes), -1, np.int64)
+        node[values] = np.arange(len(values))
+        last_forward, first_backward = [], []
+        for v in values:
+            readers = tables.consumers[v]
+            at = bisect_right(readers, loss)
+            last_forward.append(readers[at - 1] if at else tables.producer[v])
+            first_backward.append(readers[at] if at < len(readers) else num_ops)
+        edges = [(p, node[u]) for p in range(loss) for u in tables.reads[p] if node[u] >= 0]
+        first = np.array(first_backward, np.int64)
+        return Spans(
+            values=np.array(values, np.int64),
+            node=node,
+            maker=np.array([tables.producer[v] for v in values], np.int64),
+            last_forward=np.array(last_forward, np.int64),
+            first_backward=first,
+            needed=first < num_ops,
+            edges=np.array(edges, np.int64).reshape(-1, 2),
+        )
 
-    def _need_positions(self, node: dict[int, int]) -> Ints:
+
+class MinCut:
+    """One cut per set of values that are kept in any case; its network is made once, when prices are first asked for.
+
+    Arguments:
+        fixed: values that are kept.
+        spans: of the tables, where they are there already.
+    """
+
+    def __init__(self, tables: Tables, fixed: Collection[int] = (), spans: Spans | None = None) -> None:
+        self.tables = tables
+        self.spans = spans or Spans.of(tables)
+        fixed_ops = {tables.producer[v] for v in fixed}
+        self.free = [p < tables.loss and tables.replayable[p] and p not in fixed_ops for p in range(tables.num_ops)]
+        self._ops = np.array([p for p in range(tables.loss) if self.free[p]], np.int64)
+        num = len(self.spans.values)
+        self._op0, self._source, self._sink = num, num + tables.loss, num + tables.loss + 1
+
+    @cached_property
+    def _edges(self) -> tuple[Ints, Ints]:
+        """First the edges that keeping prices, then those of running again, then infinite ones."""
+        spans, num = self.spans, len(self.spans.values)
+        free = np.array(self.free[: self.tables.loss], bool)
+        again = spans.edges[free[spans.edges[:, 0]]]
+        heads = np.flatnonzero(spans.needed)
+        rows = [np.arange(num), num + self._ops, num + again[:, 0], np.full(len(heads), self._source)]
+        kept = np.where(free[spans.maker], num + spans.maker, self._sink)
+        cols = [kept, np.full(len(self._ops), self._sink), again[:, 1], heads]
+        return np.concatenate(rows), np.concatenate(cols)
+
+    @cached_property
+    def _need(self) -> Ints:
         """For each value, the first position that needs it when everything free runs again."""
-        tables = self.tables
-        need = self._first_backward.copy()
-        for v in reversed(self.values.tolist()):
-            i = node[v]
+        tables, spans = self.tables, self.spans
+        need = spans.first_backward.tolist()
+        first = [tables.num_ops] * tables.loss  # of what each op makes
+        for i in range(len(need) - 1, -1, -1):
+            v = int(spans.values[i])
             for c in tables.consumers[v]:
-                if c < tables.loss and self.free[c]:
-                    need[i] = min(need[i], *(int(need[node[w]]) for w in tables.writes[c] if w in node))
-        return need
+                if c < tables.loss and self.free[c] and first[c] < need[i]:
+                    need[i] = first[c]
+            maker = tables.producer[v]
+            first[maker] = min(first[maker], need[i])
+        return np.array(need, np.int64)
 
     def keep_bytes_weight(self, prices: Floats) -> Floats:
         """Price of keeping each value: bytes times the prices of the positions that it spans."""
-        total = np.concatenate([[0.0], np.cumsum(prices)])
+        spans, total = self.spans, np.concatenate([[0.0], np.cumsum(prices)])
         # Something kept only for replays serves until its first use there.
-        until = np.maximum(np.where(self.needed, self._first_backward, self._need), self._last_forward + 1)
+        until = np.maximum(np.where(spans.needed, spans.first_backward, self._need), spans.last_forward + 1)
         until = np.minimum(until, self.tables.num_ops)
-        span = total[until] - total[np.minimum(self._last_forward + 1, until)]
-        price: Floats = self.tables.nbytes[self.values] * span
+        span = total[until] - total[np.minimum(spans.last_forward + 1, until)]
+        price: Floats = self.tables.nbytes[self.spans.values] * span
         return price
 
     def live_price(self, prices: Floats) -> Floats:
         """Price per op of having its outputs between the first replay's need and their first own use."""
-        total = np.concatenate([[0.0], np.cumsum(prices)])
-        need = np.minimum(self._need, self._first_backward)
-        span = np.where(self.needed, total[self._first_backward] - total[need], 0.0)
+        spans, total = self.spans, np.concatenate([[0.0], np.cumsum(prices)])
+        need = np.minimum(self._need, spans.first_backward)
+        span = np.where(spans.needed, total[spans.first_backward] - total[need], 0.0)
         per_op = np.zeros(self.tables.num_ops)
-        producers = np.array([self.tables.producer[v] for v in self.values.tolist()], np.int64)
-        np.add.at(per_op, producers, self.tables.nbytes[self.values] * span)
+        np.add.at(per_op, spans.maker, self.tables.nbytes[self.spans.values] * span)
         return per_op
 
     def everything(self) -> set[int]:
         """The ops that run again when every value that may be forgotten is."""
-        wanted = [self.tables.producer[v] for v in self.values[self.needed].tolist()]
+        wanted = self.spans.maker[self.spans.needed].tolist()
         return set(closure(self.tables, [p for p in wanted if self.free[p]], lambda p: self.free[p]))
 
     def solve(self, prices: Floats) -> set[int]:
         """Ops that run again at these prices (seconds per byte, one per position of the base order)."""
         tables = self.tables
-        if not len(self.values):
+        if not len(self.spans.values):
             return set()
         keep = self.keep_bytes_weight(prices)
         bound = float(tables.seconds[self._ops].sum()) * 4 + 1e-12
@@ -116,10 +158,11 @@ class MinCut:
         again = again + 1e-9 * (tables.seconds.sum() + 1e-12)
         keep = np.minimum(keep, bound)
         scale = TOTAL / max(float(keep.sum() + again.sum()), 1e-30)
-        caps = infinite(len(self._rows))
-        num = self._num_keep
+        rows, cols = self._edges
+        caps = infinite(len(rows))
+        num = len(keep)
         caps[:num] = np.minimum(keep * scale, TOTAL).astype(np.int32)
         caps[num : num + len(again)] = np.minimum(again * scale + 1, TOTAL).astype(np.int32)
-        reached = source_side(self._rows, self._cols, caps, self._source, self._sink)
+        reached = source_side(rows, cols, caps, self._source, self._sink)
         ops = reached[(reached >= self._op0) & (reached < self._source)] - self._op0
         return {int(p) for p in ops}

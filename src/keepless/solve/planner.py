@@ -10,16 +10,18 @@ of their first runs. `anytime` goes on from there: a bound, and better orders un
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import zip_longest
 
 from keepless.cost import CostModel
 from keepless.ir import Graph
 from keepless.solve.bound import best_bound, candidates
+from keepless.solve.front import front_of
 from keepless.solve.gaps import Gaps
-from keepless.solve.lagrange import PriceSearch, Woven, better
-from keepless.solve.min_cut import MinCut
+from keepless.solve.lagrange import PriceSearch, Woven
+from keepless.solve.min_cut import MinCut, Spans
 from keepless.solve.moments import Bound, Relaxation
 from keepless.solve.reorder import is_free, low_order, permuted
 from keepless.solve.search import Search
@@ -36,6 +38,8 @@ _WORK_OPS = 4_000_000
 _IMPROVE_OPS = 5_000_000
 """The same for the rounds after it."""
 _ENOUGH = 0.005
+_MOST_SEEN = 3_000_000
+"""Op ids in the orders that searches share, about 60 bytes each; beyond it only the best orders stay."""
 _HUGE = 10_000
 """Ops beyond which one start must do for the smallest peak."""
 _LARGE = 3000
@@ -52,6 +56,7 @@ class Planner:
         is_proxy: the costs stand for others (see `smallest`).
         keeps_order: first runs in the graph's order, also where another would be allowed.
         first_runs: where the graph's ops are those of another graph in another order: their ids there.
+        like: a planner of the same graph at other seconds, whose tables and families serve here, too.
     """
 
     graph: Graph
@@ -59,21 +64,35 @@ class Planner:
     is_proxy: bool = False
     keeps_order: bool = False
     first_runs: tuple[int, ...] | None = None
+    like: Planner | None = None
 
     @cached_property
     def tables(self) -> Tables:
         """The graph as arrays."""
-        return Tables(self.graph, self.cost)
+        return Tables(self.graph, self.cost) if self.like is None else self.like.tables.priced(self.cost)
+
+    @cached_property
+    def families(self) -> list[tuple[int, ...]]:
+        """Values that are kept in any case, from none to every narrow place."""
+        return families(self.tables, find_cuts(self.tables)) if self.like is None else self.like.families
 
     @cached_property
     def cuts(self) -> list[MinCut]:
-        """One cut per family of values that are kept in any case."""
-        return [MinCut(self.tables, kept) for kept in families(self.tables, find_cuts(self.tables))]
+        """One cut per family."""
+        spans = Spans.of(self.tables)
+        return [MinCut(self.tables, kept, spans) for kept in self.families]
 
     @cached_property
     def seen(self) -> dict[frozenset[int], tuple[Woven, Ints]]:
         """Woven orders by their set of replays, shared by the searches for all limits."""
         return {}
+
+    def forget(self) -> None:
+        """Of the orders that the searches share only those stay that no other beats, where there are too many."""
+        if len(self.seen) * self.tables.num_ops > _MOST_SEEN:
+            best = front_of(self.seen.items(), lambda item: (item[1][0].peak, item[1][0].seconds))
+            self.seen.clear()
+            self.seen.update(best)
 
     @cached_property
     def work(self) -> int:
@@ -95,16 +114,18 @@ class Planner:
         """What bounds rest on."""
         return Relaxation(self.tables)
 
-    def bound(self, limit: int, woven: Woven, known: Bound | None = None) -> Bound:
-        """Seconds of recomputation that every order within the limit has, from the moments where this one is tight.
+    def bound(self, limit: int, orders: Sequence[Woven], known: Bound | None = None) -> Bound:
+        """Seconds of recomputation that every order within the limit has, from the moments where these are tight.
 
         Arguments:
             limit: bytes.
-            woven: an order.
+            orders: the best one first: where it is tight depends on its own choices, so that others help.
             known: a bound for this limit, to go on from.
         """
-        enough = woven.seconds / (1 + self.enough) - float(self.tables.seconds.sum())
-        return best_bound(self.relaxation, limit, candidates(self.tables, woven), enough, known)
+        enough = orders[0].seconds / (1 + self.enough) - float(self.tables.seconds.sum())
+        each = [candidates(self.tables, woven) for woven in orders]
+        moments = dict.fromkeys(op for ops in zip_longest(*each) for op in ops if op is not None)
+        return best_bound(self.relaxation, limit, list(moments), enough, known)
 
     @cached_property
     def is_free(self) -> bool:
@@ -142,7 +163,8 @@ class Planner:
         """
         if self.is_proxy:
             return self._lowest()
-        low = Planner(self.graph, proxy_cost(self.graph, self.cost), is_proxy=True, keeps_order=True).smallest
+        cost = proxy_cost(self.graph, self.cost)
+        low = Planner(self.graph, cost, is_proxy=True, keeps_order=True, like=self).smallest
         gaps = Gaps(self.tables, low.order, self.work)
         gaps.fill(low.peak)
         return gaps.woven if gaps.peak <= low.peak else Woven.judged(self.tables, low.order)
@@ -167,20 +189,33 @@ class Planner:
                 low = gaps.woven
             if gaps.peak < low.peak:
                 low = gaps.woven
-        gaps.fill(low.peak)
-        return gaps.woven if gaps.peak <= low.peak else low
+        return low
 
-    def within(self, limit: int, search: Search | None = None) -> Woven:
-        """A first fast order within the limit, or the lowest where none was found."""
-        found = self._relaxed(limit)
-        best = self._refined(found, limit, search)
+    def firsts(self, limit: int, search: Search, tell: Callable[[Woven], None] | None = None) -> Iterator[Woven]:
+        """First orders for the limit: by prices, then the lowest one with what there is room for taken out of it.
+
+        Where neither fits, orders for more memory are evicted down.
+
+        Arguments:
+            limit: bytes.
+            search: counts what is evaluated, and may end it.
+            tell: called on the way with each order that fits and is the best so far.
+        """
+        relaxed = self._relaxed(limit, tell)
+        fits = relaxed.peak <= limit
+        starts = [relaxed, self.smallest] if fits else [self.smallest, relaxed]
+        for number, start in enumerate(starts):
+            if number == 1 and not fits and self.tables.num_ops > _HUGE and self.smallest.peak <= limit:
+                return
+            found = self._refined(start, limit, search)
+            fits |= found.peak <= limit
+            yield found
         for loosening in _LOOSENINGS:
-            if best.peak <= limit or (search is not None and search.is_over):
-                break
-            best = better(self._refined(self._relaxed(int(limit * loosening)), limit, search), best, limit)
-        if best.peak > limit or found.peak > limit:
-            best = better(self._refined(self.smallest, limit, search), best, limit)
-        return best
+            if fits or search.is_over:
+                return
+            found = self._refined(self._relaxed(int(limit * loosening)), limit, search)
+            fits = found.peak <= limit
+            yield found
 
     def others(self, limit: int, search: Search) -> Iterator[Woven]:
         """More orders for the limit: plans for more memory, evicted down.
@@ -193,8 +228,8 @@ class Planner:
                 return
             yield self._refined(self._relaxed(int(limit * loosening)), limit, search)
 
-    def _relaxed(self, limit: int) -> Woven:
-        return PriceSearch(self.tables, limit, seen=self.seen).run(self.cuts)
+    def _relaxed(self, limit: int, tell: Callable[[Woven], None] | None = None) -> Woven:
+        return PriceSearch(self.tables, limit, seen=self.seen, tell=tell).run(self.cuts)
 
     def _refined(self, start: Woven, limit: int, search: Search | None = None) -> Woven:
         gaps = Gaps(self.tables, start.order, self.work, search=search)

@@ -16,7 +16,7 @@ import numpy as np
 
 from keepless.solve.tables import Floats, Ints, Tables
 
-_MAX_POSITIONS = 600
+_MAX_POSITIONS = 1200
 
 
 @dataclass(frozen=True)
@@ -52,15 +52,15 @@ def find_cuts(tables: Tables, most: int = _MAX_POSITIONS) -> Cuts:
     work = np.cumsum([sum(tables.sizes[v] for v in tables.writes[p]) for p in range(loss)], dtype=np.float64)
     chosen = _minima(alive, most)
     sets: list[tuple[int, ...]] = [()]
-    births_of = np.array([p for p, _ in made], np.int64)
+    births, ids = np.array(made, np.int64).reshape(-1, 2).T
+    deaths = np.array([last[v] for _, v in made], np.int64)
+    starts = np.concatenate([[-1], chosen])
     fresh = np.zeros((len(chosen) + 1, len(chosen) + 1))
     for j, at in enumerate(chosen, start=1):
-        inside = [(p, v) for p, v in made[: np.searchsorted(births_of, at, "right")] if at < last[v]]
-        sets.append(tuple(v for _, v in inside))
-        births = np.array([p for p, _ in inside], np.int64)
-        sums = np.concatenate([[0.0], np.cumsum([tables.sizes[v] for _, v in inside])])
-        starts = np.searchsorted(births, np.concatenate([[-1], chosen]), "right")
-        fresh[:, j] = sums[-1] - sums[starts]
+        inside = np.flatnonzero((births <= at) & (deaths > at))
+        sets.append(tuple(ids[inside].tolist()))
+        sums = np.concatenate([[0], np.cumsum(tables.nbytes[ids[inside]])])
+        fresh[:, j] = sums[-1] - sums[np.searchsorted(births[inside], starts, "right")]
     positions = np.concatenate([[-1], chosen]).astype(np.int64)
     return Cuts(positions, fresh, np.concatenate([[0.0], work[chosen]]) if loss else np.zeros(1), tuple(sets))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -139,6 +140,10 @@ class Tables:
         states = set(self.state.values())
         for op_id, v in self.state.items():  # every run of an RNG op writes the state, kept or not
             self.scratch[op_id] += self.sizes[v]
+        self._draws = np.zeros(self.num_ops, bool)
+        self._state_nbytes = np.zeros(self.num_ops, np.int64)
+        for op_id, v in self.state.items():
+            self._draws[op_id], self._state_nbytes[op_id] = True, self.sizes[v]
         self._read_csr = _csr(self.reads)
         self._write_csr = _csr(
             [tuple(v for v in row if v not in states and v not in self.static) for row in self.writes]
@@ -146,6 +151,13 @@ class Tables:
         pairs = [reuse_pairs(graph, op) for op in graph.ops]
         self._reuse_out = _csr([[p[0] for p in row] for row in pairs])
         self._reuse_in = _csr([[p[1] for p in row] for row in pairs])
+
+    def priced(self, cost: CostModel) -> Tables:
+        """The same arrays at other seconds; scratch is the same."""
+        assert cost.scratch == self.cost.scratch
+        other = copy(self)
+        other.cost, other.seconds = cost, np.array(cost.seconds, np.float64)
+        return other
 
     def _may_replay(self, op_id: int) -> bool:
         op = self.graph.ops[op_id]
@@ -219,15 +231,13 @@ class Tables:
 
     def _states(self, runs: Ints, num: int) -> Ints:
         """Bytes of recorded generator states: from an op's first run to its last replay."""
-        draws = np.array(sorted(self.state), np.int64)
-        at = np.flatnonzero(np.isin(runs, draws))
+        at = np.flatnonzero(self._draws[runs])
         if not len(at):
             return np.zeros(num, np.int64)
         ops = runs[at]
         begin, finish = np.full(self.num_ops, num, np.int64), np.full(self.num_ops, -1, np.int64)
-        np.minimum.at(begin, ops, at)
-        np.maximum.at(finish, ops, at)
-        drawn = draws[finish[draws] >= 0]
-        size = self.nbytes[[self.state[int(op)] for op in drawn]]
+        begin[ops[::-1]], finish[ops] = at[::-1], at  # of equal indices the last assignment stays
+        drawn = np.flatnonzero(finish >= 0)
+        size = self._state_nbytes[drawn]
         moves = np.bincount(begin[drawn] + 1, size, num + 2) - np.bincount(finish[drawn] + 1, size, num + 2)
         return np.cumsum(moves)[:num].astype(np.int64)
