@@ -14,13 +14,13 @@ from keepless.control.captured import Settings
 from keepless.control.runner import Runner
 from keepless.cost import CostModel, Origin
 from keepless.eager import checkpoint_counters
-from keepless.eager.pieces import Cut, cut
-from keepless.eager.probe import Probe
-from keepless.eager.stepgraph import StepGraph
-from keepless.eager.survey import survey
 from keepless.errors import LossError
 from keepless.ir import Graph, Phase
 from keepless.measure.parts import Part, memory_parts
+from keepless.modules.pieces import Cut, cut
+from keepless.modules.probe import Probe
+from keepless.modules.stepgraph import StepGraph
+from keepless.modules.survey import survey
 from keepless.passes import evaluate
 
 Tell = Callable[[int, int], None]

@@ -20,15 +20,15 @@ from keepless.control.module_costs import MeasuredModules, measure_modules
 from keepless.control.reserve import budget_with_reserve, explain_infeasible, with_reserve
 from keepless.control.runner import Runner
 from keepless.control.signature import batch_signature, check_signature, model_signature
-from keepless.eager.planned import Chosen, Key, PlannedModules
-from keepless.eager.sites import Site
-from keepless.eager.untouched import untouched
 from keepless.errors import CaptureError, InfeasibleBudget, ParameterError, PlanError, SolverError
 from keepless.ir import Certificate, Status
 from keepless.ir.text import fingerprint
 from keepless.machine import Baseline, Plan, make_plan
 from keepless.measure import describe_device
 from keepless.measure.steps import increments
+from keepless.modules.planned import Chosen, Key, PlannedModules
+from keepless.modules.sites import Site
+from keepless.modules.untouched import untouched
 from keepless.passes import evaluate, from_order, reuse_storage
 from keepless.solve.floor import floor_bound
 from keepless.solve.regions import NAME, Region, Regions, RegionTree

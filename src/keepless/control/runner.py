@@ -12,8 +12,8 @@ import torch
 
 from keepless.capture import Inputs
 from keepless.control.captured import Settings
-from keepless.eager.untouched import Before
 from keepless.measure.steps import increments
+from keepless.modules.untouched import Before
 
 
 @dataclass

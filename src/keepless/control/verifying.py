@@ -21,12 +21,12 @@ from keepless.control.module_plans import apply as apply_modules
 from keepless.control.module_plans import is_eager, settings_of, tensors_of, uncompiled, without_plan
 from keepless.control.runner import Outcome, Runner, differing, noise_of, restored
 from keepless.control.signature import batch_signature, check_signature, model_signature
-from keepless.eager.untouched import untouched
 from keepless.errors import LossError, PlanError
 from keepless.execute import PlannedForward, make_entry
 from keepless.ir import Phase, Run, format_bytes
 from keepless.machine import Plan
 from keepless.measure import device_nbytes
+from keepless.modules.untouched import untouched
 from keepless.passes import from_order, reuse_storage
 
 PLAIN = "plain eager"

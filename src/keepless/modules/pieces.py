@@ -10,8 +10,8 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from functools import cached_property
 
-from keepless.eager.sites import Site
-from keepless.eager.survey import Survey
+from keepless.modules.sites import Site
+from keepless.modules.survey import Survey
 from keepless.solve.regions import Region, RegionTree
 
 _LEAST_SHARE = 0.001

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from keepless._compat import tree_leaves
-from keepless.eager.sites import Calls, Site, StorageBook, forwards_replaced
+from keepless.modules.sites import Calls, Site, StorageBook, forwards_replaced
 
 
 @dataclass

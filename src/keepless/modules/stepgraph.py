@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 import torch
 
 from keepless.capture import LOSS, OPTIMIZER, StepShape
-from keepless.eager.pieces import Cut
 from keepless.ir import Effect, Graph, Kind, Op, Phase, Value
+from keepless.modules.pieces import Cut
 
 
 @dataclass

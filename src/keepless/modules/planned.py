@@ -25,8 +25,8 @@ from keepless.capture import is_tracing
 from keepless.eager import forward as regions
 from keepless.eager.determinism import CHECKS
 from keepless.eager.forward import Options
-from keepless.eager.sites import Calls, Site
 from keepless.errors import PlanError
+from keepless.modules.sites import Calls, Site
 
 Key = tuple[Any, ...]
 """What steps of one plan have in common: shapes and dtypes of the call's tensors, the mode, standing gradients."""

@@ -18,9 +18,9 @@ import torch
 from keepless.eager import forward as regions
 from keepless.eager.determinism import CHECKS
 from keepless.eager.forward import Options
-from keepless.eager.pieces import Cut
-from keepless.eager.sites import Calls, forwards_replaced
 from keepless.errors import MeasureError
+from keepless.modules.pieces import Cut
+from keepless.modules.sites import Calls, forwards_replaced
 
 Mark = Callable[[int], None]
 
