@@ -253,7 +253,7 @@ def smallest_and_largest(model: nn.Module, batch: tuple[torch.Tensor, ...]) -> t
 
 
 @pytest.mark.parametrize("name", NETS)
-@pytest.mark.parametrize("position", [0.0, 0.4])
+@pytest.mark.parametrize("position", [0.0, pytest.param(0.4, marks=pytest.mark.slow)])
 def test_training_is_bitwise_that_of_plain_eager(name: str, position: float) -> None:
     make, data = NETS[name]
     batches = [data(seed=step) for step in range(2)]
