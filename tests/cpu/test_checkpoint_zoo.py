@@ -163,7 +163,7 @@ class _Noted(Exception):
     """The call is known."""
 
 
-FEW = ("mixtral", "albert", "efficientnet", "layer drop")
+FEW = ("mixtral", "albert", "convnext", "layer drop")
 
 
 @pytest.mark.parametrize("name", [name if name in FEW else pytest.param(name, marks=pytest.mark.slow) for name in ZOO])

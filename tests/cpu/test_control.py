@@ -482,3 +482,16 @@ def test_a_new_plan_in_every_step_is_told() -> None:
     with pytest.warns(UserWarning, match=r"more than 8 different steps.*argument 1 is"):
         model(x, scale=9.0)
     assert len(model.__dict__["forward"].entries) == 8
+
+
+def test_verify_leaves_the_gradient_of_an_input_alone() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh(), torch.nn.Flatten(0), torch.nn.Linear(32, 1))
+    x = torch.randn(4, 8, requires_grad=True)
+    x.grad = torch.ones(4, 8)
+    grad = x.grad
+    plan = keepless.plan(model, x, "1GiB")
+    assert keepless.verify(model, x, plan).equal
+    keepless.timeline(model, x, plan, repeats=1)
+    assert x.grad is grad
+    assert torch.equal(grad, torch.ones(4, 8))

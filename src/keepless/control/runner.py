@@ -1,10 +1,8 @@
-"""One forward and backward of a model, run to see what comes of it, and the state around it."""
+"""One forward and backward of a model, run to see what comes of it."""
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +30,7 @@ class Runner:
 
     Arguments:
         loss_fn: loss of (output, batch); None where the output holds it.
-        before: what each step starts from; None for buffers and the default generator alone.
+        before: what each step starts from.
     """
 
     def __init__(
@@ -43,7 +41,7 @@ class Runner:
         loss_fn: Any,
         settings: Settings,
         device: torch.device,
-        before: Before | None = None,
+        before: Before,
     ) -> None:
         self.before = before
         self.model = model
@@ -52,8 +50,6 @@ class Runner:
         self.loss_fn = loss_fn
         self.settings = settings
         self.device = device
-        self.rng = _get_rng(self.device)
-        self.buffers = {name: b.clone() for name, b in model.named_buffers()}
 
     def loss_of(self, output: Any) -> torch.Tensor:
         """The loss of an output."""
@@ -70,17 +66,11 @@ class Runner:
 
     def prepare(self) -> None:
         """Makes the state that of the first step's start."""
-        accumulate = self.settings.accumulate
-        if self.before is not None:
-            self.before.without_gradients()
-        for p in self.model.parameters():
-            p.grad = torch.zeros_like(p) if accumulate and p.requires_grad else None
-        if self.before is not None:
-            self.before.again()
-            return
-        for name, buffer in self.model.named_buffers():
-            buffer.data.copy_(self.buffers[name])
-        _set_rng(self.device, self.rng)
+        self.before.without_gradients()
+        if self.settings.accumulate:
+            for parameter in self.model.parameters():
+                parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+        self.before.again()
 
     def forward_backward(self) -> torch.Tensor:
         """The part of a step that is measured; gives the loss."""
@@ -140,30 +130,3 @@ def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def _get_rng(device: torch.device) -> torch.Tensor:
     return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-
-
-def _set_rng(device: torch.device, state: torch.Tensor) -> None:
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state, device)
-    else:
-        torch.set_rng_state(state)
-
-
-@contextlib.contextmanager
-def restored(model: torch.nn.Module) -> Iterator[None]:
-    """Gradients, buffers and generator states as they were, whatever happens."""
-    device = next(model.parameters()).device
-    grads = [(p, p.grad) for p in model.parameters()]
-    buffers = [(b, b.clone()) for b in model.buffers()]
-    state = _get_rng(device)
-    for p, _ in grads:
-        p.grad = None
-    try:
-        yield
-    finally:
-        for p, grad in grads:
-            p.grad = grad
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
-        _set_rng(device, state)

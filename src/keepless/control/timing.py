@@ -15,15 +15,16 @@ from typing import Any
 
 import torch
 
-from keepless.capture import Inputs, flatten_inputs
+from keepless.capture import Inputs, flatten_inputs, planned_device
 from keepless.control.applying import bind, capture_of, planned_forward, remove
 from keepless.control.checks import check_module, check_plan
-from keepless.control.module_plans import is_eager
-from keepless.control.runner import Runner, restored
+from keepless.control.module_plans import is_eager, tensors_of
+from keepless.control.runner import Runner
 from keepless.control.verifying import check_ambient, with_program
 from keepless.errors import ParameterError, PlanError
 from keepless.ir import Event, Timeline
 from keepless.machine import Plan
+from keepless.modules.untouched import untouched
 
 MAX_REPEATS = 1000
 
@@ -40,16 +41,22 @@ def measure_timeline(model: torch.nn.Module, batch: Any, plan: Plan, *, loss_fn:
     if isinstance(repeats, bool) or not isinstance(repeats, int) or not 1 <= repeats <= MAX_REPEATS:
         raise ParameterError(f"repeats={repeats!r} is not a number of steps from 1 to {MAX_REPEATS}.")
     inputs = Inputs.of(batch)
-    before = planned_forward(model)
+    standing = planned_forward(model)
     taken: list[dict[int, float]] = []
     marks: list[tuple[int, float]] = []
-    with restored(model):
+    with untouched(model, planned_device(model), tensors_of(batch)) as before:
         remove(model)
         try:
             capture = capture_of(plan, model) or bind(model, plan, flatten_inputs(inputs))
             check_ambient(capture, "timeline")
             run = Runner(
-                model, inputs, batch, loss_fn or capture.settings.loss_fn, capture.settings, capture.binding.device
+                model,
+                inputs,
+                batch,
+                loss_fn or capture.settings.loss_fn,
+                capture.settings,
+                capture.binding.device,
+                before,
             )
             with with_program(model, capture, plan.program, _marker(marks, capture.binding.device)):
                 for _ in range(repeats + 1):  # the first warms up
@@ -59,8 +66,8 @@ def measure_timeline(model: torch.nn.Module, batch: Any, plan: Plan, *, loss_fn:
                     taken.append({marks[i][0]: marks[i][1] - marks[i - 1][1] for i in range(1, len(marks))})
         finally:
             remove(model)
-            if before is not None:
-                model.__dict__["forward"] = before
+            if standing is not None:
+                model.__dict__["forward"] = standing
     return _joined(plan.predicted, taken[1:])
 
 

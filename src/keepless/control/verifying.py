@@ -19,7 +19,7 @@ from keepless.control.captured import Capture
 from keepless.control.checks import check_module, check_plan
 from keepless.control.module_plans import apply as apply_modules
 from keepless.control.module_plans import is_eager, settings_of, tensors_of, uncompiled, without_plan
-from keepless.control.runner import Outcome, Runner, differing, noise_of, restored
+from keepless.control.runner import Outcome, Runner, differing, noise_of
 from keepless.control.signature import batch_signature, check_signature, model_signature
 from keepless.errors import LossError, PlanError
 from keepless.execute import PlannedForward, make_entry
@@ -93,14 +93,14 @@ def verify(model: torch.nn.Module, batch: Any, plan: Plan, *, loss_fn: Any, repe
         return _verify_modules(uncompiled(model), batch, plan, loss_fn, repeats)
     inputs = Inputs.of(batch)
     flat = flatten_inputs(inputs)
-    before = planned_forward(model)
-    with restored(model):
+    standing = planned_forward(model)
+    with untouched(model, planned_device(model), tensors_of(batch)) as before:
         remove(model)
         try:
             capture = capture_of(plan, model) or bind(model, plan, flat)
             check_ambient(capture, "verify")
             loss_fn = loss_fn or capture.settings.loss_fn
-            run = Runner(model, inputs, batch, loss_fn, capture.settings, capture.binding.device)
+            run = Runner(model, inputs, batch, loss_fn, capture.settings, capture.binding.device, before)
             reference, name, plain = _reference(run, plan, capture)
             noise = noise_of(run, reference)
             apply(model, plan)
@@ -109,8 +109,8 @@ def verify(model: torch.nn.Module, batch: Any, plan: Plan, *, loss_fn: Any, repe
             timed = sorted(run.step().seconds for _ in range(repeats))
         finally:
             remove(model)
-            if before is not None:
-                model.__dict__["forward"] = before
+            if standing is not None:
+                model.__dict__["forward"] = standing
     different = differing(reference, outcome)
     static = _resident(plan)
     plan.measured_peak = max(static + measured, _optimizer_peak(plan))
