@@ -98,8 +98,8 @@ class StorageBook:
         self._known: dict[Any, tuple[int, Any]] = {}
         self._alive: dict[int, Any] = {}
 
-    def number_of(self, tensor: torch.Tensor) -> int:
-        """The number of a tensor's storage."""
+    def number_of(self, tensor: torch.Tensor, *, follows: bool = True) -> int:
+        """The number of a tensor's storage; with `follows`, a new one is told of when it is freed."""
         try:
             storage = tensor.untyped_storage()
             # The weak reference keeps the storage's address, which is its key here, from being used again.
@@ -116,7 +116,8 @@ class StorageBook:
             reference = weakref.ref(tensor)
         number = len(self.nbytes)
         self._known[key] = (number, reference)
-        self._alive[number] = reference
+        if follows:
+            self._alive[number] = reference
         self.nbytes.append(nbytes)
         return number
 

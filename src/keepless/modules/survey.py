@@ -187,7 +187,7 @@ def _surveyed(
     found = run.found
     for tensor in (*model.parameters(), *model.buffers(), *tree_leaves((args, kwargs))):
         if isinstance(tensor, torch.Tensor):
-            found.made[found.book.number_of(tensor)] = -1
+            found.made[found.book.number_of(tensor, follows=False)] = -1
     with (
         forwards_replaced(model, run.wrapped),
         torch.enable_grad(),

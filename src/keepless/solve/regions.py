@@ -16,13 +16,15 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import combinations
+from itertools import accumulate, combinations
 
 from keepless.cost import CostModel
 from keepless.ir import Certificate, Graph, Status
 from keepless.passes import evaluate
 from keepless.solve.anytime import plan as plan_freely
+from keepless.solve.bound import witness_text
 from keepless.solve.floor import floor_bound
+from keepless.solve.lagrange import Woven
 from keepless.solve.planner import Planner
 from keepless.solve.search import Search, Standing
 from keepless.solve.solution import Solution, solution
@@ -32,14 +34,17 @@ SPACE = "nested regions of module calls; the bound allows any number of recomput
 _MOST_WORK = 6000
 _WORK_OPS = 4_000_000
 """Orders that are evaluated: so many in all, or as many as make so many ops."""
+_FREE_OPS = 600
 _BOUND_WORK = 300
-"""Orders that the default planner evaluates for its bound and its start."""
+"""Up to so many ops the default planner plans, too, evaluating so many orders: for its bound, and for a start."""
 _FEW_REGIONS = 8
 """So many regions and fewer: every set is tried."""
 _TAKEN = (1, 1, 1, 2, 2, 3)
 """How many regions an exchange takes in or leaves out; one of these."""
 _PATIENCE = 500
 """Exchanges in vain, at least, before the search ends."""
+_SAME = 1e-9
+"""Relative: sums of seconds in another order."""
 _MOSTLY = 0.9
 """Share of a region's seconds that the default planner runs again where the region is worth starting with."""
 
@@ -119,44 +124,58 @@ class RegionTree:
         """The backward op of a forward op."""
         return 2 * self.num_forward - op
 
+    @cached_property
+    def last_saving(self) -> tuple[int, ...]:
+        """For each forward op the last one up to it that saves something, or -1."""
+        found: list[int] = []
+        for op in range(self.num_forward):
+            found.append(op if op in self.saving else found[-1] if found else -1)
+        return tuple(found)
+
     def order(self, chosen: Chosen, num_ops: int) -> list[int]:
         """The order of ops in which a step runs whose chosen regions are recomputed.
 
         Arguments:
             num_ops: of the graph; ops beyond the backward keep their place.
         """
-        replays = self._replays(chosen)
         order = list(range(self.num_forward + 1))
-        for op in range(self.num_forward - 1, -1, -1):
-            for first, last in replays.get(op, ()):
-                order.extend(range(first, last + 1))
-            order.append(self.backward(op))
-        order.extend(range(2 * self.num_forward + 1, num_ops))
+        here = self.num_forward - 1
+        for begin, first, last in sorted(self.replays(chosen), key=lambda row: (-row[0], row[1], -row[2])):
+            order.extend(range(self.backward(here), self.backward(begin)))
+            here = begin
+            order.extend(range(first, last + 1))
+        order.extend(range(self.backward(here), num_ops))
         return order
 
-    def _replays(self, chosen: Chosen) -> dict[int, list[tuple[int, int]]]:
-        """Forward op -> ranges of ops that run again before its backward, outer regions first.
+    def replays(self, chosen: Chosen) -> list[tuple[int, int, int]]:
+        """For each chosen region: the forward op before whose backward it runs again, its first op then, and its last.
 
         A recompute ends at the last tensor that is wanted: one that the region itself saves, or the input of a region
         inside it.
         """
-        found: dict[int, list[tuple[int, int]]] = {}
+        found: list[tuple[int, int, int]] = []
+        regions, last_saving = self.regions, self.last_saving
         inner: dict[int, list[Region]] = {}
-        for number in sorted(chosen):
-            outer = self.parents[number]
-            while outer >= 0 and outer not in chosen:
-                outer = self.parents[outer]
-            if outer >= 0:
-                inner.setdefault(outer, []).append(self.regions[number])
-        for number in sorted(chosen):
-            region = self.regions[number]
-            begin = next((op for op in range(region.last, region.first - 1, -1) if op in self.saving), None)
-            if begin is None:
+        around: list[int] = []
+        numbers = sorted(chosen)
+        for number in numbers:
+            while around and regions[around[-1]].last < regions[number].first:
+                around.pop()
+            if around:
+                inner.setdefault(around[-1], []).append(regions[number])
+            around.append(number)
+        for number in numbers:
+            region = regions[number]
+            begin = last_saving[region.last]
+            if begin < region.first:
                 continue
-            held = {op for one in inner.get(number, ()) for op in range(one.first, one.last + 1)}
-            own = [op for op in range(region.first, region.last + 1) if op in self.saving and op not in held]
-            last = max([*own[-1:], *(one.first - 1 for one in inner.get(number, ()))], default=begin)
-            found.setdefault(begin, []).append((region.first, last))
+            own, inside = begin, inner.get(number, [])
+            for one in reversed(inside):
+                if own > one.last:
+                    break
+                own = last_saving[one.first - 1] if one.first else -1
+            last = max(own if own >= region.first else -1, inside[-1].first - 1 if inside else -1)
+            found.append((begin, region.first, last))
         return found
 
 
@@ -213,16 +232,25 @@ class _Course:
         self._left = min(_MOST_WORK, _WORK_OPS // max(1, len(self.graph.ops)))
         seconds = self.cost.seconds
         self._weights = [sum(seconds[r.first : r.last + 1]) for r in self.tree.regions]
-        self._own = Search(work=_BOUND_WORK)
+        self._until = list(accumulate(seconds[: self.tree.num_forward], initial=0.0))
+        self._once = sum(seconds)
 
     def run(self) -> tuple[Solution, Chosen]:
         best = self.judged(frozenset())
         claim = Certificate(NAME, Status.OPTIMAL, SPACE, best.seconds, seed=self.seed)
         if best.peak > self.limit:
-            free = plan_freely(Planner(self.graph, self.cost), self.limit, self.seed, self._own)
-            self.bound = free.certificate.bound_seconds
-            claim = replace(free.certificate, solver=NAME, space=SPACE, seed=self.seed)
-            best = self._best(free.order)
+            planner = Planner(self.graph, self.cost)
+            if len(self.graph.ops) <= _FREE_OPS:
+                free = plan_freely(planner, self.limit, self.seed, Search(work=_BOUND_WORK))
+                claim = replace(free.certificate, solver=NAME, space=SPACE, seed=self.seed)
+                self.bound = claim.bound_seconds
+                best = self._best([self._like(free.order)])
+            else:
+                best = self._best([])
+                claim = self._certified(planner, best)
+                self.bound = claim.bound_seconds
+            if best.peak <= self.limit and len(self.tree.regions) > _FEW_REGIONS:
+                best = self._exchange(best)
             self._tell(best)
         claim = replace(claim, bound_bytes=floor_bound(self.graph, self.cost)[0], status=self._status(best, claim))
         if best.peak <= self.limit:
@@ -240,8 +268,16 @@ class _Course:
         is_cut = self.search.is_cut_by_clock or self.search.is_interrupted
         return Status.TIME_LIMITED if is_cut else Status.FEASIBLE
 
-    def _best(self, free: Iterable[int]) -> _Set:
-        starts = [self.judged(chosen) for chosen in [*self.starts(), self._like(free)]]
+    def _certified(self, planner: Planner, best: _Set) -> Certificate:
+        """The bound of the relaxation where the best order is tight."""
+        where = floor_bound(self.graph, self.cost)[1]
+        order = self.tree.order(best.chosen, len(self.graph.ops))
+        bound = planner.bound(self.limit, [Woven.judged(planner.tables, order)])
+        seconds = self._once + bound.seconds
+        return Certificate(NAME, Status.FEASIBLE, SPACE, seconds, witness=witness_text(bound, where), seed=self.seed)
+
+    def _best(self, more: list[Chosen]) -> _Set:
+        starts = [self.judged(chosen) for chosen in [*self.starts(), *more]]
         fits = sorted({s.chosen: s for s in starts if s.peak <= self.limit}.values(), key=lambda s: s.seconds)
         if not fits:
             low = self.lower(min(starts, key=lambda s: (s.peak, s.seconds)))
@@ -250,15 +286,14 @@ class _Course:
             fits = [low]
         if len(self.tree.regions) <= _FEW_REGIONS:
             return self._best_of_all(fits[0])
-        best = min((self._descend(start) for start in fits[:3]), key=lambda s: (s.seconds, s.peak))
-        return self._exchange(best)
+        return min((self._descend(start) for start in fits[:3]), key=lambda s: (s.seconds, s.peak))
 
     def _best_of_all(self, best: _Set) -> _Set:
         """The best of every set of regions."""
         everything = range(len(self.tree.regions))
         for size in range(len(everything) + 1):
             for chosen in map(frozenset, combinations(everything, size)):
-                if self._seconds(chosen) < best.seconds:
+                if self._seconds(chosen) < best.seconds * (1 - _SAME):
                     if not self._may():
                         return best
                     other = self.judged(chosen)
@@ -309,7 +344,8 @@ class _Course:
         return self._left >= 0 and self.search.spend()
 
     def _seconds(self, chosen: Chosen) -> float:
-        return sum(map(self.cost.seconds.__getitem__, self.tree.order(chosen, len(self.graph.ops))))
+        until = self._until
+        return self._once + sum(until[last + 1] - until[first] for _, first, last in self.tree.replays(chosen))
 
     def _tell(self, best: _Set) -> None:
         seconds = best.seconds if best.peak <= self.limit else float("inf")
@@ -323,7 +359,7 @@ class _Course:
             for chosen in moves(best):
                 if not self._may():
                     return best
-                if self._seconds(chosen) >= best.seconds:
+                if self._seconds(chosen) >= best.seconds * (1 - _SAME):
                     continue
                 other = self.judged(chosen)
                 if other.peak <= self.limit:
@@ -369,7 +405,7 @@ class _Course:
         """Takes in regions drawn at random and leaves out others, while there is work left."""
         draw = random.Random(self.seed)
         everything = range(len(self.tree.regions))
-        patience = vain = max(_PATIENCE, 20 * len(everything))
+        patience = vain = max(_PATIENCE, 4 * len(everything))
         while vain and self._may() and best.seconds > self.bound * (1 + 1e-9):
             vain -= 1
             absent = [i for i in everything if i not in best.chosen]
@@ -379,7 +415,7 @@ class _Course:
             dear = sorted(best.chosen, key=lambda i: (-self._weights[i], i))
             old = draw.sample(dear, min(len(dear), draw.choice(_TAKEN)))
             other = best.chosen - frozenset(old) | frozenset(new)
-            if self._seconds(other) >= best.seconds:
+            if self._seconds(other) >= best.seconds * (1 - _SAME):
                 continue
             found = self.judged(other)
             if found.peak <= self.limit:
