@@ -326,6 +326,22 @@ def test_the_zoo(name: str) -> None:
         assert found.measured_peak <= budget
 
 
+def test_each_of_very_many_blocks_can_be_recomputed() -> None:
+    """Each of them saves less than a thousandth of all bytes."""
+
+    class Many(Net):
+        def __init__(self) -> None:
+            super().__init__(0)
+            self.blocks = nn.ModuleList(
+                nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(1100)
+            )
+
+    model, batch = made(Many), sequences(2, 4)
+    everything = keepless.plan(model, batch, "1GiB", engine="eager")
+    assert len(everything.signature["regions"]) == 1100
+    assert everything.smallest_budget < everything.baseline_peak
+
+
 def test_less_memory_takes_longer_and_names_its_bound() -> None:
     model, batch = made(lambda: Net(6)), sequences(8, 64)
     low, high = smallest_and_largest(model, batch)

@@ -15,7 +15,9 @@ from keepless.modules.survey import Survey
 from keepless.solve.regions import Region, RegionTree
 
 _LEAST_SHARE = 0.001
-"""Of all bytes saved: calls whose recompute frees less are no regions."""
+_LEAST_OF_BLOCK = 0.2
+"""Calls are no regions whose recompute frees less than the first share of all bytes saved; in models of very many blocks,
+less than the second of what the largest block does."""
 _SAME = 0.98
 """A call that frees so much of what the call around it frees is no region of its own."""
 _MOST_REGIONS = 1500
@@ -83,7 +85,8 @@ def cut(survey: Survey) -> Cut:
     gains = _gains(survey)
     calls = survey.calls
     whole = survey.nbytes({item.storage for item in survey.saved if survey.made[item.storage] >= 0})
-    least = max(1.0, _LEAST_SHARE * whole)
+    block = max((gain for gain in gains if gain <= whole / 2), default=0)
+    least = max(1.0, min(_LEAST_SHARE * whole, _LEAST_OF_BLOCK * block))
     worthy = [number for number, call in enumerate(calls) if call.end >= 0 and gains[number] >= least]
     if len(worthy) > _MOST_REGIONS:
         worthy = sorted(sorted(worthy, key=lambda i: (-gains[i], i))[:_MOST_REGIONS])

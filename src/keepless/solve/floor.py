@@ -18,7 +18,8 @@ def floor_bound(graph: Graph, cost: CostModel) -> tuple[int, int]:
     static = graph.inputs & graph.pinned
     values, base = graph.values, graph.static_nbytes
     # What stays from its only run on: pinned outputs of ops that may not run again.
-    stays = {v for op in graph.ops if not op.can_replay for v in op.outputs if v in graph.pinned - static}
+    kept = graph.pinned - static
+    stays = {v for op in graph.ops if not op.can_replay for v in op.outputs if v in kept}
     held_after: dict[int, frozenset[int]] = {}
     best, where = -1, 0
     for op in graph.ops:
