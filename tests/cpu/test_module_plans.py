@@ -326,6 +326,7 @@ def test_the_zoo(name: str) -> None:
         assert found.measured_peak <= budget
 
 
+@pytest.mark.slow
 def test_each_of_very_many_blocks_can_be_recomputed() -> None:
     """Each of them saves less than a thousandth of all bytes."""
 

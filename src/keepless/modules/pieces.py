@@ -16,8 +16,8 @@ from keepless.solve.regions import Region, RegionTree
 
 _LEAST_SHARE = 0.001
 _LEAST_OF_BLOCK = 0.2
-"""Calls are no regions whose recompute frees less than the first share of all bytes saved; in models of very many blocks,
-less than the second of what the largest block does."""
+"""Calls are no regions whose recompute frees less than the first share of all bytes saved; in models of very many
+blocks, less than the second of what the largest block does."""
 _SAME = 0.98
 """A call that frees so much of what the call around it frees is no region of its own."""
 _MOST_REGIONS = 1500
