@@ -31,7 +31,7 @@ from keepless.solve.solution import Solution, solution
 
 NAME = "regions"
 SPACE = "nested regions of module calls; the bound allows any number of recomputations of single forward ops"
-_MOST_WORK = 6000
+_MOST_WORK = 20_000
 _WORK_OPS = 4_000_000
 """Orders that are evaluated: so many in all, or as many as make so many ops."""
 _FREE_OPS = 600
@@ -40,9 +40,12 @@ _BOUND_WORK = 300
 _FEW_REGIONS = 8
 """So many regions and fewer: every set is tried."""
 _TAKEN = (1, 1, 1, 2, 2, 3)
-"""How many regions an exchange takes in or leaves out; one of these."""
-_PATIENCE = 500
-"""Exchanges in vain, at least, before the search ends."""
+"""How many regions an exchange takes in; it leaves out one less than another of these."""
+_PATIENCE = 150
+_RETURN = 25
+"""Exchanges in vain before the search ends, and before it goes on from the best set again."""
+_SLACK = 0.02
+"""What a set to go on from may be slower than the best."""
 _SAME = 1e-9
 """Relative: sums of seconds in another order."""
 _MOSTLY = 0.9
@@ -373,13 +376,13 @@ class _Course:
         before = None
         while before is not best:
             before = best
-            best = self._thinned(best)
+            best = self._thinned(best, sorted(best.chosen, key=lambda i: (-self._weights[i], i)))
             best = self._first_better(best, self._replaced)
         return best
 
-    def _thinned(self, best: _Set) -> _Set:
-        """One pass over the regions, the dearest first: each is left out where the rest still fits."""
-        for number in sorted(best.chosen, key=lambda i: (-self._weights[i], i)):
+    def _thinned(self, best: _Set, order: Iterable[int]) -> _Set:
+        """One pass over its regions in an order: each is left out where the rest still fits."""
+        for number in order:
             if not self._may():
                 break
             other = self.judged(best.chosen - {number})
@@ -402,24 +405,31 @@ class _Course:
                 yield best.chosen - frozenset(tree.inside(parent)) | {parent}
 
     def _exchange(self, best: _Set) -> _Set:
-        """Takes in regions drawn at random and leaves out others, while there is work left."""
+        """Takes in regions drawn at random, and leaves out again what the rest allows, in an order drawn at random.
+
+        Goes on from what fits as long as it is not much slower; from the best where that gave nothing for a while.
+        """
         draw = random.Random(self.seed)
         everything = range(len(self.tree.regions))
-        patience = vain = max(_PATIENCE, 4 * len(everything))
-        while vain and self._may() and best.seconds > self.bound * (1 + 1e-9):
-            vain -= 1
-            absent = [i for i in everything if i not in best.chosen]
-            if not absent or not best.chosen:
+        vain, now = 0, best
+        while vain < _PATIENCE and self._left > 0 and best.seconds > self.bound * (1 + 1e-9):
+            if vain % _RETURN == _RETURN - 1:
+                now = best
+            vain += 1
+            absent = [i for i in everything if i not in now.chosen]
+            new = frozenset(draw.sample(absent, min(len(absent), draw.choice(_TAKEN))))
+            old = frozenset(draw.sample(sorted(now.chosen), min(len(now.chosen), draw.choice(_TAKEN) - 1)))
+            other = self.judged(now.chosen - old | new)
+            if not self._may():
                 break
-            new = draw.sample(absent, min(len(absent), draw.choice(_TAKEN)))
-            dear = sorted(best.chosen, key=lambda i: (-self._weights[i], i))
-            old = draw.sample(dear, min(len(dear), draw.choice(_TAKEN)))
-            other = best.chosen - frozenset(old) | frozenset(new)
-            if self._seconds(other) >= best.seconds * (1 - _SAME):
+            if other.peak > self.limit:
                 continue
-            found = self.judged(other)
-            if found.peak <= self.limit:
-                best, vain = self._thinned(found), patience
+            dear = sorted(other.chosen, key=lambda i: -self._weights[i] * draw.uniform(0.3, 1.0))
+            other = self._thinned(other, dear)
+            if other.seconds <= best.seconds * (1 + _SLACK):
+                now = other
+            if other.seconds < best.seconds * (1 - _SAME):
+                best, vain = other, 0
                 self._tell(best)
         return best
 
