@@ -124,6 +124,23 @@ class Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        # Watches around this one need not see how it looks: each would look three times as often as the one inside.
+        with torch._C.DisableTorchFunction():
+            outer, versions = self._before_call(func, args, kwargs)
+        saved = self._count()
+        result = func(*args, **kwargs)
+        self.tail = 0 if self._count() != saved else self.tail + 1
+        with torch._C.DisableTorchFunction():
+            if outer and _compat.versions(outer) != versions:
+                self._after_write(func, outer, versions)
+            for tensor in tensors_in((result,)):
+                key = storage_of(tensor)
+                if key not in self.given and key not in self.owners:
+                    self.made.add(key)
+        return result
+
+    def _before_call(self, func: Any, args: Any, kwargs: Any) -> tuple[list[torch.Tensor], list[int]]:
+        """The tensors of a call that were there before the region, and the version of each."""
         outer = []
         for tensor in tensors_in((*args, *kwargs.values())):
             key = storage_of(tensor)
@@ -145,17 +162,7 @@ class Watch(TorchFunctionMode):
             self.generators[id(drawn)] = (stream, stream.get())
         self.fills_late = self.fills_late or fills_late(func)
         self.effects += len(written) + (drawn is not False)
-        versions = _compat.versions(outer)
-        saved = self._count()
-        result = func(*args, **kwargs)
-        self.tail = 0 if self._count() != saved else self.tail + 1
-        if outer and _compat.versions(outer) != versions:
-            self._after_write(func, outer, versions)
-        for tensor in tensors_in((result,)):
-            key = storage_of(tensor)
-            if key not in self.given and key not in self.owners:
-                self.made.add(key)
-        return result
+        return outer, _compat.versions(outer)
 
     def _after_write(self, func: Any, outer: list[torch.Tensor], versions: list[int]) -> None:
         for tensor, now, before in zip(outer, _compat.versions(outer), versions, strict=True):
