@@ -20,8 +20,8 @@ from keepless.control.module_costs import MeasuredModules, measure_modules
 from keepless.control.reserve import budget_with_reserve, explain_infeasible, with_reserve
 from keepless.control.runner import Runner
 from keepless.control.signature import batch_signature, check_signature, model_signature
-from keepless.eager.planned import Chosen, Key, PlannedModules
-from keepless.eager.sites import Site
+from keepless.eager.planned import CONSTANT, STRUCTURE, Chosen, Key, PlannedModules, autocast_now, model_key
+from keepless.eager.sites import Site, tensors_in
 from keepless.eager.untouched import untouched
 from keepless.errors import CaptureError, InfeasibleBudget, ParameterError, PlanError, SolverError
 from keepless.ir import Certificate, Status
@@ -60,8 +60,14 @@ def make(model: torch.nn.Module, batch: Any, settings: Settings, tell: Any) -> P
     model = uncompiled(model)
     _check(model)
     device = planned_device(model)
-    with untouched(model, device, tensors_of(batch)) as before, _as_written(), without_plan(model):
-        run = Runner(model, Inputs.of(batch), batch, settings.loss_fn, settings, device, before)
+    inputs, batch = standing_alone(batch)
+    with (
+        recording(),
+        untouched(model, device, tensors_of(inputs)) as before,
+        _as_written(),
+        without_plan(model),
+    ):
+        run = Runner(model, inputs, batch, settings.loss_fn, settings, device, before)
         measured = measure_modules(run, settings, lambda done, total: tell("measure", done, total))
         tell("solve", 0, 1)
         plan = _landed(run, measured, settings)
@@ -74,6 +80,30 @@ def tensors_of(batch: Any) -> list[torch.Tensor]:
     inputs = Inputs.of(batch)
     leaves = _compat.tree_leaves((inputs.args, inputs.kwargs))
     return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+
+
+def standing_alone(batch: Any) -> tuple[Inputs, Any]:
+    """The call of a batch, and the batch: tensors that come from a graph of the caller's are cut off from it, so that
+    a trial's backward ends there.
+    """
+    known: dict[int, torch.Tensor] = {}
+
+    def alone(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor) or leaf.is_leaf or not leaf.requires_grad:
+            return leaf
+        return known.setdefault(id(leaf), leaf.detach().requires_grad_())
+
+    inputs = Inputs.of(batch)
+    args, kwargs = _compat.tree_map(alone, (inputs.args, inputs.kwargs))
+    own = Inputs(*args, **kwargs)
+    return own, own if batch is inputs else _compat.tree_map(alone, batch)
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[None]:
+    """Autograd records inside the block, whatever stands around it."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
 
 
 def _check(model: torch.nn.Module) -> None:
@@ -166,6 +196,7 @@ def _solved(run: Runner, measured: MeasuredModules, settings: Settings, over: in
     tree = cut.tree
     facts: dict[str, object] = {
         "engine": EAGER,
+        "autocast": autocast_now(run.model),
         "torch": torch.__version__,
         "device_facts": {key: str(value) for key, value in describe_device(run.device).items()},
         "fingerprint": fingerprint(graph),
@@ -252,8 +283,12 @@ def apply(model: torch.nn.Module, plan: Plan) -> PlannedModules:
                 blocking=error.blocking,
             ) from None
 
+    try:
+        keys = _keys(model, plan)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise PlanError("The plan's description of its batch is damaged. Plan again.") from error
     planned.put_in()
-    for key in _keys(model, plan):
+    for key in keys:
         planned.add(key, Chosen(sites))
     planned.on_miss = on_miss
     return planned
@@ -267,16 +302,28 @@ def settings_of(plan: Plan) -> Settings:
 
 def _keys(model: torch.nn.Module, plan: Plan) -> list[Key]:
     """The kinds of steps that a plan is for: with gradients that stand already, the first step without, too."""
-    arguments = plan.signature.get("arguments")
-    rows = [row for row in arguments if isinstance(row, list)] if isinstance(arguments, list) else []
-    tensors = tuple((tuple(shape), dtype, grad) for dtype, shape, _, grad in rows)
-    stands = (False, True) if plan.signature.get("accumulate") else (False,)
-    return [(model.training, stand, *tensors) for stand in stands]
+    signature = plan.signature
+    arguments = signature.get("arguments")
+    leaves = tuple(map(_leaf_key, arguments)) if isinstance(arguments, list) else ()
+    call = (str(signature.get("structure"))[:STRUCTURE], *leaves)
+    stands = (False, True) if signature.get("accumulate") else (False,)
+    return [(*model_key(model), signature.get("autocast", autocast_now(model)), stand, *call) for stand in stands]
+
+
+def _leaf_key(row: Any) -> Any:
+    if isinstance(row, list):
+        dtype, shape, _, grad = row
+        return tuple(shape), dtype, grad
+    try:
+        float(row)
+    except ValueError:
+        return row[:CONSTANT]
+    return row if row.lstrip("-").isdigit() else "float"
 
 
 def _any_loss(output: Any, batch: Any) -> torch.Tensor:
     """Stands for a loss whose targets are not known: every output gets a gradient."""
-    leaves = [leaf for leaf in _compat.tree_leaves(output) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+    leaves = [tensor for tensor in tensors_in(output) if tensor.requires_grad]
     if not leaves:
         raise ParameterError("No output of the model depends on a parameter that requires a gradient.")
     return torch.stack([leaf.float().mean() for leaf in leaves]).sum()

@@ -11,6 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from keepless._compat import tree_leaves
+from keepless.eager.world import is_plain
+
 
 class Site(NamedTuple):
     """A module call. `path` is the module's name in the model; `number` counts its calls in one forward, from 0."""
@@ -20,6 +23,17 @@ class Site(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.path}#{self.number}" if self.number else self.path
+
+
+def tensors_in(values: Any) -> list[torch.Tensor]:
+    """The tensors in nested containers, and in the attributes of objects that stand there (a dataclass, say)."""
+    found: list[torch.Tensor] = []
+    for leaf in tree_leaves(values):
+        if isinstance(leaf, torch.Tensor):
+            found.append(leaf)
+        elif is_plain(leaf) and not isinstance(leaf, torch.nn.Module):
+            found += (item for item in tree_leaves(vars(leaf)) if isinstance(item, torch.Tensor))
+    return found
 
 
 def own_forward(module: torch.nn.Module) -> Callable[..., Any]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from keepless._compat import tree_leaves
-from keepless.eager.sites import Calls, Site, StorageBook, forwards_replaced
+from keepless.eager.sites import Calls, Site, StorageBook, forwards_replaced, tensors_in
 
 
 @dataclass
@@ -101,8 +101,7 @@ class _Survey:
         return number
 
     def numbers(self, values: Any) -> tuple[int, ...]:
-        tensors = [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
-        return tuple(dict.fromkeys(map(self.number_of, tensors)))
+        return tuple(dict.fromkeys(map(self.number_of, tensors_in(values))))
 
     def tick(self) -> None:
         for number in self.found.book.freed():
