@@ -847,3 +847,59 @@ def test_a_damaged_description_of_the_batch_is_refused() -> None:
         with pytest.raises(PlanError):
             keepless.apply(model, other)
         assert "forward" not in model.__dict__
+
+
+def test_what_a_first_forward_registers_is_taken_out_again() -> None:
+    class Grows(Net):
+        def body(self, x: torch.Tensor) -> torch.Tensor:
+            if not hasattr(self, "extra"):
+                self.extra = nn.Linear(WIDTH, WIDTH)
+            return super().body(self.extra(x))
+
+    model = made(Grows)
+    keepless.plan(model, sequences(), "1GiB", engine="eager")
+    assert not hasattr(model, "extra")
+
+
+def test_lazy_parameters_are_refused() -> None:
+    class Lazy(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lazy = nn.LazyLinear(3)
+
+    with pytest.raises(CaptureError, match="lazy"):
+        keepless.plan(made(Lazy), sequences(), "1GiB", engine="eager")
+
+
+def test_a_part_of_a_planned_model_has_no_plan_of_its_own() -> None:
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.net = nn.Linear(WIDTH, WIDTH), Net()
+
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
+            return self.net(self.first(x), y)
+
+    model, batch = made(Outer), sequences()
+    lows = {one: smallest_and_largest(one, batch)[0] for one in (model, model.net)}
+    plans = {one: keepless.plan(one, batch, low, engine="eager") for one, low in lows.items()}
+    for one, other, words in ((model.net, model, "plan of its own"), (model, model.net, "model around it")):
+        keepless.apply(one, plans[one])
+        with pytest.raises(PlanError, match=words):
+            keepless.plan(other, batch, "1GiB", engine="eager")
+        with pytest.raises(PlanError, match=words):
+            keepless.apply(other, plans[other])
+        keepless.remove(one)
+    assert all("forward" not in module.__dict__ for module in model.modules())
+
+
+def test_a_forward_that_changes_modes_is_planned_as_it_begins() -> None:
+    class Evaluates(Net):
+        def body(self, x: torch.Tensor) -> torch.Tensor:
+            self.blocks[0].eval()
+            return super().body(x)
+
+    model, batch = made(Evaluates), sequences()
+    keepless.fit(model, batch, smallest_and_largest(model, batch)[0], engine="eager")
+    assert model.blocks[0].training
+    assert_same(trained(made(Evaluates), [batch]), trained(model, [batch]))

@@ -20,10 +20,19 @@ from keepless.control.module_costs import MeasuredModules, measure_modules
 from keepless.control.reserve import budget_with_reserve, explain_infeasible, with_reserve
 from keepless.control.runner import Runner
 from keepless.control.signature import batch_signature, check_signature, model_signature
-from keepless.eager.planned import CONSTANT, STRUCTURE, Chosen, Key, PlannedModules, autocast_now, model_key
+from keepless.eager.planned import (
+    CONSTANT,
+    STRUCTURE,
+    Chosen,
+    Key,
+    PlannedModules,
+    RegionForward,
+    autocast_now,
+    model_key,
+)
 from keepless.eager.sites import Site, tensors_in
 from keepless.eager.untouched import untouched
-from keepless.errors import CaptureError, InfeasibleBudget, ParameterError, PlanError, SolverError
+from keepless.errors import CaptureError, InfeasibleBudget, MeasureError, ParameterError, PlanError, SolverError
 from keepless.ir import Certificate, Status
 from keepless.ir.text import fingerprint
 from keepless.machine import Baseline, Plan, make_plan
@@ -59,6 +68,7 @@ def make(model: torch.nn.Module, batch: Any, settings: Settings, tell: Any) -> P
         )
     model = uncompiled(model)
     _check(model)
+    _check_alone(model)
     device = planned_device(model)
     inputs, batch = standing_alone(batch)
     with (
@@ -108,6 +118,10 @@ def recording() -> Iterator[None]:
 
 def _check(model: torch.nn.Module) -> None:
     tensors = [*model.parameters(), *model.buffers()]
+    if any(map(torch.nn.parameter.is_lazy, tensors)):
+        raise CaptureError(
+            "The model has lazy parameters, whose shapes are not known yet: call it once on a batch before planning."
+        )
     if any(tensor.is_meta for tensor in tensors):
         raise CaptureError(
             "The eager engine measures by running the model, and this one is on the meta device: give it weights, or "
@@ -118,6 +132,27 @@ def _check(model: torch.nn.Module) -> None:
     devices = sorted({str(tensor.device) for tensor in tensors})
     if len(devices) > 1:
         raise CaptureError(f"The model is on several devices ({', '.join(devices)}); a plan is for one.")
+
+
+def _check_alone(model: torch.nn.Module) -> None:
+    """Refuses a model of which a part has a plan, its own or that of a model around both: two plans in one module
+    would recompute each other's recomputes.
+
+    Raises:
+        PlanError: names the part.
+    """
+    for path, module in model.named_modules():
+        standing = module.__dict__.get("forward")
+        if isinstance(standing, PlannedModules) and path:
+            raise PlanError(
+                f"The module {path!r} inside this model has a plan of its own: call keepless.remove on it first, or "
+                "plan it alone."
+            )
+        if isinstance(standing, RegionForward) and standing.planned is not planned_modules(model):
+            raise PlanError(
+                f"The module {path or type(module).__name__!r} runs by the plan of a model around it: call "
+                "keepless.remove on that model first."
+            )
 
 
 @contextlib.contextmanager
@@ -151,9 +186,11 @@ def _landed(run: Runner, measured: MeasuredModules, settings: Settings) -> Plan:
     """The plan, after a step of it has stayed within the budget."""
     over = 0
     for _ in range(_ROUNDS):
+        run.prepare()  # a plan names what the model is like before a forward
         plan = _solved(run, measured, settings, over)
         resident = sum(plan.graph.values[v].nbytes for v in plan.graph.inputs)
         planned = apply(run.model, plan)
+        planned.on_miss = _never
         try:
             run.prepare()
             run.forward_backward()  # regions are watched the first time
@@ -262,6 +299,7 @@ def apply(model: torch.nn.Module, plan: Plan) -> PlannedModules:
     """
     model = uncompiled(model)
     check_signature(plan.signature, model_signature(model), "model")
+    _check_alone(model)
     sites = recomputed_sites(plan)
     planned = PlannedModules(model, None)
     settings = settings_of(plan)
@@ -327,6 +365,10 @@ def _any_loss(output: Any, batch: Any) -> torch.Tensor:
     if not leaves:
         raise ParameterError("No output of the model depends on a parameter that requires a gradient.")
     return torch.stack([leaf.float().mean() for leaf in leaves]).sum()
+
+
+def _never(*_: Any) -> Chosen:
+    raise MeasureError("The model is not the same before each forward: its modes, or which parameters are trained.")
 
 
 def _silent(stage: str, done: int, total: int) -> None:

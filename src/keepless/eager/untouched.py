@@ -31,6 +31,8 @@ class Before:
         self.modules = list(model.modules())
         self.attributes = [_attributes(module) for module in self.modules]
         self.buffers = [dict(module._buffers) for module in self.modules]
+        own = [table for m in self.modules for table in (m._parameters, m._modules)]
+        self.registered: list[tuple[dict[str, Any], dict[str, Any]]] = [(table, table.copy()) for table in own]
         # Libraries hang hooks on modules in the first forward, and note in an attribute that they did.
         self.hooks = [(table, table.copy()) for module in self.modules for table in _hook_tables(module)]
         given = list(batch)
@@ -77,7 +79,8 @@ class Before:
                     self.batch[index] = tensor, values, tensor._version
         for array, content in self.arrays:
             array[...] = content
-        for own, attributes in self.objects:  # never empty: other threads may use these
+        # Never empty: other threads may use these.
+        for own, attributes in (*self.objects, *self.registered):
             for name in [name for name in own if name not in attributes]:
                 del own[name]
             own.update(attributes)
