@@ -838,6 +838,22 @@ def test_modules_nested_deeply_are_planned_in_time() -> None:
     assert_same(trained(made(Deep), [batch]), trained(model, [batch]))
 
 
+def test_modules_nested_too_deeply_for_python_are_refused() -> None:
+    class Nested(nn.Module):
+        def __init__(self, depth: int) -> None:
+            super().__init__()
+            self.linear = nn.Linear(WIDTH, WIDTH)
+            self.inner = Nested(depth - 1) if depth else nn.Identity()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner(torch.tanh(self.linear(x)))
+
+    model, x = made(lambda: Nested(150)), sequences()[0]
+    with pytest.raises(MeasureError, match="setrecursionlimit"):
+        keepless.plan(model, x, "1GiB", engine="eager", loss_fn=lambda output, _: output.mean())
+    assert all("forward" not in module.__dict__ for module in model.modules())
+
+
 def test_a_damaged_description_of_the_batch_is_refused() -> None:
     model, batch = made(Net), sequences()
     plan = keepless.plan(model, batch, "1GiB", engine="eager")

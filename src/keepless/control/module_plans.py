@@ -7,6 +7,7 @@ and run once by its plan before it is given out: where that step rose above the 
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -78,10 +79,16 @@ def make(model: torch.nn.Module, batch: Any, settings: Settings, tell: Any) -> P
         without_plan(model),
     ):
         run = Runner(model, inputs, batch, settings.loss_fn, settings, device, before)
-        measured = measure_modules(run, settings, lambda done, total: tell("measure", done, total))
-        tell("solve", 0, 1)
-        plan = _landed(run, measured, settings)
-        tell("solve", 1, 1)
+        try:
+            measured = measure_modules(run, settings, lambda done, total: tell("measure", done, total))
+            tell("solve", 0, 1)
+            plan = _landed(run, measured, settings)
+            tell("solve", 1, 1)
+        except RecursionError as error:
+            raise MeasureError(
+                f"Python's recursion limit of {sys.getrecursionlimit()} does not let this model's modules, nested as "
+                "deeply as they are, be recomputed in one another: raise it with sys.setrecursionlimit."
+            ) from error
     return plan
 
 

@@ -134,6 +134,10 @@ class StorageBook:
         self.nbytes.append(nbytes)
         return number
 
+    def last_throughout(self) -> None:
+        """The storages so far are held by the caller: nobody asks whether they are freed."""
+        self._alive.clear()
+
     def freed(self) -> list[int]:
         """Numbers of the storages that were freed since the last time."""
         gone = [number for number, reference in self._alive.items() if _is_gone(reference)]

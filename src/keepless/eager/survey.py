@@ -187,6 +187,7 @@ def _surveyed(
     for tensor in (*model.parameters(), *model.buffers(), *tree_leaves((args, kwargs))):
         if isinstance(tensor, torch.Tensor):
             found.made[found.book.number_of(tensor)] = -1
+    found.book.last_throughout()
     with (
         forwards_replaced(model, run.wrapped),
         torch.enable_grad(),
