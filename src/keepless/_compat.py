@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 tree_flatten = pytree.tree_flatten
 tree_leaves = pytree.tree_leaves
+tree_map = pytree.tree_map
 tree_unflatten = pytree.tree_unflatten
 
 _TORCH_DIR = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep

@@ -41,7 +41,7 @@ def plan(
     and planning itself stays within the budget.
 
     Arguments:
-        model: on one device, in the modes (train, eval) that the step will have.
+        model: on one device, in the modes (train, eval) that the step will have: one forward, one backward.
         batch: a tensor, tuple or dict as the forward takes it, or `keepless.Inputs(*args, **kwargs)`.
         budget: peak bytes on the device over every step: "8GiB" (2**30), "8GB" (10**9), an int of bytes, or a float in
             (0, 1] as a share of the device.

@@ -20,7 +20,7 @@ from keepless.measure.parts import Part, memory_parts
 from keepless.modules.pieces import Cut, cut
 from keepless.modules.probe import Probe
 from keepless.modules.stepgraph import StepGraph
-from keepless.modules.survey import survey
+from keepless.modules.survey import Survey, survey
 from keepless.passes import evaluate
 
 Tell = Callable[[int, int], None]
@@ -32,6 +32,8 @@ _FAR = 8
 _PASSES = 4
 """Steps that are run but not timed, mostly: the survey, two to warm up, one for bytes."""
 _MOST_WARM_UPS = 4
+_MOST_SINGLE = 3
+"""Calls of one kind that are left out one by one, a step for each."""
 
 
 @dataclass(frozen=True)
@@ -55,10 +57,9 @@ def measure_modules(run: Runner, settings: Settings, tell: Tell) -> MeasuredModu
     run.prepare()
     own_loss = run.loss_of if run.loss_fn is None else None
     found = survey(model, run.inputs.args, run.inputs.kwargs, own_loss=own_loss, again=run.prepare)
-    pieces = cut(found)
-    probe = Probe(model, pieces)
+    probe, once = _recomputable(run, found)
+    pieces = probe.cut
     with probe.regionwise():
-        once = _warmed_up(run, probe)
         repeats = next(count for limit, count in _REPEATS if once < limit)
         total = _PASSES + 2 * repeats
         tell(3, total)
@@ -83,6 +84,27 @@ def measure_modules(run: Runner, settings: Settings, tell: Tell) -> MeasuredModu
     if settings.optimizer is not None:
         scratch[-1] = settings.optimizer.scratch_nbytes
     return MeasuredModules(graph, CostModel(tuple(seconds), tuple(scratch), {}, Origin.MEASURED, spread), pieces)
+
+
+def _recomputable(run: Runner, found: Survey) -> tuple[Probe, float]:
+    """A probe that is warmed up, and the seconds of a step; its regions are calls that can be recomputed.
+
+    Some cannot: code after the call changes its inputs in place, say. After some of those, all of a kind are left out.
+    """
+    without: set[int] = set()
+    while True:
+        probe = Probe(run.model, cut(found, without))
+        try:
+            with probe.regionwise():
+                return probe, _warmed_up(run, probe)
+        except RuntimeError:
+            if probe.failed is None:
+                raise
+        number = probe.cut.regions[probe.failed]
+        kind = found.calls[number].kind
+        without.add(number)
+        if sum(found.calls[i].kind == kind for i in without) > _MOST_SINGLE:
+            without.update(i for i, call in enumerate(found.calls) if call.kind == kind)
 
 
 def _warmed_up(run: Runner, probe: Probe) -> float:

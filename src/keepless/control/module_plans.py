@@ -7,6 +7,7 @@ and run once by its plan before it is given out: where that step rose above the 
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -20,14 +21,23 @@ from keepless.control.module_costs import MeasuredModules, measure_modules
 from keepless.control.reserve import budget_with_reserve, explain_infeasible, with_reserve
 from keepless.control.runner import Runner
 from keepless.control.signature import batch_signature, check_signature, model_signature
-from keepless.errors import CaptureError, InfeasibleBudget, ParameterError, PlanError, SolverError
+from keepless.errors import CaptureError, InfeasibleBudget, MeasureError, ParameterError, PlanError, SolverError
 from keepless.ir import Certificate, Status
 from keepless.ir.text import fingerprint
 from keepless.machine import Baseline, Plan, make_plan
 from keepless.measure import describe_device
 from keepless.measure.steps import increments
-from keepless.modules.planned import Chosen, Key, PlannedModules
-from keepless.modules.sites import Site
+from keepless.modules.planned import (
+    CONSTANT,
+    STRUCTURE,
+    Chosen,
+    Key,
+    PlannedModules,
+    RegionForward,
+    autocast_now,
+    model_key,
+)
+from keepless.modules.sites import Site, tensors_in
 from keepless.modules.untouched import untouched
 from keepless.passes import evaluate, from_order, reuse_storage
 from keepless.solve.floor import floor_bound
@@ -59,13 +69,26 @@ def make(model: torch.nn.Module, batch: Any, settings: Settings, tell: Any) -> P
         )
     model = uncompiled(model)
     _check(model)
+    _check_alone(model)
     device = planned_device(model)
-    with untouched(model, device, tensors_of(batch)) as before, _as_written(), without_plan(model):
-        run = Runner(model, Inputs.of(batch), batch, settings.loss_fn, settings, device, before)
-        measured = measure_modules(run, settings, lambda done, total: tell("measure", done, total))
-        tell("solve", 0, 1)
-        plan = _landed(run, measured, settings)
-        tell("solve", 1, 1)
+    inputs, batch = standing_alone(batch)
+    with (
+        recording(),
+        untouched(model, device, tensors_of(inputs)) as before,
+        _as_written(),
+        without_plan(model),
+    ):
+        run = Runner(model, inputs, batch, settings.loss_fn, settings, device, before)
+        try:
+            measured = measure_modules(run, settings, lambda done, total: tell("measure", done, total))
+            tell("solve", 0, 1)
+            plan = _landed(run, measured, settings)
+            tell("solve", 1, 1)
+        except RecursionError as error:
+            raise MeasureError(
+                f"Python's recursion limit of {sys.getrecursionlimit()} does not let this model's modules, nested as "
+                "deeply as they are, be recomputed in one another: raise it with sys.setrecursionlimit."
+            ) from error
     return plan
 
 
@@ -76,8 +99,36 @@ def tensors_of(batch: Any) -> list[torch.Tensor]:
     return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
 
+def standing_alone(batch: Any) -> tuple[Inputs, Any]:
+    """The call of a batch, and the batch: tensors that come from a graph of the caller's are cut off from it, so that
+    a trial's backward ends there.
+    """
+    known: dict[int, torch.Tensor] = {}
+
+    def alone(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor) or leaf.is_leaf or not leaf.requires_grad:
+            return leaf
+        return known.setdefault(id(leaf), leaf.detach().requires_grad_())
+
+    inputs = Inputs.of(batch)
+    args, kwargs = _compat.tree_map(alone, (inputs.args, inputs.kwargs))
+    own = Inputs(*args, **kwargs)
+    return own, own if batch is inputs else _compat.tree_map(alone, batch)
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[None]:
+    """Autograd records inside the block, whatever stands around it."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
 def _check(model: torch.nn.Module) -> None:
     tensors = [*model.parameters(), *model.buffers()]
+    if any(map(torch.nn.parameter.is_lazy, tensors)):
+        raise CaptureError(
+            "The model has lazy parameters, whose shapes are not known yet: call it once on a batch before planning."
+        )
     if any(tensor.is_meta for tensor in tensors):
         raise CaptureError(
             "The eager engine measures by running the model, and this one is on the meta device: give it weights, or "
@@ -88,6 +139,27 @@ def _check(model: torch.nn.Module) -> None:
     devices = sorted({str(tensor.device) for tensor in tensors})
     if len(devices) > 1:
         raise CaptureError(f"The model is on several devices ({', '.join(devices)}); a plan is for one.")
+
+
+def _check_alone(model: torch.nn.Module) -> None:
+    """Refuses a model of which a part has a plan, its own or that of a model around both: two plans in one module
+    would recompute each other's recomputes.
+
+    Raises:
+        PlanError: names the part.
+    """
+    for path, module in model.named_modules():
+        standing = module.__dict__.get("forward")
+        if isinstance(standing, PlannedModules) and path:
+            raise PlanError(
+                f"The module {path!r} inside this model has a plan of its own: call keepless.remove on it first, or "
+                "plan it alone."
+            )
+        if isinstance(standing, RegionForward) and standing.planned is not planned_modules(model):
+            raise PlanError(
+                f"The module {path or type(module).__name__!r} runs by the plan of a model around it: call "
+                "keepless.remove on that model first."
+            )
 
 
 @contextlib.contextmanager
@@ -121,9 +193,11 @@ def _landed(run: Runner, measured: MeasuredModules, settings: Settings) -> Plan:
     """The plan, after a step of it has stayed within the budget."""
     over = 0
     for _ in range(_ROUNDS):
+        run.prepare()  # a plan names what the model is like before a forward
         plan = _solved(run, measured, settings, over)
         resident = sum(plan.graph.values[v].nbytes for v in plan.graph.inputs)
         planned = apply(run.model, plan)
+        planned.on_miss = _never
         try:
             run.prepare()
             run.forward_backward()  # regions are watched the first time
@@ -166,6 +240,7 @@ def _solved(run: Runner, measured: MeasuredModules, settings: Settings, over: in
     tree = cut.tree
     facts: dict[str, object] = {
         "engine": EAGER,
+        "autocast": autocast_now(run.model),
         "torch": torch.__version__,
         "device_facts": {key: str(value) for key, value in describe_device(run.device).items()},
         "fingerprint": fingerprint(graph),
@@ -231,6 +306,7 @@ def apply(model: torch.nn.Module, plan: Plan) -> PlannedModules:
     """
     model = uncompiled(model)
     check_signature(plan.signature, model_signature(model), "model")
+    _check_alone(model)
     sites = recomputed_sites(plan)
     planned = PlannedModules(model, None)
     settings = settings_of(plan)
@@ -252,8 +328,12 @@ def apply(model: torch.nn.Module, plan: Plan) -> PlannedModules:
                 blocking=error.blocking,
             ) from None
 
+    try:
+        keys = _keys(model, plan)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise PlanError("The plan's description of its batch is damaged. Plan again.") from error
     planned.put_in()
-    for key in _keys(model, plan):
+    for key in keys:
         planned.add(key, Chosen(sites))
     planned.on_miss = on_miss
     return planned
@@ -267,19 +347,35 @@ def settings_of(plan: Plan) -> Settings:
 
 def _keys(model: torch.nn.Module, plan: Plan) -> list[Key]:
     """The kinds of steps that a plan is for: with gradients that stand already, the first step without, too."""
-    arguments = plan.signature.get("arguments")
-    rows = [row for row in arguments if isinstance(row, list)] if isinstance(arguments, list) else []
-    tensors = tuple((tuple(shape), dtype, grad) for dtype, shape, _, grad in rows)
-    stands = (False, True) if plan.signature.get("accumulate") else (False,)
-    return [(model.training, stand, *tensors) for stand in stands]
+    signature = plan.signature
+    arguments = signature.get("arguments")
+    leaves = tuple(map(_leaf_key, arguments)) if isinstance(arguments, list) else ()
+    call = (str(signature.get("structure"))[:STRUCTURE], *leaves)
+    stands = (False, True) if signature.get("accumulate") else (False,)
+    return [(*model_key(model), signature.get("autocast", autocast_now(model)), stand, *call) for stand in stands]
+
+
+def _leaf_key(row: Any) -> Any:
+    if isinstance(row, list):
+        dtype, shape, _, grad = row
+        return tuple(shape), dtype, grad
+    try:
+        float(row)
+    except ValueError:
+        return row[:CONSTANT]
+    return row if row.lstrip("-").isdigit() else "float"
 
 
 def _any_loss(output: Any, batch: Any) -> torch.Tensor:
     """Stands for a loss whose targets are not known: every output gets a gradient."""
-    leaves = [leaf for leaf in _compat.tree_leaves(output) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+    leaves = [tensor for tensor in tensors_in(output) if tensor.requires_grad]
     if not leaves:
         raise ParameterError("No output of the model depends on a parameter that requires a gradient.")
     return torch.stack([leaf.float().mean() for leaf in leaves]).sum()
+
+
+def _never(*_: Any) -> Chosen:
+    raise MeasureError("The model is not the same before each forward: its modes, or which parameters are trained.")
 
 
 def _silent(stage: str, done: int, total: int) -> None:

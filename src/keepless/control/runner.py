@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 from keepless.capture import Inputs
 from keepless.control.captured import Settings
+from keepless.errors import LossError
 from keepless.measure.steps import increments
 from keepless.modules.untouched import Before
 
@@ -60,8 +62,16 @@ class Runner:
             return output
         found: torch.Tensor | None = getattr(output, "loss", None)
         if found is None:
-            found = output["loss"] if isinstance(output, dict) else output[0]
-        assert found is not None
+            try:
+                found = output["loss"] if isinstance(output, Mapping) else output[0]
+            except (KeyError, IndexError, TypeError):
+                found = None
+        if found is None:
+            names = f" with {', '.join(map(str, output))}" if isinstance(output, Mapping) else ""
+            raise LossError(
+                f"The model's output is a {type(output).__name__}{names}, in which no loss is found: neither under "
+                '"loss" nor in the first place. Give loss_fn=.'
+            )
         return found
 
     def prepare(self) -> None:

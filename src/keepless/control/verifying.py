@@ -18,7 +18,15 @@ from keepless.control.applying import apply, bind, capture_of, planned_forward, 
 from keepless.control.captured import Capture
 from keepless.control.checks import check_module, check_plan
 from keepless.control.module_plans import apply as apply_modules
-from keepless.control.module_plans import is_eager, settings_of, tensors_of, uncompiled, without_plan
+from keepless.control.module_plans import (
+    is_eager,
+    recording,
+    settings_of,
+    standing_alone,
+    tensors_of,
+    uncompiled,
+    without_plan,
+)
 from keepless.control.runner import Outcome, Runner, differing, noise_of
 from keepless.control.signature import batch_signature, check_signature, model_signature
 from keepless.errors import LossError, PlanError
@@ -26,6 +34,7 @@ from keepless.execute import PlannedForward, make_entry
 from keepless.ir import Phase, Run, format_bytes
 from keepless.machine import Plan
 from keepless.measure import device_nbytes
+from keepless.modules.planned import autocast_now
 from keepless.modules.untouched import untouched
 from keepless.passes import from_order, reuse_storage
 
@@ -138,8 +147,11 @@ def _verify_modules(model: torch.nn.Module, batch: Any, plan: Plan, loss_fn: Any
     check_signature(plan.signature, model_signature(model), "model")
     check_signature(plan.signature, batch_signature(flatten_inputs(Inputs.of(batch))), "batch")
     device = planned_device(model)
-    with untouched(model, device, tensors_of(batch)) as before, without_plan(model):
-        run = Runner(model, Inputs.of(batch), batch, loss_fn, settings, device, before)
+    if plan.signature.get("autocast", autocast_now(model)) != autocast_now(model):
+        raise PlanError("The plan was made under another autocast than stands around verify: call it under the same.")
+    inputs, batch = standing_alone(batch)
+    with recording(), untouched(model, device, tensors_of(inputs)) as before, without_plan(model):
+        run = Runner(model, inputs, batch, loss_fn, settings, device, before)
         fits = plan.baseline_peak <= device_nbytes(device)
         planned = apply_modules(model, plan)
         try:

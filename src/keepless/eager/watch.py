@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -80,6 +82,15 @@ class Unseen(TorchFunctionMode):
         return result
 
 
+def _unseen(tensors: Iterable[torch.Tensor]) -> AbstractContextManager[Any]:
+    """Watches around this one need not see how it looks: each would look three times as often as the one inside.
+
+    Tensors with a class of their own are asked as that class will have it.
+    """
+    is_plain = all(type(tensor) in (torch.Tensor, torch.nn.Parameter) for tensor in tensors)
+    return torch._C.DisableTorchFunction() if is_plain else contextlib.nullcontext()
+
+
 class Watch(TorchFunctionMode):
     """Sees every call of torch in a region, and every module that it calls.
 
@@ -124,8 +135,28 @@ class Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        given = list(tensors_in((*args, *kwargs.values())))
+        with _unseen(given):
+            outer, versions = self._before_call(func, args, kwargs, given)
+        saved = self._count()
+        result = func(*args, **kwargs)
+        self.tail = 0 if self._count() != saved else self.tail + 1
+        made = list(tensors_in((result,)))
+        with _unseen((*outer, *made)):
+            if outer and _compat.versions(outer) != versions:
+                self._after_write(func, outer, versions)
+            for tensor in made:
+                key = storage_of(tensor)
+                if key not in self.given and key not in self.owners:
+                    self.made.add(key)
+        return result
+
+    def _before_call(
+        self, func: Any, args: Any, kwargs: Any, given: Iterable[torch.Tensor]
+    ) -> tuple[list[torch.Tensor], list[int]]:
+        """The tensors of a call that were there before the region, and the version of each."""
         outer = []
-        for tensor in tensors_in((*args, *kwargs.values())):
+        for tensor in given:
             key = storage_of(tensor)
             if key in self.made:
                 continue
@@ -145,17 +176,7 @@ class Watch(TorchFunctionMode):
             self.generators[id(drawn)] = (stream, stream.get())
         self.fills_late = self.fills_late or fills_late(func)
         self.effects += len(written) + (drawn is not False)
-        versions = _compat.versions(outer)
-        saved = self._count()
-        result = func(*args, **kwargs)
-        self.tail = 0 if self._count() != saved else self.tail + 1
-        if outer and _compat.versions(outer) != versions:
-            self._after_write(func, outer, versions)
-        for tensor in tensors_in((result,)):
-            key = storage_of(tensor)
-            if key not in self.given and key not in self.owners:
-                self.made.add(key)
-        return result
+        return outer, _compat.versions(outer)
 
     def _after_write(self, func: Any, outer: list[torch.Tensor], versions: list[int]) -> None:
         for tensor, now, before in zip(outer, _compat.versions(outer), versions, strict=True):

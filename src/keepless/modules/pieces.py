@@ -7,6 +7,7 @@ has one backward op; what stands between two calls in the code of the module aro
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Container
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -80,14 +81,22 @@ class Cut:
         return frozenset(call.site.path for call in self.survey.calls if call.site.number > 0)
 
 
-def cut(survey: Survey) -> Cut:
-    """The calls whose recompute frees something worth naming, and the pieces between their begins and ends."""
+def cut(survey: Survey, without: Container[int] = ()) -> Cut:
+    """The calls whose recompute frees something worth naming, and the pieces between their begins and ends.
+
+    Arguments:
+        without: positions in `survey.calls` of calls that cannot be recomputed.
+    """
     gains = _gains(survey)
     calls = survey.calls
     whole = survey.nbytes({item.storage for item in survey.saved if survey.made[item.storage] >= 0})
     block = max((gain for gain in gains if gain <= whole / 2), default=0)
     least = max(1.0, min(_LEAST_SHARE * whole, _LEAST_OF_BLOCK * block))
-    worthy = [number for number, call in enumerate(calls) if call.end >= 0 and gains[number] >= least]
+    worthy = [
+        number
+        for number, call in enumerate(calls)
+        if call.end >= 0 and gains[number] >= least and number not in without
+    ]
     if len(worthy) > _MOST_REGIONS:
         worthy = sorted(sorted(worthy, key=lambda i: (-gains[i], i))[:_MOST_REGIONS])
     chosen: list[int] = []

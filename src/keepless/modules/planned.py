@@ -11,6 +11,7 @@ import copy
 import inspect
 import threading
 import types
+import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ import torch
 import torch.utils.checkpoint
 
 from keepless import _compat
-from keepless._compat import tree_leaves
+from keepless._compat import tree_flatten
 from keepless.capture import is_tracing
 from keepless.eager import forward as regions
 from keepless.eager.determinism import CHECKS
@@ -29,10 +30,16 @@ from keepless.errors import PlanError
 from keepless.modules.sites import Calls, Site
 
 Key = tuple[Any, ...]
-"""What steps of one plan have in common: shapes and dtypes of the call's tensors, the mode, standing gradients."""
+"""What steps of one plan have in common; see `step_key`."""
 
+STRUCTURE, CONSTANT = 2000, 200
+"""Characters of a call's structure, and of what is no tensor in it, that tell kinds of steps apart."""
 _MOST_ENTRIES = 64
 """Kinds of steps whose regions are remembered; the oldest goes first."""
+_turn = threading.RLock()
+"""Planning replaces modules' forwards for a while: one thread at a time."""
+_MANY = 8
+"""So many kinds of steps that are planned when they come are worth a warning."""
 
 
 @dataclass(frozen=True)
@@ -52,16 +59,37 @@ class _Current(threading.local):
     """The forward that runs on this thread, or is run again there."""
 
     sites: frozenset[Site] = frozenset()
+    is_running = False
 
     def __init__(self) -> None:
         self.calls = Calls()
 
 
 def step_key(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Key:
-    """The kind of step that a call begins."""
+    """The kind of step that a call begins: what the model is like, whether gradients stand, and the call."""
+    leaves, spec = tree_flatten((args, kwargs))
     stand = any(p.grad is not None for p in model.parameters())
-    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-    return (model.training, stand, *((tuple(t.shape), str(t.dtype), t.requires_grad) for t in tensors))
+    return (*model_key(model), autocast_now(model), stand, str(spec)[:STRUCTURE], *map(_leaf_key, leaves))
+
+
+def model_key(model: torch.nn.Module) -> Key:
+    """Modes of the modules, dtypes of the parameters and which of them are trained."""
+    modules = list(model.modules())
+    rows = {id(p): (p.dtype, p.requires_grad) for m in modules for p in m._parameters.values() if p is not None}
+    return tuple(module.training for module in modules), tuple(rows.values())
+
+
+def autocast_now(model: torch.nn.Module) -> str:
+    """The dtype that autocast gives ops on the model's device; empty where it is off."""
+    kind = next((p.device.type for p in model.parameters()), "cpu")
+    return str(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else ""
+
+
+def _leaf_key(leaf: Any) -> Any:
+    """A number may say how often a loop runs. A float does so rarely, and often changes with each step."""
+    if isinstance(leaf, torch.Tensor):
+        return tuple(leaf.shape), str(leaf.dtype), leaf.requires_grad
+    return "float" if isinstance(leaf, float) else repr(leaf)[:CONSTANT]
 
 
 class PlannedModules:
@@ -100,11 +128,17 @@ class PlannedModules:
         if torch.compiler.is_compiling():
             return self._compiled(args, kwargs)
         current = self.current
-        current.calls.restart()
-        current.sites = frozenset()
-        if torch.is_grad_enabled() and not (is_tracing() or _compat.transforms_active()):
-            current.sites = self._chosen(args, kwargs).sites
-        return self.original(*args, **kwargs)
+        if current.is_running:  # the model calls itself: a part of the same forward
+            return self.original(*args, **kwargs)
+        current.is_running = True
+        try:
+            current.calls.restart()
+            current.sites = frozenset()
+            if torch.is_grad_enabled() and not (is_tracing() or _compat.transforms_active()):
+                current.sites = self._chosen(args, kwargs).sites
+            return self.original(*args, **kwargs)
+        finally:
+            current.is_running = False
 
     def _compiled(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._instance_forward is not None:
@@ -126,8 +160,16 @@ class PlannedModules:
         """Plans for a kind of step that is new."""
         if self.on_miss is None:
             return _NONE
-        found = self.on_miss(self, model, args, kwargs)
+        with _turn:
+            found = self.on_miss(self, model, args, kwargs)
         self.planned_on_the_spot += 1
+        if self.planned_on_the_spot == _MANY:
+            warnings.warn(
+                f"{_MANY} kinds of steps have been planned when they came, which takes many steps' time each. Kinds "
+                "differ in shapes, modes, which parameters are trained, autocast, and the call's integers and strings: "
+                "pad batches to few shapes, and give a number that changes with every step as a tensor or a float.",
+                stacklevel=6,
+            )
         self.add(key, found)
         return found
 
@@ -248,7 +290,21 @@ class _Again:
         self.current.calls.restore(self.calls)
 
     def hooks(self, pack: Any, unpack: Any) -> tuple[Any, Any]:
-        return pack, unpack
+        def unpacked(holder: Any) -> torch.Tensor:
+            current = self.current
+            if not current.is_running:
+                tensor: torch.Tensor = unpack(holder)
+                return tensor
+            # A forward that differentiates goes on, after the recompute, where it stood.
+            sites, calls = current.sites, current.calls.state()
+            try:
+                tensor = unpack(holder)
+            finally:
+                current.sites = sites
+                current.calls.restore(calls)
+            return tensor
+
+        return pack, unpacked
 
 
 def _copied_forward(own: Any, function: Any, model: torch.nn.Module | None, memo: dict[int, Any]) -> Any:

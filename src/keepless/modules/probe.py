@@ -17,6 +17,7 @@ import torch
 
 from keepless.eager import forward as regions
 from keepless.eager.determinism import CHECKS
+from keepless.eager.failures import CheckpointError
 from keepless.eager.forward import Options
 from keepless.errors import MeasureError
 from keepless.modules.pieces import Cut
@@ -24,12 +25,16 @@ from keepless.modules.sites import Calls, forwards_replaced
 
 Mark = Callable[[int], None]
 
+_CHANGED = "modified by an inplace operation"
+"""Autograd's words for a tensor that is not what it was when it was saved: a region's input, say."""
+
 
 class Probe:
     """A model's pieces, told as they run.
 
     Attributes:
         gradients: names of parameters -> the backward op in which their gradient first stood, of the last step.
+        failed: the last region that could not be recomputed, None where all could.
     """
 
     def __init__(self, model: torch.nn.Module, cut: Cut) -> None:
@@ -39,6 +44,7 @@ class Probe:
         self.calls = Calls()
         self.numbers = {site: number for number, site in enumerate(cut.sites)}
         self.gradients: dict[str, int] = {}
+        self.failed: int | None = None
         self._cursor = 0
         self._filling = 0
         self._is_backward = False
@@ -139,18 +145,28 @@ class Probe:
                 return forward(*args, **kwargs)
             self._enter(number)
             options = Options(CHECKS["default"], True, None, False, True, None, _Region(self, number))
-            result = regions.run(forward, args, kwargs, options)
+            try:
+                result = regions.run(forward, args, kwargs, options)
+            except CheckpointError:
+                self.failed = number if self.failed is None else self.failed
+                raise
             self._exit(number)
             return result
 
         return recomputed
 
-    def _pack(self, tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
-        return tensor.detach(), self._cursor
+    def _pack(self, tensor: torch.Tensor) -> tuple[torch.Tensor, int, int]:
+        return tensor.detach(), self._cursor, _version(tensor)
 
-    def _unpack(self, kept: tuple[torch.Tensor, int]) -> torch.Tensor:
-        self._goes_back(kept[1])
-        return kept[0]
+    def _unpack(self, kept: tuple[torch.Tensor, int, int]) -> torch.Tensor:
+        tensor, piece, version = kept
+        if _version(tensor) != version:  # autograd does not look where there are hooks
+            raise RuntimeError(
+                f"one of the variables needed for gradient computation has been {_CHANGED}: a tensor of shape "
+                f"{list(tensor.shape)} is at version {_version(tensor)}; expected version {version} instead"
+            )
+        self._goes_back(piece)
+        return tensor
 
     def _goes_back(self, piece: int) -> None:
         if self._is_backward and not self._filling:
@@ -158,13 +174,18 @@ class Probe:
             self.mark(self._backward)
 
 
+def _version(tensor: torch.Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
 class _Region:
     """One call of a region: what `Tap` is for."""
 
-    __slots__ = ("calls", "first", "probe")
+    __slots__ = ("calls", "first", "number", "probe")
 
     def __init__(self, probe: Probe, number: int) -> None:
         self.probe = probe
+        self.number = number
         self.first = probe.cut.tree.regions[number].first
         self.calls = probe.calls.state() if probe.cut.repeated else {}
 
@@ -187,6 +208,10 @@ class _Region:
             probe._filling += 1
             try:
                 tensor = unpack(holder)
+            except RuntimeError as error:
+                if probe.failed is None and (isinstance(error, CheckpointError) or _CHANGED in str(error)):
+                    probe.failed = self.number
+                raise
             finally:
                 probe._filling -= 1
                 if in_forward:

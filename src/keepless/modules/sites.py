@@ -11,6 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from keepless._compat import tree_leaves
+from keepless.eager.world import is_plain
+
 
 class Site(NamedTuple):
     """A module call. `path` is the module's name in the model; `number` counts its calls in one forward, from 0."""
@@ -20,6 +23,17 @@ class Site(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.path}#{self.number}" if self.number else self.path
+
+
+def tensors_in(values: Any) -> list[torch.Tensor]:
+    """The tensors in nested containers, and in the attributes of objects that stand there (a dataclass, say)."""
+    found: list[torch.Tensor] = []
+    for leaf in tree_leaves(values):
+        if isinstance(leaf, torch.Tensor):
+            found.append(leaf)
+        elif is_plain(leaf) and not isinstance(leaf, torch.nn.Module):
+            found += (item for item in tree_leaves(vars(leaf)) if isinstance(item, torch.Tensor))
+    return found
 
 
 def own_forward(module: torch.nn.Module) -> Callable[..., Any]:
@@ -98,8 +112,8 @@ class StorageBook:
         self._known: dict[Any, tuple[int, Any]] = {}
         self._alive: dict[int, Any] = {}
 
-    def number_of(self, tensor: torch.Tensor, *, follows: bool = True) -> int:
-        """The number of a tensor's storage; with `follows`, a new one is told of when it is freed."""
+    def number_of(self, tensor: torch.Tensor) -> int:
+        """The number of a tensor's storage."""
         try:
             storage = tensor.untyped_storage()
             # The weak reference keeps the storage's address, which is its key here, from being used again.
@@ -116,10 +130,13 @@ class StorageBook:
             reference = weakref.ref(tensor)
         number = len(self.nbytes)
         self._known[key] = (number, reference)
-        if follows:
-            self._alive[number] = reference
+        self._alive[number] = reference
         self.nbytes.append(nbytes)
         return number
+
+    def last_throughout(self) -> None:
+        """The storages so far are held by the caller: nobody asks whether they are freed."""
+        self._alive.clear()
 
     def freed(self) -> list[int]:
         """Numbers of the storages that were freed since the last time."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from keepless._compat import tree_leaves
-from keepless.modules.sites import Calls, Site, StorageBook, forwards_replaced
+from keepless.modules.sites import Calls, Site, StorageBook, forwards_replaced, tensors_in
 
 
 @dataclass
@@ -101,8 +101,7 @@ class _Survey:
         return number
 
     def numbers(self, values: Any) -> tuple[int, ...]:
-        tensors = [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
-        return tuple(dict.fromkeys(map(self.number_of, tensors)))
+        return tuple(dict.fromkeys(map(self.number_of, tensors_in(values))))
 
     def tick(self) -> None:
         for number in self.found.book.freed():
@@ -187,7 +186,8 @@ def _surveyed(
     found = run.found
     for tensor in (*model.parameters(), *model.buffers(), *tree_leaves((args, kwargs))):
         if isinstance(tensor, torch.Tensor):
-            found.made[found.book.number_of(tensor, follows=False)] = -1
+            found.made[found.book.number_of(tensor)] = -1
+    found.book.last_throughout()
     with (
         forwards_replaced(model, run.wrapped),
         torch.enable_grad(),

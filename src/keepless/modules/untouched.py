@@ -1,22 +1,26 @@
 """A model's state around trial steps: what a forward changes is put back, before each step and at the end.
 
-Buffers, tensors and plain values in modules' attributes, lists, dicts and sets there, hooks, gradients, and every
-stream of random numbers that a forward can reach by name. Parameters are not copied: a trial step does not change them.
+Buffers, tensors, arrays and plain values in modules' attributes and in the containers and objects that those hold,
+hooks, gradients, the batch, and every stream of random numbers that a forward can reach by name. Parameters are not
+copied: a trial step does not change them, and hooks that would step an optimizer in the backward are kept out of it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import types
 from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 
-from keepless.eager import randomness
+from keepless.eager import randomness, world
 from keepless.eager.profile import global_streams
 
 _CONTAINERS = (list, dict, set, deque)
+_SCALARS = frozenset({int, float, bool, str, bytes, complex})
 _INTERNAL = frozenset(torch.nn.Module().__dict__) - {"training"}
 
 
@@ -27,17 +31,30 @@ class Before:
         self.modules = list(model.modules())
         self.attributes = [_attributes(module) for module in self.modules]
         self.buffers = [dict(module._buffers) for module in self.modules]
+        own = [table for m in self.modules for table in (m._parameters, m._modules)]
+        self.registered: list[tuple[dict[str, Any], dict[str, Any]]] = [(table, table.copy()) for table in own]
         # Libraries hang hooks on modules in the first forward, and note in an attribute that they did.
         self.hooks = [(table, table.copy()) for module in self.modules for table in _hook_tables(module)]
-        held = [*_values(self.attributes), *_values(self.buffers)]
+        given = list(batch)
+        held = _held([*self.attributes, *self.buffers], {id(tensor) for tensor in (*given, *model.parameters())})
         self.tensors = [
             (value, value.detach().clone())
             for value in held
-            if isinstance(value, torch.Tensor) and not isinstance(value, torch.nn.Parameter) and not value.is_meta
+            if isinstance(value, torch.Tensor) and _can_be_written(value)
         ]
+        self.arrays = [(value, value.copy()) for value in held if type(value) is np.ndarray and value.flags.writeable]
         self.contents = [(value, _copied(value)) for value in held if type(value) in _CONTAINERS]
-        leaves = (tensor for tensor in batch if tensor.requires_grad and tensor.is_leaf)
+        self.objects = [(vars(value), vars(value).copy()) for value in held if _is_object(value)]
+        # The batch may stand in memory that cannot be written: it is put back only where it was changed.
+        self.batch = [
+            (tensor, tensor.detach().clone(), tensor._version)
+            for tensor in given
+            if _can_be_written(tensor) and not tensor.is_inference()
+        ]
+        leaves = (tensor for tensor in given if tensor.requires_grad and tensor.is_leaf)
         self.gradients = [(tensor, tensor.grad) for tensor in (*model.parameters(), *leaves)]
+        tables = ((p, p._post_accumulate_grad_hooks) for p in model.parameters())
+        self.steppers = [(p, table, dict(table or ())) for p, table in tables]
         streams = [randomness.DEFAULT, *global_streams(), *randomness.streams_in(held)]
         if device.type != "cpu":
             streams += randomness.device_streams([device])
@@ -56,6 +73,17 @@ class Before:
         with torch.no_grad():
             for tensor, values in self.tensors:
                 tensor.data.copy_(values)
+            for index, (tensor, values, version) in enumerate(self.batch):
+                if tensor._version != version:
+                    tensor.data.copy_(values)
+                    self.batch[index] = tensor, values, tensor._version
+        for array, content in self.arrays:
+            array[...] = content
+        # Never empty: other threads may use these.
+        for own, attributes in (*self.objects, *self.registered):
+            for name in [name for name in own if name not in attributes]:
+                del own[name]
+            own.update(attributes)
         for table, hooks in self.hooks:
             table.clear()
             table.update(hooks)
@@ -77,6 +105,21 @@ class Before:
         for tensor, gradient in self.gradients:
             tensor.grad = gradient
 
+    def without_steppers(self) -> None:
+        """Takes off what the caller runs whenever a parameter's gradient is there: it may step an optimizer."""
+        for _, table, _ in self.steppers:
+            if table:
+                table.clear()
+
+    def steppers_again(self) -> None:
+        """Puts it back."""
+        for parameter, table, hooks in self.steppers:
+            if table is None:
+                parameter._post_accumulate_grad_hooks = None
+            else:
+                table.clear()
+                table.update(hooks)
+
 
 def _attributes(module: torch.nn.Module) -> dict[str, Any]:
     return {name: value for name, value in module.__dict__.items() if name not in _INTERNAL}
@@ -86,9 +129,33 @@ def _hook_tables(module: torch.nn.Module) -> list[dict[Any, Any]]:
     return [value for name, value in module.__dict__.items() if "hook" in name and isinstance(value, dict)]
 
 
-def _values(tables: list[dict[str, Any]]) -> list[Any]:
-    found: dict[int, Any] = {id(value): value for table in tables for value in table.values()}
+def _held(tables: list[dict[str, Any]], others: set[int]) -> list[Any]:
+    """What the tables hold, and what containers and objects in them do; `others` is left out."""
+    found: dict[int, Any] = {}
+    left = [value for table in tables for name, value in table.items() if name != "forward"]
+    while left:
+        value = left.pop()
+        if value is None or type(value) in _SCALARS or id(value) in found or id(value) in others:
+            continue
+        found[id(value)] = value
+        if type(value) is dict:
+            left += value.values()
+        elif isinstance(value, (list, tuple, deque)):
+            left += value
+        elif _is_object(value):
+            left += vars(value).values()
     return list(found.values())
+
+
+def _is_object(value: Any) -> bool:
+    return not isinstance(value, torch.nn.Module) and (world.is_plain(value) or type(value) is types.SimpleNamespace)
+
+
+def _can_be_written(tensor: torch.Tensor) -> bool:
+    """Whether a copy in place can put a tensor's values back; memory that it overlaps itself in cannot be written."""
+    if isinstance(tensor, torch.nn.Parameter) or tensor.is_meta:
+        return False
+    return tensor.layout is not torch.strided or torch._debug_has_internal_overlap(tensor) != 1
 
 
 def _copied(value: Any) -> Any:
@@ -104,8 +171,10 @@ def untouched(model: torch.nn.Module, device: torch.device, batch: Iterable[torc
     """
     before = Before(model, device, batch)
     before.without_gradients()
+    before.without_steppers()
     try:
         yield before
     finally:
         before.again()
         before.gradients_again()
+        before.steppers_again()
