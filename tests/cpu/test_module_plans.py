@@ -936,3 +936,24 @@ def test_a_forward_that_changes_modes_is_planned_as_it_begins() -> None:
     keepless.fit(model, batch, smallest_and_largest(model, batch)[0], engine="eager")
     assert model.blocks[0].training
     assert_same(trained(made(Evaluates), [batch]), trained(model, [batch]))
+
+
+def test_a_number_that_changes_with_each_step_is_planned_for_a_few_times_only() -> None:
+    class Counted(Net):
+        def forward(self, x: torch.Tensor, y: torch.Tensor, step: int = 0, repeats: int = 1) -> Any:  # type: ignore[override]
+            for _ in range(repeats):
+                x = x * (1 + 0 * step)
+                found = super().forward(x, y)
+            return found
+
+    model, (x, y) = made(Counted), sequences()
+    low, high = smallest_and_largest(model, (x, y))
+    keepless.fit(model, (x, y), (low + high) // 2, engine="eager")
+    planned = model.__dict__["forward"]
+    for step in range(8):
+        model.zero_grad()
+        model(x, y, step=step)["loss"].backward()
+    assert planned.planned_on_the_spot == 3
+    model.zero_grad()
+    with pytest.raises(InfeasibleBudget):
+        model(*sequences(64), step=100)

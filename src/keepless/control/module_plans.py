@@ -319,7 +319,8 @@ def apply(model: torch.nn.Module, plan: Plan) -> PlannedModules:
         if not settings.own_loss:
             own = replace(own, loss_fn=_any_loss, own_loss=False)
         try:
-            return Chosen(recomputed_sites(make(model, Inputs(*args, **kwargs), own, _silent)))
+            made = make(model, Inputs(*args, **kwargs), own, _silent)
+            return Chosen(recomputed_sites(made), made.baseline_peak)
         except InfeasibleBudget as error:
             raise InfeasibleBudget(
                 f"This call is not the step that the model was planned for and needs a plan of its own. {error}",
@@ -334,7 +335,7 @@ def apply(model: torch.nn.Module, plan: Plan) -> PlannedModules:
         raise PlanError("The plan's description of its batch is damaged. Plan again.") from error
     planned.put_in()
     for key in keys:
-        planned.add(key, Chosen(sites))
+        planned.add(key, Chosen(sites, plan.baseline_peak))
     planned.on_miss = on_miss
     return planned
 

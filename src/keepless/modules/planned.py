@@ -38,15 +38,23 @@ _MOST_ENTRIES = 64
 """Kinds of steps whose regions are remembered; the oldest goes first."""
 _turn = threading.RLock()
 """Planning replaces modules' forwards for a while: one thread at a time."""
+_ALIKE = 3
+"""So many kinds of steps that differ in constants alone, and need the same memory, stand for all others."""
+_SAME_MEMORY = 1.01
 _MANY = 8
 """So many kinds of steps that are planned when they come are worth a warning."""
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """The calls that one kind of step recomputes."""
+    """The calls that one kind of step recomputes.
+
+    Arguments:
+        baseline: bytes of the step with everything kept; 0 where nothing was planned.
+    """
 
     sites: frozenset[Site]
+    baseline: int = 0
 
 
 _NONE = Chosen(frozenset())
@@ -63,6 +71,10 @@ class _Current(threading.local):
 
     def __init__(self) -> None:
         self.calls = Calls()
+
+
+_LEAVES = 5
+"""Place in a key of the first of the call's leaves."""
 
 
 def step_key(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Key:
@@ -83,6 +95,10 @@ def autocast_now(model: torch.nn.Module) -> str:
     """The dtype that autocast gives ops on the model's device; empty where it is off."""
     kind = next((p.device.type for p in model.parameters()), "cpu")
     return str(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else ""
+
+
+def _without_constants(key: Key) -> Key:
+    return (*key[:_LEAVES], *("constant" if isinstance(leaf, str) else leaf for leaf in key[_LEAVES:]))
 
 
 def _leaf_key(leaf: Any) -> Any:
@@ -154,7 +170,19 @@ class PlannedModules:
             return found
         if self._for_training and not model.training:  # evaluation
             return _NONE
+        alike = self._alike(key)
+        if alike is not None:
+            self.add(key, alike)
+            return alike
         return self.plan_for(key, model, args, kwargs)
+
+    def _alike(self, key: Key) -> Chosen | None:
+        """What kinds of steps recompute that differ from this one in constants alone, where these do not matter."""
+        mine = _without_constants(key)
+        found = [chosen for other, chosen in self.entries.items() if _without_constants(other) == mine]
+        sizes = [chosen.baseline for chosen in found]
+        matters = len(found) < _ALIKE or not min(sizes) or max(sizes) > _SAME_MEMORY * min(sizes)
+        return None if matters else found[-1]
 
     def plan_for(self, key: Key, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Chosen:
         """Plans for a kind of step that is new."""
