@@ -295,7 +295,7 @@ def test_bounds_of_searches_that_end_early_are_bounds(seed: int) -> None:
                 if best.certificate.status is Status.OPTIMAL and fits:
                     assert found.certificate.bound_seconds <= best.seconds * (1 + 1e-6)
                 if isinstance(solver, Exhaustive | Intervals):
-                    assert fits == (captured(graph, cost).within(limit).peak <= limit)
+                    assert fits == (captured(graph, cost).smallest.peak <= limit)
 
 
 def test_the_rounded_relaxation_fits_or_says_so() -> None:

@@ -56,7 +56,7 @@ class Planner:
         is_proxy: the costs stand for others (see `smallest`).
         keeps_order: first runs in the graph's order, also where another would be allowed.
         first_runs: where the graph's ops are those of another graph in another order: their ids there.
-        like: a planner of the same graph at other seconds, whose tables and families serve here, too.
+        like: a planner of the same graph at other seconds, whose tables serve here, too.
     """
 
     graph: Graph
@@ -74,7 +74,7 @@ class Planner:
     @cached_property
     def families(self) -> list[tuple[int, ...]]:
         """Values that are kept in any case, from none to every narrow place."""
-        return families(self.tables, find_cuts(self.tables)) if self.like is None else self.like.families
+        return families(self.tables, find_cuts(self.tables))
 
     @cached_property
     def cuts(self) -> list[MinCut]:
@@ -167,7 +167,8 @@ class Planner:
         low = Planner(self.graph, cost, is_proxy=True, keeps_order=True, like=self).smallest
         gaps = Gaps(self.tables, low.order, self.work)
         gaps.fill(low.peak)
-        return gaps.woven if gaps.peak <= low.peak else Woven.judged(self.tables, low.order)
+        # An even lower peak would depend on the measured seconds.
+        return gaps.woven if gaps.peak == low.peak else Woven.judged(self.tables, low.order)
 
     def _lowest(self) -> Woven:
         tables = self.tables
@@ -178,7 +179,9 @@ class Planner:
             low = self.lower(start)
             if (low.peak, low.seconds) < (best.peak, best.seconds):
                 best = low
-        return best
+        gaps = Gaps(tables, best.order, self.work)
+        gaps.fill(best.peak)
+        return gaps.woven if (gaps.peak, gaps.woven.seconds) < (best.peak, best.seconds) else best
 
     def lower(self, start: Woven) -> Woven:
         """Evict until nothing helps, the target falling in ever finer steps."""
