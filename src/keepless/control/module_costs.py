@@ -160,7 +160,7 @@ def _marked(run: Runner, probe: Probe, mark: Callable[[int], None]) -> None:
 
 
 def _timed(run: Runner, probe: Probe, call: Callable[[], object]) -> dict[int, float]:
-    """Seconds by op; those of replays under -1 less the op."""
+    """Seconds by op, replays and all: of forward ops those of a forward alone are asked for."""
     events: list[tuple[int, float]] = []
     clock, append = time.perf_counter, events.append
     device = run.device
@@ -177,12 +177,8 @@ def _timed(run: Runner, probe: Probe, call: Callable[[], object]) -> dict[int, f
     finally:
         probe.mark = before
     found: dict[int, float] = {}
-    is_backward = False
-    loss = probe.cut.num_pieces
     for (op, begin), (_, end) in itertools.pairwise(events):
-        is_backward = is_backward or op >= loss
-        key = -1 - op if is_backward and op < loss else op
-        found[key] = found.get(key, 0.0) + end - begin
+        found[op] = found.get(op, 0.0) + end - begin
     return found
 
 

@@ -31,7 +31,6 @@ class Cut:
     Arguments:
         survey: what it rests on.
         regions: positions in `survey.calls` of the calls that can be regions, in order.
-        sites: where these calls stand.
     """
 
     survey: Survey

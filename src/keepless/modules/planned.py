@@ -41,6 +41,7 @@ _turn = threading.RLock()
 _ALIKE = 3
 """So many kinds of steps that differ in constants alone, and need the same memory, stand for all others."""
 _SAME_MEMORY = 1.01
+"""The same: so many times the smallest of them at most."""
 _MANY = 8
 """So many kinds of steps that are planned when they come are worth a warning."""
 

@@ -22,13 +22,11 @@ class Call:
     """A module call. Moments count events of the survey; storages are numbers of its book.
 
     Arguments:
-        parent: position of the call around it, -1 for the model's own.
         begin, end: moments.
         inputs, outputs: storages of its tensors, and which of them carry gradients.
     """
 
     site: Site
-    parent: int
     kind: str
     source: str
     begin: int
@@ -89,7 +87,6 @@ class _Survey:
         self.keeps = keeps
         self.moment = 0
         self.calls = Calls()
-        self.open: list[int] = []
 
     def number_of(self, tensor: torch.Tensor) -> int:
         found = self.found
@@ -122,10 +119,7 @@ class _Survey:
     def wrapped(self, path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
         def watched(*args: Any, **kwargs: Any) -> Any:
             number = self.begin(path, forward, (args, kwargs))
-            try:
-                result = forward(*args, **kwargs)
-            finally:
-                self.open.pop()
+            result = forward(*args, **kwargs)
             call = self.found.calls[number]
             call.outputs = self.numbers(result)
             self.tick()
@@ -138,10 +132,8 @@ class _Survey:
         inputs = self.numbers(given)
         self.tick()
         number = len(self.found.calls)
-        parent = self.open[-1] if self.open else -1
         kind, source = described(forward)
-        self.found.calls.append(Call(self.calls.next(path), parent, kind, source, self.moment, inputs=inputs))
-        self.open.append(number)
+        self.found.calls.append(Call(self.calls.next(path), kind, source, self.moment, inputs=inputs))
         return number
 
 
