@@ -8,6 +8,7 @@ from keepless.capture.inputs import FlatInputs as FlatInputs
 from keepless.capture.inputs import Inputs as Inputs
 from keepless.capture.inputs import flatten_inputs as flatten_inputs
 from keepless.capture.lower import lower as lower
+from keepless.capture.standing import StandingForward as StandingForward
 from keepless.capture.trace import forward_of as forward_of
 from keepless.capture.trace import is_tracing as is_tracing
 from keepless.capture.trace import planned_device as planned_device

@@ -96,11 +96,7 @@ def remove(model: M) -> M:
         return model
     planned = planned_forward(model)
     if planned is not None:
-        own = planned._instance_forward
-        if own is None:
-            del model.__dict__["forward"]
-        else:
-            model.__dict__["forward"] = own
+        planned.take_out()
     return model
 
 

@@ -6,10 +6,6 @@ program; evaluation, `no_grad` and torch.func transforms run the model's own for
 
 from __future__ import annotations
 
-import copy
-import inspect
-import types
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +14,8 @@ import torch
 
 from keepless import _compat
 from keepless.binding import Binding
-from keepless.capture import FlatInputs, is_tracing
-from keepless.errors import GuardError, PlanError, ReplayError
+from keepless.capture import FlatInputs, StandingForward, is_tracing
+from keepless.errors import GuardError, ReplayError
 from keepless.execute.codegen import Compiled, compile_step
 from keepless.execute.guard import Guard
 from keepless.execute.nodes import Counters, Recipe, Step, run_step
@@ -53,7 +49,7 @@ _TENSOR, _ARGUMENT, _CONSTANT = 0, 1, 2
 """Where a flat output comes from: the step, its arguments as they are, the capture."""
 
 
-class PlannedForward:
+class PlannedForward(StandingForward):
     """The forward of a planned model.
 
     Attributes:
@@ -62,29 +58,14 @@ class PlannedForward:
     """
 
     def __init__(self, model: torch.nn.Module, entries: Sequence[Entry], on_miss: Miss | None) -> None:
-        self._model = weakref.ref(model)
-        own = model.__dict__.get("forward")
-        self._instance_forward = own
-        self._function = type(model).forward
+        super().__init__(model)
         self._for_training = model.training
         self.entries = list(entries)
         self.on_miss = on_miss
         self.counters = Counters()
         for entry in self.entries:
             entry.recipe.counters = self.counters
-        self.__signature__ = inspect.signature(model.forward)
-        self.__name__ = "forward"
         self.__doc__ = model.forward.__doc__
-
-    @property
-    def original(self) -> Callable[..., Any]:
-        """The model's own forward."""
-        if self._instance_forward is not None:
-            own: Callable[..., Any] = self._instance_forward
-            return own
-        model = self._model()
-        assert model is not None, "the model is gone"
-        return types.MethodType(self._function, model)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if (
@@ -140,19 +121,6 @@ class PlannedForward:
             for kind, what in entry.output_layout
         ]
         return _compat.tree_unflatten(flat, entry.binding.output_spec)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """A copied model has no plan: its forward is its own."""
-        model = self._model()
-        copied = memo.get(id(model))
-        if copied is None:
-            raise PlanError("A planned forward cannot be copied without its model.")
-        if self._instance_forward is not None:
-            return copy.deepcopy(self._instance_forward, memo)
-        return types.MethodType(self._function, copied)
-
-    def __reduce__(self) -> Any:
-        raise PlanError("A planned model cannot be pickled: call keepless.remove(model) first, or save state_dict().")
 
 
 @torch.compiler.disable(reason="a model with a Keepless plan runs its planned step")  # type: ignore[no-untyped-call,untyped-decorator]

@@ -7,12 +7,8 @@ what they save.
 
 from __future__ import annotations
 
-import copy
-import inspect
 import threading
-import types
 import warnings
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +18,7 @@ import torch.utils.checkpoint
 
 from keepless import _compat
 from keepless._compat import tree_flatten
-from keepless.capture import is_tracing
+from keepless.capture import StandingForward, is_tracing
 from keepless.eager import forward as regions
 from keepless.eager.determinism import CHECKS
 from keepless.eager.forward import Options
@@ -109,7 +105,7 @@ def _leaf_key(leaf: Any) -> Any:
     return "float" if isinstance(leaf, float) else repr(leaf)[:CONSTANT]
 
 
-class PlannedModules:
+class PlannedModules(StandingForward):
     """The forward of a model that is planned by module calls.
 
     Attributes:
@@ -118,11 +114,7 @@ class PlannedModules:
     """
 
     def __init__(self, model: torch.nn.Module, on_miss: Miss | None) -> None:
-        self._model = weakref.ref(model)
-        self._instance_forward = model.__dict__.get("forward")
-        self._function = type(model).forward
-        self.__signature__ = inspect.signature(model.forward)
-        self.__name__ = "forward"
+        super().__init__(model)
         self.__doc__ = model.forward.__doc__
         self.on_miss = on_miss
         self.entries: dict[Key, Chosen] = {}
@@ -130,16 +122,6 @@ class PlannedModules:
         self.current = _Current()
         self._for_training = model.training
         self._wrapped: dict[str, RegionForward] = {}
-
-    @property
-    def original(self) -> Callable[..., Any]:
-        """The model's own forward."""
-        if self._instance_forward is not None:
-            own: Callable[..., Any] = self._instance_forward
-            return own
-        model = self._model()
-        assert model is not None, "the model is gone"
-        return types.MethodType(self._function, model)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -228,64 +210,34 @@ class PlannedModules:
         assert model is not None, "the model is gone"
         model.__dict__["forward"] = self
         for wrapped in self._wrapped.values():
-            module = wrapped.module()
+            module = wrapped._model()
             if module is not None:
                 module.__dict__["forward"] = wrapped
 
     def take_out(self) -> None:
         """The model and its modules run their own forwards again."""
-        model = self._model()
-        holders: list[tuple[torch.nn.Module | None, Any, Any]] = [(model, self, self._instance_forward)]
-        holders += [(wrapped.module(), wrapped, wrapped.instance_forward) for wrapped in self._wrapped.values()]
-        for module, own, before in holders:
-            if module is None or module.__dict__.get("forward") is not own:
-                continue
-            if before is None:
-                del module.__dict__["forward"]
-            else:
-                module.__dict__["forward"] = before
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """A copied model has no plan: its forward is its own."""
-        return _copied_forward(self._instance_forward, self._function, self._model(), memo)
-
-    def __reduce__(self) -> Any:
-        raise PlanError("A planned model cannot be pickled: call keepless.remove(model) first, or save state_dict().")
+        super().take_out()
+        for wrapped in self._wrapped.values():
+            wrapped.take_out()
 
 
-class RegionForward:
+class RegionForward(StandingForward):
     """The forward of a module some of whose calls are recomputed.
 
     It has no attributes by name: to a region's watch it is no object of the user's.
     """
 
-    __slots__ = (
-        "__name__",
-        "__signature__",
-        "__weakref__",
-        "function",
-        "instance_forward",
-        "module",
-        "path",
-        "planned",
-    )
+    __slots__ = ("path", "planned")
 
     def __init__(self, planned: PlannedModules, path: str, module: torch.nn.Module) -> None:
+        super().__init__(module)
         self.planned = planned
         self.path = path
-        self.module = weakref.ref(module)
-        self.instance_forward = module.__dict__.get("forward")
-        self.function = type(module).forward
-        self.__signature__ = inspect.signature(module.forward)
-        self.__name__ = "forward"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return self._compiled(args, kwargs)
-        module = self.module()
-        assert module is not None, "the module is gone"
-        own = self.instance_forward
-        forward = own if own is not None else types.MethodType(self.function, module)
+        forward = self.original
         current = self.planned.current
         if current.calls.next(self.path) not in current.sites:
             return forward(*args, **kwargs)
@@ -294,16 +246,9 @@ class RegionForward:
 
     def _compiled(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Under torch.compile a region becomes one of the compiled graph's own checkpoints."""
-        if self.instance_forward is not None:
-            return torch.utils.checkpoint.checkpoint(self.instance_forward, *args, use_reentrant=False, **kwargs)
-        return torch.utils.checkpoint.checkpoint(self.function, self.module(), *args, use_reentrant=False, **kwargs)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """A copied module has no plan: its forward is its own."""
-        return _copied_forward(self.instance_forward, self.function, self.module(), memo)
-
-    def __reduce__(self) -> Any:
-        raise PlanError("A planned model cannot be pickled: call keepless.remove(model) first, or save state_dict().")
+        if self._instance_forward is not None:
+            return torch.utils.checkpoint.checkpoint(self._instance_forward, *args, use_reentrant=False, **kwargs)
+        return torch.utils.checkpoint.checkpoint(self._function, self._model(), *args, use_reentrant=False, **kwargs)
 
 
 class _Again:
@@ -334,12 +279,3 @@ class _Again:
             return tensor
 
         return pack, unpacked
-
-
-def _copied_forward(own: Any, function: Any, model: torch.nn.Module | None, memo: dict[int, Any]) -> Any:
-    copied = memo.get(id(model))
-    if copied is None:
-        raise PlanError("A planned forward cannot be copied without its model.")
-    if own is not None:
-        return copy.deepcopy(own, memo)
-    return types.MethodType(function, copied)
