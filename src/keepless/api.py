@@ -13,6 +13,7 @@ from keepless.capture import Inputs
 from keepless.control import Progress, StepCurve, Verification
 from keepless.ir import Timeline
 from keepless.machine import Plan, load_plan
+from keepless.modules.blocks import Blocks
 from keepless.solve import Solver
 
 M = TypeVar("M", bound=torch.nn.Module)
@@ -33,7 +34,8 @@ def plan(
     seed: int = 0,
     cache: bool = True,
     progress: Progress | None = None,
-    engine: str = "graph",
+    engine: str = "auto",
+    blocks: Blocks | None = None,
 ) -> Plan:
     """The fastest plan found for training this model on batches like this one within a budget.
 
@@ -55,8 +57,12 @@ def plan(
         seed: of the solver.
         cache: remember measured costs of ops on disk.
         progress: called with (stage, done, total).
-        engine: "graph" captures the step and plans single ops. "eager" takes any module as it is, compiled or not: it
-            runs some steps to measure every module call, and plans which calls are recomputed.
+        engine: "graph" captures the whole step and plans single ops. "blocks" captures the repeated blocks, and plans
+            single ops in all of them; what stands between runs as it is. "eager" takes any module as it is, compiled or
+            not, and plans which module calls are recomputed. The last two run some steps to measure. "auto" takes the
+            first of these that can; the plan says which, and why.
+        blocks: what to capture, for the block engine: classes, their names, or paths (`"transformer.h.*"`); None to
+            find it.
 
     Raises:
         BudgetError: the budget cannot be read.
@@ -77,6 +83,7 @@ def plan(
         cache=cache,
         progress=progress,
         engine=engine,
+        blocks=blocks,
     )
 
 

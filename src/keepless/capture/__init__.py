@@ -4,9 +4,12 @@ from keepless.capture.assembly import DELIVER as DELIVER
 from keepless.capture.assembly import LOSS as LOSS
 from keepless.capture.assembly import OPTIMIZER as OPTIMIZER
 from keepless.capture.drafting import StepShape as StepShape
+from keepless.capture.facts import equal_constants as equal_constants
+from keepless.capture.facts import find_facts as find_facts
 from keepless.capture.inputs import FlatInputs as FlatInputs
 from keepless.capture.inputs import Inputs as Inputs
 from keepless.capture.inputs import flatten_inputs as flatten_inputs
+from keepless.capture.inputs import standing_in as standing_in
 from keepless.capture.lower import lower as lower
 from keepless.capture.standing import StandingForward as StandingForward
 from keepless.capture.trace import forward_of as forward_of

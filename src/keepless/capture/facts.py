@@ -170,3 +170,14 @@ def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
     for item in code.co_consts:
         if isinstance(item, types.CodeType):
             yield from _codes(item)
+
+
+def equal_constants(now: Any, planned: Any) -> bool:
+    """Whether two plain constants mean the same; other objects are equal only to themselves."""
+    if type(now) is not type(planned):
+        return False
+    if isinstance(now, tuple):
+        return len(now) == len(planned) and all(
+            a is b or equal_constants(a, b) for a, b in zip(now, planned, strict=True)
+        )
+    return isinstance(now, _PLAIN) and bool(now == planned)

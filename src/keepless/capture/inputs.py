@@ -109,6 +109,19 @@ def flatten_inputs(inputs: Inputs) -> FlatInputs:
     return FlatInputs(tuple(leaves), spec, tuple(seen.values()), first, facts)
 
 
+def standing_in(flat: FlatInputs) -> FlatInputs:
+    """The same call with tensors on the meta device in the places of its own, for a capture later."""
+    leaves = list(flat.leaves)
+    known: dict[int, torch.Tensor] = {}
+    for position, first in flat.first.items():
+        if first not in known:
+            tensor = leaves[first]
+            like = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+            known[first] = like.requires_grad_(tensor.requires_grad)
+        leaves[position] = known[first]
+    return FlatInputs(tuple(leaves), flat.spec, flat.tensor_positions, flat.first, flat.facts)
+
+
 def tensor_facts(tensor: torch.Tensor) -> tuple[Any, ...]:
     """What a captured step depends on: (dtype, shape, strides, requires_grad, device, class)."""
     return (tensor.dtype, tensor.shape, tensor.stride(), tensor.requires_grad, tensor.device, type(tensor))

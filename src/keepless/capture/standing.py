@@ -29,6 +29,13 @@ class StandingForward:
         self.__name__ = "forward"
 
     @property
+    def module(self) -> torch.nn.Module:
+        """The module in which it stands."""
+        model = self._model()
+        assert model is not None, "the model is gone"
+        return model
+
+    @property
     def original(self) -> Callable[..., Any]:
         """The module's own forward."""
         if self._instance_forward is not None:

@@ -206,11 +206,11 @@ def planned_device(model: torch.nn.Module) -> torch.device:
     return torch.device("cpu") if device.type == "meta" else device
 
 
-def _fake(mode: Any, tensor: torch.Tensor) -> torch.Tensor:
-    """A fake like this tensor; of a tensor on the meta device, one on the cpu."""
+def _fake(mode: Any, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A fake like this tensor; of a tensor on the meta device, one on the device of the plan."""
     if tensor.is_meta:
         with mode:
-            fake = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="cpu")
+            fake = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=device)
     else:
         fake = mode.from_tensor(tensor.detach())
     return fake.requires_grad_(tensor.requires_grad)
@@ -239,8 +239,9 @@ def _dry_run(
 ) -> _DryRun:
     """The forward's flat output under fake tensors, and which of it receives gradients."""
     mode = _compat.FakeTensorMode(allow_non_fake_inputs=True)
-    state = {name: _fake(mode, t) for name, t in named_state(model)}
-    fakes = {id(t): _fake(mode, t) for t in flat.tensors}
+    device = planned_device(model)
+    state = {name: _fake(mode, t, device) for name, t in named_state(model)}
+    fakes = {id(t): _fake(mode, t, device) for t in flat.tensors}
     args, kwargs = flat.rebuild([fakes[id(t)] for t in flat.tensors])
     arguments: dict[int, tuple[str, str | int]] = {id(t): ("state", name) for name, t in state.items()}
     arguments |= {id(fakes[id(flat.leaves[i])]): ("input", i) for i in flat.tensor_positions}
@@ -437,7 +438,8 @@ def _export(model: torch.nn.Module, flat: FlatInputs, grad_outputs: tuple[int, .
     step = _Step(model, flat, grad_outputs)
     held = [t for _, t in named_state(model)]
     mode = _compat.FakeTensorMode(allow_non_fake_inputs=True)
-    tensors = tuple(_fake(mode, t) for t in (*held, *flat.tensors))
+    device = planned_device(model)
+    tensors = tuple(_fake(mode, t, device) for t in (*held, *flat.tensors))
     stack: list[str] = []
     thread = threading.get_ident()
     names = {id(module): name for name, module in model.named_modules()}

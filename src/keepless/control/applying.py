@@ -10,7 +10,7 @@ import torch
 
 from keepless._compat import tree_flatten
 from keepless.capture import FlatInputs, Inputs, flatten_inputs
-from keepless.control import module_plans
+from keepless.control import module_plans, module_steps
 from keepless.control.captured import Capture, Captures
 from keepless.control.checks import check_module, check_plan
 from keepless.control.planning import make_like, recapture
@@ -30,7 +30,7 @@ def apply(model: M, plan: Plan) -> M:
     """See `keepless.apply`."""
     check_module(model)
     check_plan(plan)
-    if module_plans.is_eager(plan):
+    if module_plans.is_by_modules(plan):
         remove(model)
         module_plans.apply(model, plan)
         return model
@@ -90,7 +90,7 @@ def _on_miss(
 
 def remove(model: M) -> M:
     """See `keepless.remove`."""
-    modules = module_plans.planned_modules(model)
+    modules = module_steps.planned_modules(model)
     if modules is not None:
         modules.take_out()
         return model

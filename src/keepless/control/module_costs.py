@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,15 +38,34 @@ _MOST_SINGLE = 3
 
 @dataclass(frozen=True)
 class MeasuredModules:
-    """A step as a graph of pieces, its costs, and the cut that it comes from."""
+    """A step as a graph of pieces, its costs, and the cut that it comes from.
+
+    Arguments:
+        gradients: name of a parameter -> the backward op in which its gradient first stands.
+        received: region -> flat positions of its outputs that get a gradient, of calls that were noted.
+        failed: positions in the survey's calls of those that cannot be recomputed.
+    """
 
     graph: Graph
     cost: CostModel
     cut: Cut
+    gradients: dict[str, int]
+    received: dict[int, set[int]]
+    failed: frozenset[int]
 
 
-def measure_modules(run: Runner, settings: Settings, tell: Tell) -> MeasuredModules:
+Choose = Callable[[Survey, Container[int]], Cut]
+"""The calls of a survey that are regions, without some of them."""
+
+
+def measure_modules(
+    run: Runner, settings: Settings, tell: Tell, choose: Choose = cut, noted: Container[str] = ()
+) -> MeasuredModules:
     """Surveys a model and measures every piece of its step, in steps of which all regions are recomputed.
+
+    Arguments:
+        choose: the regions.
+        noted: paths of modules of whose calls the survey notes how they look.
 
     Raises:
         LossError: the step has no scalar loss with a gradient.
@@ -56,8 +75,8 @@ def measure_modules(run: Runner, settings: Settings, tell: Tell) -> MeasuredModu
     tell(0, 1)
     run.prepare()
     own_loss = run.loss_of if run.loss_fn is None else None
-    found = survey(model, run.inputs.args, run.inputs.kwargs, own_loss=own_loss, again=run.prepare)
-    probe, once = _recomputable(run, found)
+    found = survey(model, run.inputs.args, run.inputs.kwargs, own_loss=own_loss, again=run.prepare, noted=noted)
+    probe, once, failed = _recomputable(run, found, choose)
     pieces = probe.cut
     with probe.regionwise():
         repeats = next(count for limit, count in _REPEATS if once < limit)
@@ -83,20 +102,21 @@ def measure_modules(run: Runner, settings: Settings, tell: Tell) -> MeasuredModu
     scratch = _scratch(graph, pieces, parts)
     if settings.optimizer is not None:
         scratch[-1] = settings.optimizer.scratch_nbytes
-    return MeasuredModules(graph, CostModel(tuple(seconds), tuple(scratch), {}, Origin.MEASURED, spread), pieces)
+    cost = CostModel(tuple(seconds), tuple(scratch), {}, Origin.MEASURED, spread)
+    return MeasuredModules(graph, cost, pieces, gradients, dict(probe.received), failed)
 
 
-def _recomputable(run: Runner, found: Survey) -> tuple[Probe, float]:
+def _recomputable(run: Runner, found: Survey, choose: Choose) -> tuple[Probe, float, frozenset[int]]:
     """A probe that is warmed up, and the seconds of a step; its regions are calls that can be recomputed.
 
     Some cannot: code after the call changes its inputs in place, say. After some of those, all of a kind are left out.
     """
     without: set[int] = set()
     while True:
-        probe = Probe(run.model, cut(found, without))
+        probe = Probe(run.model, choose(found, without))
         try:
             with probe.regionwise():
-                return probe, _warmed_up(run, probe)
+                return probe, _warmed_up(run, probe), frozenset(without)
         except RuntimeError:
             if probe.failed is None:
                 raise

@@ -14,9 +14,11 @@ from typing import Any
 import torch
 
 from keepless.capture import FlatInputs, Inputs, flatten_inputs, lower, planned_device, trace_step
-from keepless.control import module_plans
+from keepless.control import module_plans, module_steps
+from keepless.control.block_plans import BLOCKS
 from keepless.control.captured import Capture, Captures, Measured, Settings, settings_from, shape_from, whole
 from keepless.control.checks import check_module, check_optimizer
+from keepless.control.region_plans import EAGER
 from keepless.control.reserve import budget_with_reserve, explain_infeasible, with_reserve
 from keepless.control.signature import batch_signature, model_signature
 from keepless.control.trials import cost_model, held_nbytes, measure_costs, measure_loss
@@ -38,12 +40,15 @@ from keepless.measure import (
     device_nbytes,
     optimizer_footprint,
 )
+from keepless.modules.blocks import Blocks
 from keepless.passes import evaluate
 from keepless.solve import SOLVERS, Solution, Solver, named_solver, smallest, solve
 from keepless.solve.regions import NAME
 
-ENGINES = ("graph", module_plans.EAGER)
-"""What runs a plan: captured ops, or the model's own code with module calls that are recomputed."""
+AUTO, GRAPH = "auto", "graph"
+ENGINES = (AUTO, GRAPH, BLOCKS, EAGER)
+"""What runs a plan: the captured step, captured blocks within the model's own code, or that code alone with module
+calls that are recomputed. "auto" is the first of them that can."""
 
 Progress = Callable[[str, int, int], None]
 """Called with (stage, done, total); stages are "capture", "measure" and "solve"."""
@@ -72,14 +77,19 @@ def make(
     seed: int,
     cache: bool,
     progress: Progress | None,
-    engine: str = "graph",
+    engine: str = AUTO,
+    blocks: Blocks | None = None,
 ) -> Plan:
     """See `keepless.plan`."""
     check_module(model)
     if engine not in ENGINES:
         raise ParameterError(f"There is no engine {engine!r}. Engines: {', '.join(ENGINES)}.")
-    if engine == module_plans.EAGER:
-        model = module_plans.uncompiled(model)
+    if blocks is not None:
+        if engine not in (AUTO, BLOCKS):
+            raise ParameterError(f"blocks= is for the block engine, and engine={engine!r} is asked for.")
+        engine = BLOCKS
+    if engine in (BLOCKS, EAGER):
+        model = module_steps.uncompiled(model)
     if solver != NAME:
         named_solver(solver)
     device = planned_device(model) if any(True for _ in model.parameters()) else torch.device("cpu")
@@ -95,14 +105,19 @@ def make(
         seed=seed,
         cache=cache,
     )
-    if engine == module_plans.EAGER:
-        return module_plans.make(model, batch, settings, progress or _silent)
+    tell = progress or _silent
+    if engine in (BLOCKS, EAGER):
+        return module_plans.make(model, batch, settings, tell, engine, blocks)
     try:
         return make_with(model, batch, settings, progress)
     except CaptureError as error:
         if type(error) not in (CaptureError, DataDependentError):  # the batch's fault, or the loss's
             raise
-        raise type(error)(f'{error} Or let it be planned by module calls, as it is: engine="eager".') from error
+        if engine == AUTO:
+            return module_plans.make_first(model, batch, settings, tell, str(error))
+        raise type(error)(
+            f'{error} Or let it be planned by its blocks, or by module calls, as it is: engine="auto".'
+        ) from error
 
 
 def read_settings(

@@ -9,7 +9,12 @@ from typing import Any
 import torch
 
 from keepless.capture import FlatInputs, planned_device
+from keepless.control.captured import Settings
 from keepless.errors import PlanError
+from keepless.ir import Graph
+from keepless.ir.text import fingerprint
+from keepless.measure import describe_device
+from keepless.modules.planned import autocast_now
 
 
 def model_signature(model: torch.nn.Module) -> dict[str, object]:
@@ -26,6 +31,22 @@ def model_signature(model: torch.nn.Module) -> dict[str, object]:
         "buffers": table(model.named_buffers()),
         "modes": hashlib.sha256(modes.encode()).hexdigest()[:16],
         "device": device.type,
+    }
+
+
+def module_facts(model: torch.nn.Module, device: torch.device, settings: Settings, graph: Graph) -> dict[str, object]:
+    """What a plan of module calls was asked for, and where it was made."""
+    return {
+        "autocast": autocast_now(model),
+        "torch": torch.__version__,
+        "device_facts": {key: str(value) for key, value in describe_device(device).items()},
+        "fingerprint": fingerprint(graph),
+        "accumulate": settings.accumulate,
+        "release_outputs": settings.release_outputs,
+        "state_nbytes": settings.shape.state_nbytes,
+        "outside_nbytes": settings.outside,
+        "has_optimizer": settings.optimizer is not None,
+        "own_loss": settings.own_loss,
     }
 
 

@@ -18,7 +18,8 @@ import torch
 from keepless.capture import Inputs, flatten_inputs, planned_device
 from keepless.control.applying import bind, capture_of, planned_forward, remove
 from keepless.control.checks import check_module, check_plan
-from keepless.control.module_plans import is_eager, tensors_of
+from keepless.control.module_plans import is_by_modules
+from keepless.control.module_steps import tensors_of
 from keepless.control.runner import Runner
 from keepless.control.verifying import check_ambient, with_program
 from keepless.errors import ParameterError, PlanError
@@ -33,7 +34,7 @@ def measure_timeline(model: torch.nn.Module, batch: Any, plan: Plan, *, loss_fn:
     """See `keepless.timeline`."""
     check_module(model)
     check_plan(plan)
-    if is_eager(plan):
+    if is_by_modules(plan):
         raise PlanError(
             "A timeline tells what each instruction of a captured step takes: this plan is one of module calls. Plan "
             "with the graph engine."

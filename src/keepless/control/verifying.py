@@ -18,15 +18,8 @@ from keepless.control.applying import apply, bind, capture_of, planned_forward, 
 from keepless.control.captured import Capture
 from keepless.control.checks import check_module, check_plan
 from keepless.control.module_plans import apply as apply_modules
-from keepless.control.module_plans import (
-    is_eager,
-    recording,
-    settings_of,
-    standing_alone,
-    tensors_of,
-    uncompiled,
-    without_plan,
-)
+from keepless.control.module_plans import is_by_modules, settings_of
+from keepless.control.module_steps import recording, standing_alone, tensors_of, uncompiled, without_plan
 from keepless.control.runner import Outcome, Runner, differing, noise_of
 from keepless.control.signature import batch_signature, check_signature, model_signature
 from keepless.errors import LossError, PlanError
@@ -98,7 +91,7 @@ def verify(model: torch.nn.Module, batch: Any, plan: Plan, *, loss_fn: Any, repe
     """See `keepless.verify`."""
     check_module(model)
     check_plan(plan)
-    if is_eager(plan):
+    if is_by_modules(plan):
         return _verify_modules(uncompiled(model), batch, plan, loss_fn, repeats)
     inputs = Inputs.of(batch)
     flat = flatten_inputs(inputs)

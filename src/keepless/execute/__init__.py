@@ -6,4 +6,5 @@ from keepless.execute.engine import Entry as Entry
 from keepless.execute.engine import Miss as Miss
 from keepless.execute.engine import PlannedForward as PlannedForward
 from keepless.execute.engine import make_entry as make_entry
+from keepless.execute.engine import run_entry as run_entry
 from keepless.execute.nodes import Counters as Counters

@@ -17,7 +17,7 @@ from keepless.binding import Binding
 from keepless.capture import FlatInputs, StandingForward, is_tracing
 from keepless.errors import GuardError, ReplayError
 from keepless.execute.codegen import Compiled, compile_step
-from keepless.execute.guard import Guard
+from keepless.execute.guard import Bound, Guard
 from keepless.execute.nodes import Counters, Recipe, Step, run_step
 from keepless.ir import Effect, Phase, Program
 
@@ -84,7 +84,7 @@ class PlannedForward(StandingForward):
             if not isinstance(bound, str):
                 over = entry.guard.standing_gradient() if self.on_miss is not None else ""
                 if not over:
-                    return self._planned(entry, bound.arguments, bound.inputs)
+                    return run_entry(self, entry, bound)
                 bound = over
             reason = reason or bound
         model = self._model()
@@ -105,22 +105,28 @@ class PlannedForward(StandingForward):
         bound = entry.guard.check(args, kwargs)
         if isinstance(bound, str):
             raise GuardError(f"A plan made for this very call does not cover it: {bound}.")
-        return self._planned(entry, bound.arguments, bound.inputs)
+        return run_entry(self, entry, bound)
 
     def _unplanned(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.counters.unplanned_calls += 1
         return self.original(*args, **kwargs)
 
-    def _planned(self, entry: Entry, arguments: tuple[torch.Tensor, ...], inputs: tuple[torch.Tensor, ...]) -> Any:
-        recipe = entry.recipe
-        leaves = [arguments[i] for i in entry.leaf_arguments]
-        step = Step(recipe, arguments, leaves, _Replay(self, entry, arguments, inputs))
-        tensors = run_step(step)
-        flat = [
-            tensors[what] if kind == _TENSOR else arguments[what] if kind == _ARGUMENT else what
-            for kind, what in entry.output_layout
-        ]
-        return _compat.tree_unflatten(flat, entry.binding.output_spec)
+
+def run_entry(standing: StandingForward, entry: Entry, bound: Bound) -> Any:
+    """Runs a captured step for a call that its guard has let pass; the forward's output.
+
+    Arguments:
+        standing: what stands in the place of the forward that was captured.
+    """
+    arguments, recipe = bound.arguments, entry.recipe
+    leaves = [arguments[i] for i in entry.leaf_arguments]
+    step = Step(recipe, arguments, leaves, _Replay(standing, entry, arguments, bound.inputs))
+    tensors = run_step(step)
+    flat = [
+        tensors[what] if kind == _TENSOR else arguments[what] if kind == _ARGUMENT else what
+        for kind, what in entry.output_layout
+    ]
+    return _compat.tree_unflatten(flat, entry.binding.output_spec)
 
 
 @torch.compiler.disable(reason="a model with a Keepless plan runs its planned step")  # type: ignore[no-untyped-call,untyped-decorator]
@@ -136,7 +142,7 @@ class _Replay:
 
     def __init__(
         self,
-        planned: PlannedForward,
+        planned: StandingForward,
         entry: Entry,
         arguments: tuple[torch.Tensor, ...],
         inputs: tuple[torch.Tensor, ...],

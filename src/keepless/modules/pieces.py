@@ -7,7 +7,7 @@ has one backward op; what stands between two calls in the code of the module aro
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -86,11 +86,9 @@ def cut(survey: Survey, without: Container[int] = ()) -> Cut:
     Arguments:
         without: positions in `survey.calls` of calls that cannot be recomputed.
     """
-    gains = _gains(survey)
     calls = survey.calls
-    whole = survey.nbytes({item.storage for item in survey.saved if survey.made[item.storage] >= 0})
-    block = max((gain for gain in gains if gain <= whole / 2), default=0)
-    least = max(1.0, min(_LEAST_SHARE * whole, _LEAST_OF_BLOCK * block))
+    gains = _gains(survey)
+    least = _least(survey, gains)
     worthy = [
         number
         for number, call in enumerate(calls)
@@ -108,6 +106,36 @@ def cut(survey: Survey, without: Container[int] = ()) -> Cut:
         chosen.append(number)
         around.append(number)
     return Cut(survey, tuple(chosen))
+
+
+def cut_at(survey: Survey, paths: Container[str], without: Container[int] = ()) -> Cut:
+    """The calls of these modules, as far as they save something worth naming, and the pieces between them.
+
+    A module that is also called inside another of these calls is left out: its calls could not be told by number.
+
+    Arguments:
+        paths: of modules none of which is inside another.
+        without: positions in `survey.calls` of calls that cannot be recomputed.
+    """
+    gains = _gains(survey)
+    least = _least(survey, gains)
+    chosen: list[int] = []
+    within: set[str] = set()
+    end = -1
+    for number, call in enumerate(survey.calls):
+        if call.begin < end:
+            within.add(call.site.path)
+        elif call.site.path in paths and call.end >= 0 and number not in without and gains[number] >= least:
+            chosen.append(number)
+            end = call.end
+    return Cut(survey, tuple(number for number in chosen if survey.calls[number].site.path not in within))
+
+
+def _least(survey: Survey, gains: Sequence[int]) -> float:
+    """The bytes that a call must free to be worth naming."""
+    whole = survey.nbytes({item.storage for item in survey.saved if survey.made[item.storage] >= 0})
+    block = max((gain for gain in gains if gain <= whole / 2), default=0)
+    return max(1.0, min(_LEAST_SHARE * whole, _LEAST_OF_BLOCK * block))
 
 
 def _gains(survey: Survey) -> list[int]:

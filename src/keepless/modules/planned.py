@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from keepless.eager import forward as regions
 from keepless.eager.determinism import CHECKS
 from keepless.eager.forward import Options
 from keepless.errors import PlanError
+from keepless.modules.segments import Segment
 from keepless.modules.sites import Calls, Site
 
 Key = tuple[Any, ...]
@@ -48,10 +50,17 @@ class Chosen:
 
     Arguments:
         baseline: bytes of the step with everything kept; 0 where nothing was planned.
+        segments: calls that run by programs of their own.
     """
 
     sites: frozenset[Site]
     baseline: int = 0
+    segments: Mapping[Site, Segment] = field(default_factory=dict)
+
+    @property
+    def paths(self) -> list[str]:
+        """Modules of which a call is recomputed or captured."""
+        return sorted({site.path for site in (*self.sites, *self.segments)})
 
 
 _NONE = Chosen(frozenset())
@@ -64,6 +73,7 @@ class _Current(threading.local):
     """The forward that runs on this thread, or is run again there."""
 
     sites: frozenset[Site] = frozenset()
+    segments: Mapping[Site, Segment] = MappingProxyType({})
     is_running = False
 
     def __init__(self) -> None:
@@ -132,9 +142,10 @@ class PlannedModules(StandingForward):
         current.is_running = True
         try:
             current.calls.restart()
-            current.sites = frozenset()
+            chosen = _NONE
             if torch.is_grad_enabled() and not (is_tracing() or _compat.transforms_active()):
-                current.sites = self._chosen(args, kwargs).sites
+                chosen = self._chosen(args, kwargs)
+            current.sites, current.segments = chosen.sites, chosen.segments
             return self.original(*args, **kwargs)
         finally:
             current.is_running = False
@@ -193,13 +204,13 @@ class PlannedModules(StandingForward):
         model = self._model()
         assert model is not None, "the model is gone"
         modules = dict(model.named_modules())
-        missing = next((site.path for site in chosen.sites if site.path not in modules), None)
+        missing = next((path for path in chosen.paths if path not in modules), None)
         if missing is not None:
-            raise PlanError(f"The plan recomputes calls of the module {missing!r}, which this model does not have.")
+            raise PlanError(f"The plan names calls of the module {missing!r}, which this model does not have.")
         while len(self.entries) >= _MOST_ENTRIES:
             del self.entries[next(iter(self.entries))]
         self.entries[key] = chosen
-        for path in sorted({site.path for site in chosen.sites}):
+        for path in chosen.paths:
             if path not in self._wrapped:
                 wrapped = self._wrapped[path] = RegionForward(self, path, modules[path])
                 modules[path].__dict__["forward"] = wrapped
@@ -222,7 +233,7 @@ class PlannedModules(StandingForward):
 
 
 class RegionForward(StandingForward):
-    """The forward of a module some of whose calls are recomputed.
+    """The forward of a module some of whose calls are recomputed or captured.
 
     It has no attributes by name: to a region's watch it is no object of the user's.
     """
@@ -239,7 +250,11 @@ class RegionForward(StandingForward):
             return self._compiled(args, kwargs)
         forward = self.original
         current = self.planned.current
-        if current.calls.next(self.path) not in current.sites:
+        site = current.calls.next(self.path)
+        segment = current.segments.get(site)
+        if segment is not None and torch.is_grad_enabled():
+            return segment(self, args, kwargs)
+        if site not in current.sites:
             return forward(*args, **kwargs)
         tap = _Again(current, current.sites, current.calls.state())
         return regions.run(forward, args, kwargs, Options(CHECKS["default"], True, None, False, True, None, tap))

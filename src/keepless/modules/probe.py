@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 
+from keepless._compat import tree_leaves
 from keepless.eager import forward as regions
 from keepless.eager.determinism import CHECKS
 from keepless.eager.failures import CheckpointError
 from keepless.eager.forward import Options
 from keepless.errors import MeasureError
 from keepless.modules.pieces import Cut
-from keepless.modules.sites import Calls, forwards_replaced
+from keepless.modules.sites import Calls, forwards_replaced, without_caches
 
 Mark = Callable[[int], None]
 
@@ -35,6 +36,7 @@ class Probe:
     Attributes:
         gradients: names of parameters -> the backward op in which their gradient first stood, of the last step.
         failed: the last region that could not be recomputed, None where all could.
+        received: region -> flat positions of its outputs that got a gradient in some step.
     """
 
     def __init__(self, model: torch.nn.Module, cut: Cut) -> None:
@@ -44,6 +46,7 @@ class Probe:
         self.calls = Calls()
         self.numbers = {site: number for number, site in enumerate(cut.sites)}
         self.gradients: dict[str, int] = {}
+        self.received: dict[int, set[int]] = {}
         self.failed: int | None = None
         self._cursor = 0
         self._filling = 0
@@ -131,6 +134,8 @@ class Probe:
             number = self.numbers.get(self.calls.next(path))
             if number is None:
                 return forward(*args, **kwargs)
+            if self.noted(number):
+                args, kwargs = without_caches(args, kwargs)
             self._enter(number)
             result = forward(*args, **kwargs)
             self._exit(number)
@@ -138,11 +143,24 @@ class Probe:
 
         return told
 
+    def noted(self, number: int) -> bool:
+        """Whether a region's call may become a segment."""
+        return self.cut.survey.calls[self.cut.regions[number]].noted is not None
+
+    def _receive(self, number: int, result: Any) -> None:
+        """Notes which outputs get a gradient."""
+        found = self.received.setdefault(number, set())
+        for position, leaf in enumerate(tree_leaves(result)):
+            if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
+                leaf.register_hook(_Noting(found, position))  # type: ignore[no-untyped-call]
+
     def _recomputing(self, path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
         def recomputed(*args: Any, **kwargs: Any) -> Any:
             number = self.numbers.get(self.calls.next(path))
             if number is None:
                 return forward(*args, **kwargs)
+            if self.noted(number):
+                args, kwargs = without_caches(args, kwargs)
             self._enter(number)
             options = Options(CHECKS["default"], True, None, False, True, None, _Region(self, number))
             try:
@@ -151,6 +169,8 @@ class Probe:
                 self.failed = number if self.failed is None else self.failed
                 raise
             self._exit(number)
+            if self.noted(number):
+                self._receive(number, result)
             return result
 
         return recomputed
@@ -176,6 +196,18 @@ class Probe:
 
 def _version(tensor: torch.Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
+
+
+class _Noting:
+    """A hook of an output."""
+
+    __slots__ = ("found", "position")
+
+    def __init__(self, found: set[int], position: int) -> None:
+        self.found, self.position = found, position
+
+    def __call__(self, gradient: torch.Tensor) -> None:
+        self.found.add(self.position)
 
 
 class _Region:

@@ -36,6 +36,24 @@ def tensors_in(values: Any) -> list[torch.Tensor]:
     return found
 
 
+def without_caches(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A call without keys and values for generation, which training never reads.
+
+    A block that is run again must not add to them twice: Hugging Face leaves them out where it checkpoints, too.
+    """
+    if not any(map(is_cache, args)) and not any(map(is_cache, kwargs.values())):
+        return args, kwargs
+    return (
+        tuple(None if is_cache(value) else value for value in args),
+        {name: None if is_cache(value) else value for name, value in kwargs.items()},
+    )
+
+
+def is_cache(value: Any) -> bool:
+    """Whether something holds keys and values for generation (a `DynamicCache`)."""
+    return type(value).__name__.endswith("Cache") and hasattr(value, "get_seq_length")
+
+
 def own_forward(module: torch.nn.Module) -> Callable[..., Any]:
     """The forward that a module's call runs."""
     own: Callable[..., Any] | None = module.__dict__.get("forward")

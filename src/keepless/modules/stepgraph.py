@@ -18,7 +18,7 @@ from keepless.modules.pieces import Cut
 
 
 @dataclass
-class _Values:
+class Values:
     """Values as they are made; `of` maps storages."""
 
     items: list[Value] = field(default_factory=list)
@@ -41,32 +41,50 @@ class StepGraph:
         gradients: name of a parameter -> the backward op in which its gradient first stands.
         shape: what the step is beside forward and backward.
         loss: storage of the model's own loss; None where the caller computes it from the outputs.
+        inside: pieces of whose own saved tensors only their outputs are values here.
     """
 
     def __init__(
-        self, model: torch.nn.Module, cut: Cut, gradients: Mapping[str, int], shape: StepShape, loss: int | None
+        self,
+        model: torch.nn.Module,
+        cut: Cut,
+        gradients: Mapping[str, int],
+        shape: StepShape,
+        loss: int | None,
+        inside: Mapping[int, int] | None = None,
     ) -> None:
         self.model, self.cut, self.gradients, self.shape, self.loss = model, cut, gradients, shape, loss
         self.survey = cut.survey
         self.count = cut.num_pieces
-        self.values = _Values()
+        self.inside = inside or {}
+        self.values = Values()
         self.static: set[int] = set()
         self.pinned: set[int] = set()
         self.reads: list[set[int]] = [set() for _ in range(2 * self.count + 1)]
         self.makes: list[set[int]] = [set() for _ in range(2 * self.count + 1)]
+        self.flows: dict[int, int] = {}
+        self.gradient_of: dict[str, int] = {}
 
     def build(self) -> Graph:
         """The graph."""
+        self.lay_out()
+        return self.graph_of([self.op(number) for number in range(2 * self.count + 1)])
+
+    def lay_out(self) -> None:
+        """Finds the values, and which piece reads and makes which."""
         self._state()
-        grads = self._parameter_gradients()
+        self.grads = self._parameter_gradients()
         self._activations()
         self._flows()
-        ops = [self._op(number) for number in range(2 * self.count + 1)]
+
+    def graph_of(self, ops: list[Op]) -> Graph:
+        """The graph of these ops, and of the optimizer's."""
         if self.shape.has_optimizer:
             by_name = {value.name: value.id for value in self.values.items}
-            inputs = {by_name[name] for name in ("optimizer.state", "grad.existing") if name in by_name} | grads
+            inputs = {by_name[name] for name in ("optimizer.state", "grad.existing") if name in by_name} | self.grads
             inputs |= {value.id for value in self.values.items if value.kind is Kind.PARAM}
-            ops.append(Op(len(ops), OPTIMIZER, tuple(sorted(inputs)), (), Phase.OPTIMIZER, frozenset({Effect.OPAQUE})))
+            step = Op(len(ops), OPTIMIZER, tuple(sorted(inputs)), (), Phase.OPTIMIZER, frozenset({Effect.OPAQUE}))
+            ops = [*ops, step]
         self.pinned |= self.static
         return Graph(tuple(ops), tuple(self.values.items), frozenset(self.static), frozenset(self.pinned))
 
@@ -96,11 +114,27 @@ class StepGraph:
             self.static.add(self.values.new("grad.existing", total, Kind.GRAD))
             return set()
         found: set[int] = set()
+        begun = self._begun()
         for name, op in self.gradients.items():
             value = self.values.new(f"grad.{name}", sizes[name], Kind.GRAD)
-            self.makes[max(op, self.count)].add(value)
+            self.makes[max(min(op, begun.get(name, op)), self.count)].add(value)
+            self.gradient_of[name] = value
             found.add(value)
         self.pinned |= found
+        return found
+
+    def _begun(self) -> dict[str, int]:
+        """The backward op in which a parameter that is used several times gets the first part of its gradient.
+
+        Autograd holds the sum of the parts aside until all are there.
+        """
+        survey, cut = self.survey, self.cut
+        names = {survey.book.number_of(p): name for name, p in self.model.named_parameters()}
+        found: dict[str, int] = {}
+        for item in survey.saved:
+            name = names.get(item.storage)
+            if name is not None:
+                found[name] = cut.tree.backward(cut.piece_of(item.moment))
         return found
 
     def _activations(self) -> None:
@@ -108,7 +142,9 @@ class StepGraph:
         readers: dict[int, set[int]] = {}
         savers: dict[int, set[int]] = {}
         for item in survey.saved:
-            savers.setdefault(item.storage, set()).add(cut.piece_of(item.moment))
+            piece = cut.piece_of(item.moment)
+            if not self._is_inside(piece, item.storage):
+                savers.setdefault(item.storage, set()).add(piece)
         for number, region in zip(cut.regions, cut.tree.regions, strict=True):
             for storage in survey.calls[number].inputs:
                 readers.setdefault(storage, set()).add(region.first)
@@ -150,13 +186,20 @@ class StepGraph:
                 if not self.shape.release_outputs or storage == self.loss:
                     self.pinned.add(value)
 
+    def _is_inside(self, piece: int, storage: int) -> bool:
+        """Whether a piece keeps what it saves to itself."""
+        if piece not in self.inside:
+            return False
+        call = self.survey.calls[self.cut.regions[self.inside[piece]]]
+        return self.survey.made[storage] >= call.begin and storage not in call.outputs
+
     def _flows(self) -> None:
         """Gradients between pieces: made where the last reader's backward runs, read where the maker's does.
 
         A piece that saves nothing (a sum, a view) hands on the gradient that it gets: no new storage.
         """
         survey, tree = self.survey, self.cut.tree
-        flows: dict[int, int] = {}
+        flows = self.flows
         made_in: dict[int, list[int]] = {}
         for storage, maker in sorted(self.maker.items(), key=lambda item: (-item[1], item[0])):
             nbytes, last = survey.flows.get(storage), self.last[storage]
@@ -179,7 +222,8 @@ class StepGraph:
         owner = self.cut.owners[piece]
         return f"{self.survey.calls[owner].site}.piece{piece}" if owner >= 0 else f"piece{piece}"
 
-    def _op(self, number: int) -> Op:
+    def op(self, number: int) -> Op:
+        """A piece's op, or the LOSS op."""
         inputs = self.reads[number] - self.makes[number]
         row = tuple(sorted(inputs)), tuple(sorted(self.makes[number]))
         if number == self.count:

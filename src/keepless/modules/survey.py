@@ -7,14 +7,16 @@ tensors at once: it is surveyed again with everything kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from keepless._compat import tree_leaves
-from keepless.modules.sites import Calls, Site, StorageBook, forwards_replaced, tensors_in
+from keepless.capture import FlatInputs, Inputs, flatten_inputs, standing_in
+from keepless.errors import BatchError
+from keepless.modules.sites import Calls, Site, StorageBook, forwards_replaced, tensors_in, without_caches
 
 
 @dataclass
@@ -33,6 +35,24 @@ class Call:
     end: int = -1
     inputs: tuple[int, ...] = ()
     outputs: tuple[int, ...] = ()
+    noted: Noted | None = None
+
+
+@dataclass(frozen=True)
+class Noted:
+    """How a call looked, for capturing it: no tensor of it is held.
+
+    Arguments:
+        flat: the call, with tensors on the meta device in the places of its own; None where it cannot be told.
+        reason: why it cannot.
+        given: flat position -> storage, of its distinct tensors.
+        returned: flat position of the output -> storage.
+    """
+
+    flat: FlatInputs | None
+    reason: str = ""
+    given: dict[int, int] = field(default_factory=dict)
+    returned: dict[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +102,10 @@ class _NeededAtOnce(Exception):
 class _Survey:
     """A survey on its way."""
 
-    def __init__(self, keeps: bool) -> None:
+    def __init__(self, keeps: bool, noted: Container[str]) -> None:
         self.found = Survey(StorageBook())
         self.keeps = keeps
+        self.noted = noted
         self.moment = 0
         self.calls = Calls()
 
@@ -118,15 +139,32 @@ class _Survey:
 
     def wrapped(self, path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
         def watched(*args: Any, **kwargs: Any) -> Any:
+            if path in self.noted:
+                args, kwargs = without_caches(args, kwargs)
             number = self.begin(path, forward, (args, kwargs))
-            result = forward(*args, **kwargs)
             call = self.found.calls[number]
+            if path in self.noted:
+                call.noted = self.note(args, kwargs)
+            result = forward(*args, **kwargs)
             call.outputs = self.numbers(result)
+            if call.noted is not None:
+                leaves = enumerate(tree_leaves(result))
+                call.noted.returned.update(
+                    (i, self.number_of(leaf)) for i, leaf in leaves if isinstance(leaf, torch.Tensor)
+                )
             self.tick()
             call.end = self.moment
             return result
 
         return watched
+
+    def note(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Noted:
+        try:
+            flat = flatten_inputs(Inputs(*args, **kwargs))
+        except BatchError as error:
+            return Noted(None, str(error))
+        given = {position: self.number_of(flat.leaves[position]) for position in flat.tensor_positions}
+        return Noted(standing_in(flat), given=given)
 
     def begin(self, path: str, forward: Callable[..., Any], given: Any) -> int:
         inputs = self.numbers(given)
@@ -152,18 +190,20 @@ def survey(
     *,
     own_loss: Callable[[Any], torch.Tensor] | None,
     again: Callable[[], None],
+    noted: Container[str] = (),
 ) -> Survey:
     """Watches one training forward of a model. What the forward changes stays changed.
 
     Arguments:
         own_loss: the loss in the model's output; None where the caller computes it.
         again: puts the model's state back, for a second try.
+        noted: paths of modules of whose calls is noted how they look.
     """
     try:
-        return _surveyed(model, args, kwargs, own_loss, keeps=False)
+        return _surveyed(model, args, kwargs, own_loss, noted, keeps=False)
     except _NeededAtOnce:
         again()
-        return _surveyed(model, args, kwargs, own_loss, keeps=True)
+        return _surveyed(model, args, kwargs, own_loss, noted, keeps=True)
 
 
 def _surveyed(
@@ -171,10 +211,11 @@ def _surveyed(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     own_loss: Callable[[Any], torch.Tensor] | None,
+    noted: Container[str],
     *,
     keeps: bool,
 ) -> Survey:
-    run = _Survey(keeps)
+    run = _Survey(keeps, noted)
     found = run.found
     for tensor in (*model.parameters(), *model.buffers(), *tree_leaves((args, kwargs))):
         if isinstance(tensor, torch.Tensor):

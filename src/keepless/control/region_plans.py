@@ -1,0 +1,99 @@
+"""Plans of regions: module calls that are recomputed as a whole, for any module, run by the eager engine."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from keepless.capture import flatten_inputs
+from keepless.control.captured import Settings
+from keepless.control.module_costs import MeasuredModules
+from keepless.control.reserve import budget_with_reserve, explain_infeasible, with_reserve
+from keepless.control.runner import Runner
+from keepless.control.signature import batch_signature, model_signature, module_facts
+from keepless.errors import PlanError
+from keepless.ir import Certificate, Status
+from keepless.machine import Baseline, Plan, make_plan
+from keepless.modules.sites import Site
+from keepless.passes import evaluate, from_order, reuse_storage
+from keepless.solve.floor import floor_bound
+from keepless.solve.regions import NAME, Region, Regions, RegionTree
+from keepless.solve.solution import solution
+
+EAGER = "eager"
+
+
+def solved(run: Runner, measured: MeasuredModules, settings: Settings, over: int) -> Plan:
+    """The plan of regions for a budget less `over` bytes.
+
+    Raises:
+        InfeasibleBudget: none was found.
+    """
+    graph, cost, cut = measured.graph, measured.cost, measured.cut
+    budget = budget_with_reserve(settings.budget)
+    limit = budget.device - over
+    solver = Regions(cut.tree)
+    found, chosen = solver.choose(graph, cost, limit, settings.seed)
+    low, lowest = solver.lowest(graph, cost)
+    low = min(low, found.peak)
+    if limit < low <= limit + budget.reserve // 2:
+        # Measured again, the smallest step may come out a little larger than when its budget was stated.
+        budget = replace(budget, reserve=budget.reserve - budget.reserve // 2)
+        limit = budget.device - over
+        found, chosen = solver.choose(graph, cost, limit, settings.seed)
+    bound = floor_bound(graph, cost)[0]
+    if found.peak > limit:
+        order = cut.tree.order(lowest, len(graph.ops))
+        least = solution(graph, cost, order, Certificate(NAME, Status.FEASIBLE))
+        raise explain_infeasible(graph, cost, settings.budget, least.program, low + over, bound)
+    everything = evaluate(graph, cost, range(len(graph.ops)))
+    flat = flatten_inputs(run.inputs)
+    tree = cut.tree
+    facts: dict[str, object] = {
+        **module_facts(run.model, run.device, settings, graph),
+        "engine": EAGER,
+        "solver": NAME,
+        "regions": [[site.path, site.number, r.first, r.last] for site, r in zip(cut.sites, tree.regions, strict=True)],
+        "saving": sorted(tree.saving),
+        "recomputed": sorted(chosen),
+    }
+    plan = make_plan(
+        graph,
+        found.program,
+        cost,
+        budget,
+        found.certificate,
+        baseline=Baseline(with_reserve(everything.peak), everything.seconds),
+        signature={**model_signature(run.model), **batch_signature(flat), **facts},
+        smallest_budget=with_reserve(low),
+        smallest_bound=bound,
+    )
+    plan.capture = settings
+    return plan
+
+
+def recomputed_sites(plan: Plan) -> frozenset[Site]:
+    """The module calls that a plan recomputes.
+
+    Raises:
+        PlanError: the plan's calls are not those of its program.
+    """
+    signature = plan.signature
+    rows, saving, chosen = (signature.get(name) for name in ("regions", "saving", "recomputed"))
+    try:
+        assert isinstance(rows, list)
+        assert isinstance(saving, list)
+        assert isinstance(chosen, list)
+        sites = [Site(str(path), int(number)) for path, number, _, _ in rows]
+        regions = tuple(Region(int(first), int(last)) for _, _, first, last in rows)
+        count = plan.graph.loss_op
+        assert count is not None
+        tree = RegionTree(regions, count, frozenset(map(int, saving)))
+        numbers = frozenset(map(int, chosen))
+        order = tree.order(numbers, len(plan.graph.ops))
+        program = reuse_storage(plan.graph, from_order(plan.graph, order))
+        found = frozenset(sites[number] for number in numbers)
+    except (AssertionError, TypeError, ValueError, IndexError) as error:
+        raise PlanError("The plan's list of recomputed module calls is damaged. Plan again.") from error
+    if program.instrs != plan.program.instrs:
+        raise PlanError("The plan's recomputed module calls are not what its program recomputes. Plan again.")
+    return found

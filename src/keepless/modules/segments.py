@@ -1,0 +1,52 @@
+"""Captured module calls: what runs in the place of a block's forward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from keepless.capture import StandingForward
+from keepless.eager import forward as regions
+from keepless.eager.determinism import CHECKS
+from keepless.eager.forward import Options
+from keepless.execute import Entry, run_entry
+from keepless.modules.sites import without_caches
+
+Bind = Callable[[StandingForward, tuple[Any, ...], dict[str, Any]], "Entry | str"]
+"""Captures a call and lowers its program; or says why this call is not the one that was planned."""
+
+
+@dataclass
+class Segment:
+    """One call that runs by a program of its own.
+
+    A call that is not the one that was captured is recomputed as a whole, which needs the least memory: its values are
+    right whatever has changed.
+
+    Attributes:
+        entry: the lowered program, None before the first call.
+        missed: why calls ran without it -> how many.
+    """
+
+    bind: Bind
+    entry: Entry | None = None
+    missed: dict[str, int] | None = None
+
+    def __call__(self, standing: StandingForward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        args, kwargs = without_caches(args, kwargs)
+        if self.entry is None:
+            found = self.bind(standing, args, kwargs)
+            if isinstance(found, str):
+                return self._missed(found, standing, args, kwargs)
+            self.entry = found
+        bound = self.entry.guard.check(args, kwargs)
+        if isinstance(bound, str):
+            return self._missed(bound, standing, args, kwargs)
+        return run_entry(standing, self.entry, bound)
+
+    def _missed(self, reason: str, standing: StandingForward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.missed = self.missed or {}
+        self.missed[reason] = self.missed.get(reason, 0) + 1
+        options = Options(CHECKS["default"], True, None, False, True, None, None)
+        return regions.run(standing.original, args, kwargs, options)
