@@ -56,9 +56,35 @@ class Assembly:
             elif role == "grad" and item is not None:
                 kind, name = work.role(*what)
                 if (kind == "param" and name in trainable) or kind == "input":
-                    self.grads.append((name, work.slot_of[(item, None)]))
+                    parts = self.parts_of(item) if kind == "input" and name in self.shape.shared_inputs else [item]
+                    self.grads.extend((name, work.slot_of[(part, None)]) for part in parts)
             elif role == "unknown":
                 raise CaptureError(f"The captured step returns something that this engine does not know ({what}).")
+
+    def parts_of(self, node: torch.fx.Node) -> list[torch.fx.Node]:
+        """The parts that autograd added up to a gradient, in the order in which they came; the sums are left out.
+
+        Sums that autograd makes between two nodes of its graph carry the last number that the forward came to.
+        """
+        graph = self.work.traced.module.graph
+        last = max(n.meta.get("seq_nr") or 0 for n in graph.nodes if n.meta.get("partitioner_tag") == "is_forward")
+        parts: list[torch.fx.Node] = []
+        sums: set[torch.fx.Node] = set()
+        while (
+            node.target is torch.ops.aten.add.Tensor
+            and node.meta.get("partitioner_tag") == "is_backward"
+            and (node.meta.get("seq_nr") or 0) >= last
+            and len(node.args) == 2
+            and not node.kwargs
+            and len(node.users) == 1
+            and all(isinstance(arg, torch.fx.Node) for arg in node.args)
+        ):
+            sums.add(node)
+            before, part = node.args
+            parts.append(part)  # type: ignore[arg-type]
+            node = before  # type: ignore[assignment]
+        self.work.backward = [draft for draft in self.work.backward if draft.node not in sums]
+        return [node, *reversed(parts)]
 
     def own_grads(self) -> None:
         """Gives each gradient storage of its own, in its parameter's layout, by a copy where it has not."""

@@ -33,6 +33,8 @@ class StepShape:
         has_optimizer: the step ends with `optimizer.step()`.
         state_nbytes: bytes of optimizer state.
         outside_nbytes: bytes on the device beside model, batch and optimizer.
+        shared_inputs: flat positions of inputs that code behind this step reads, too. Autograd adds the parts of such a
+            gradient one by one to what came before, so that they are delivered one by one.
     """
 
     accumulate: bool = False
@@ -40,6 +42,7 @@ class StepShape:
     has_optimizer: bool = False
     state_nbytes: int = 0
     outside_nbytes: int = 0
+    shared_inputs: frozenset[int] = frozenset()
 
 
 @dataclass

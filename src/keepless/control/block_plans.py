@@ -32,7 +32,7 @@ from keepless.modules.pieces import cut_at
 from keepless.modules.planned import Chosen
 from keepless.modules.segments import Segment
 from keepless.modules.sites import Site
-from keepless.modules.survey import Noted
+from keepless.modules.survey import Noted, shared_inputs
 from keepless.passes import evaluate, from_order, reuse_storage
 from keepless.solve import smallest, solve
 
@@ -45,14 +45,14 @@ class MeasuredBlocks:
 
     Arguments:
         bindings: of the captured calls.
-        received: flat positions of their outputs that get a gradient.
+        edges: flat positions of their outputs that get a gradient, and of inputs that code behind them reads, too.
         reasons: why other calls are none.
     """
 
     step: Composite
     library: Library
     bindings: dict[Site, Binding]
-    received: dict[Site, tuple[int, ...]]
+    edges: dict[Site, tuple[tuple[int, ...], frozenset[int]]]
     reasons: dict[Site, str]
 
 
@@ -82,7 +82,7 @@ def measure(run: Runner, settings: Settings, tell: Any, blocks: Blocks | None) -
     run.prepare()
     library = Library(block_shape(settings.accumulate))
     bindings: dict[int, Binding] = {}
-    received: dict[Site, tuple[int, ...]] = {}
+    edges: dict[Site, tuple[tuple[int, ...], frozenset[int]]] = {}
     reasons: dict[Site, str] = {}
     known: dict[str, OpCost] = {}
     captured: dict[int, Costed] = {}
@@ -92,7 +92,8 @@ def measure(run: Runner, settings: Settings, tell: Any, blocks: Blocks | None) -
         module = model.get_submodule(call.site.path)
         positions = tuple(sorted(pieces.received.get(number, ())))
         try:
-            binding = library.binding(module, _flat(call.noted), positions)
+            shared = shared_inputs(pieces.cut.survey, call)
+            binding = library.binding(module, _flat(call.noted), positions, shared)
             fresh = {trial.key: trial for trial in op_trials(binding) if trial.key not in known}
             known.update(measure_ops(list(fresh.values()), cache=settings.cache, device=binding.device))
         except (CaptureError, BatchError, ParameterError, MeasureError) as error:
@@ -100,7 +101,7 @@ def measure(run: Runner, settings: Settings, tell: Any, blocks: Blocks | None) -
             continue
         own = {op.key: known[op.key] for op in binding.graph.ops if op.key in known}
         cost = cost_model(binding, own, optimizer=None, loss=None, accumulate=settings.accumulate)
-        bindings[number], received[call.site] = binding, positions
+        bindings[number], edges[call.site] = binding, (positions, shared)
         captured[number] = Costed(binding, cost)
     tell("capture", len(calls), len(calls))
     if not captured:
@@ -111,7 +112,7 @@ def measure(run: Runner, settings: Settings, tell: Any, blocks: Blocks | None) -
         model, pieces.cut, pieces.gradients, settings.shape, pieces.cut.survey.loss, pieces.cost, captured
     ).compose()
     sites = {calls[number].site: binding for number, binding in bindings.items()}
-    return MeasuredBlocks(found, library, sites, received, reasons)
+    return MeasuredBlocks(found, library, sites, edges, reasons)
 
 
 def block_shape(accumulate: bool) -> StepShape:
@@ -152,7 +153,7 @@ def solved(run: Runner, measured: MeasuredBlocks, settings: Settings, over: int)
                 s.site.number,
                 *s.forward,
                 *s.backward,
-                list(measured.received[s.site]),
+                *map(sorted, measured.edges[s.site]),
                 fingerprint(measured.bindings[s.site].graph),
             ]
             for s in step.segments
@@ -190,14 +191,16 @@ def chosen_of(plan: Plan) -> Chosen:
         assert isinstance(regions, list)
         segments = [
             composite.Segment(Site(str(path), int(number)), (int(first), int(last)), (int(back), int(end)))
-            for path, number, first, last, back, end, _, _ in rows
+            for path, number, first, last, back, end, *_ in rows
         ]
         order = [instr.op for instr in plan.program if isinstance(instr, Run)]
         orders = composite.own_orders(segments, graph, order)
         again = {instr.op for instr in plan.program if isinstance(instr, Run) and instr.replay}
         sites = frozenset(Site(str(path), int(number)) for path, number, op in regions if int(op) in again)
         runs = {
-            segment.site: Segment(_Bind(library, orders[segment.site], tuple(map(int, row[6])), str(row[7])))
+            segment.site: Segment(
+                _Bind(library, orders[segment.site], tuple(map(int, row[6])), frozenset(map(int, row[7])), str(row[8]))
+            )
             for segment, row in zip(segments, rows, strict=True)
         }
     except (AssertionError, KeyError, TypeError, ValueError, IndexError) as error:
@@ -212,13 +215,14 @@ class _Bind:
     library: Library
     order: list[int]
     received: tuple[int, ...]
+    shared: frozenset[int]
     fingerprint: str
 
     def __call__(self, standing: StandingForward, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Entry | str:
         module = standing.module
         try:
             flat = flatten_inputs(Inputs(*args, **kwargs))
-            binding = self.library.binding(module, flat, self.received)
+            binding = self.library.binding(module, flat, self.received, self.shared)
         except (CaptureError, BatchError, ParameterError) as error:
             return str(error)
         if fingerprint(binding.graph) != self.fingerprint:

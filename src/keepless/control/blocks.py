@@ -25,6 +25,7 @@ class BlockCapture:
     module: weakref.ref[torch.nn.Module]
     kind: tuple[Any, ...]
     flat: FlatInputs
+    shared: frozenset[int]
     binding: Binding
 
 
@@ -40,11 +41,14 @@ class Library:
     captures: list[BlockCapture] = field(default_factory=list)
     traced: int = 0
 
-    def binding(self, module: torch.nn.Module, flat: FlatInputs, received: tuple[int, ...]) -> Binding:
+    def binding(
+        self, module: torch.nn.Module, flat: FlatInputs, received: tuple[int, ...], shared: frozenset[int]
+    ) -> Binding:
         """The binding of a call.
 
         Arguments:
             received: flat positions of the outputs that get a gradient.
+            shared: flat positions of inputs that code behind the call reads, too.
 
         Raises:
             CaptureError: it cannot be captured.
@@ -55,20 +59,21 @@ class Library:
             binding = known.binding
             if (
                 known.kind == kind
+                and known.shared == shared
                 and binding.grad_outputs == received
                 and binding.ambient == ambient
                 and _same_call(known.flat, flat)
             ):
                 if known.module() is module:
                     return binding
-                shared = rebound(binding, module)
-                if shared is not None:
-                    return shared
+                own = rebound(binding, module)
+                if own is not None:
+                    return own
         with torch.random.fork_rng([]):
             traced = trace_step(module, flat, batch=None, loss_fn=None, grad_outputs=received)
-            binding = lower(traced, flat, module, self.shape)
+            binding = lower(traced, flat, module, replace(self.shape, shared_inputs=shared))
         self.traced += 1
-        self.captures.append(BlockCapture(weakref.ref(module), kind, flat.without_tensors(), binding))
+        self.captures.append(BlockCapture(weakref.ref(module), kind, flat.without_tensors(), shared, binding))
         return binding
 
 

@@ -18,7 +18,7 @@ from keepless.capture import FlatInputs, StandingForward, is_tracing
 from keepless.errors import GuardError, ReplayError
 from keepless.execute.codegen import Compiled, compile_step
 from keepless.execute.guard import Bound, Guard
-from keepless.execute.nodes import Counters, Recipe, Step, run_step
+from keepless.execute.nodes import Counters, Recipe, Replayed, Step, run_step
 from keepless.ir import Effect, Phase, Program
 
 
@@ -153,7 +153,12 @@ class _Replay:
         self.inputs = inputs
         self.ambient = entry.binding.ambient
 
-    def __call__(self) -> Sequence[torch.Tensor]:
+    def __call__(self, cut_off: bool) -> Replayed:
+        """See `ReplayForward`.
+
+        Inputs that come from a graph stand outside of the replayed one: what is before them may lead to the same
+        parameters (a module that is called again and again), and is not to run now. A double backward needs the whole.
+        """
         binding = self.entry.binding
         if self.entry.replay_blocker:
             raise ReplayError(
@@ -162,7 +167,12 @@ class _Replay:
         model = self.planned._model()
         if model is None:
             raise ReplayError("The model is gone; its forward cannot be replayed.")
-        args, kwargs = self.entry.flat.rebuild(self.inputs)
+        stand_ins = {
+            id(tensor): tensor.detach().requires_grad_()
+            for tensor in self.inputs
+            if cut_off and tensor.requires_grad and not tensor.is_leaf
+        }
+        args, kwargs = self.entry.flat.rebuild([stand_ins.get(id(tensor), tensor) for tensor in self.inputs])
         device_type = binding.device.type
         enabled, dtype, cache = self.ambient[:3]
         if _compat.ambient_state(device_type)[3:] != self.ambient[3:]:
@@ -173,7 +183,7 @@ class _Replay:
         ):
             output = self.planned.original(*args, **kwargs)
         leaves, _ = _compat.tree_flatten(output)
-        return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)], stand_ins
 
 
 def make_entry(

@@ -17,7 +17,7 @@ time, and differentiates that. See `Step.replay`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +31,13 @@ _USED_TWICE = (
     "Trying to backward through a planned step a second time, but it was freed after the first. Specify "
     "retain_graph=True where you call .backward() or autograd.grad() the first time."
 )
+
+
+Replayed = tuple[Sequence[torch.Tensor], Mapping[int, torch.Tensor]]
+"""Flat tensor outputs, and the tensors that stood in the place of inputs, by these inputs' ids."""
+
+ReplayForward = Callable[[bool], Replayed]
+"""Runs the user's forward again; told whether to cut it off from the graph that its inputs come from."""
 
 
 @dataclass
@@ -102,7 +109,7 @@ class Step:
         recipe: Recipe,
         arguments: tuple[torch.Tensor, ...],
         leaves: Sequence[torch.Tensor],
-        replay_forward: Callable[[], Sequence[torch.Tensor]],
+        replay_forward: ReplayForward,
     ) -> None:
         self.recipe = recipe
         self.arguments = arguments
@@ -206,7 +213,14 @@ class Step:
 
     def replay(self, tangents: tuple[Any, ...], *, create_graph: bool) -> None:
         """Runs the user's forward again under autograd, as it ran the first time, and differentiates it."""
-        self.replayed = self.differentiate(tangents, self.leaves, create_graph)
+        found = self.differentiate(tangents, self.leaves, create_graph)
+        # A gradient that the plan delivers in parts comes as a whole here, in the place of the first.
+        known: set[int] = set()
+        whole: list[torch.Tensor | None] = []
+        for leaf, gradient in zip(self.leaves, found, strict=True):
+            whole.append(None if id(leaf) in known else gradient)
+            known.add(id(leaf))
+        self.replayed = tuple(whole)
 
     def differentiate(
         self, tangents: tuple[Any, ...], leaves: Sequence[torch.Tensor], create_graph: bool
@@ -227,7 +241,7 @@ class Step:
             if self.rng is not None:
                 recipe.set_state(self.rng)
             with torch.enable_grad():
-                outputs = self.replay_forward()
+                outputs, stand_ins = self.replay_forward(not create_graph)
         finally:
             if now is not None:
                 recipe.set_state(now)
@@ -236,7 +250,7 @@ class Step:
             return (None,) * len(leaves)
         found: tuple[torch.Tensor | None, ...] = torch.autograd.grad(
             [out for out, _ in pairs],
-            list(leaves),
+            [stand_ins.get(id(leaf), leaf) for leaf in leaves],
             [t for _, t in pairs],
             create_graph=create_graph,
             retain_graph=create_graph,
@@ -269,7 +283,7 @@ def _forget_frame(error: BaseException) -> None:
         step = step.tb_next
 
 
-def _gone() -> Sequence[torch.Tensor]:
+def _gone(cut_off: bool) -> Replayed:
     raise StepError(_USED_TWICE)
 
 

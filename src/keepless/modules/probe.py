@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from keepless._compat import tree_leaves
+from keepless._compat import tree_flatten, tree_leaves, tree_unflatten
 from keepless.eager import forward as regions
 from keepless.eager.determinism import CHECKS
 from keepless.eager.failures import CheckpointError
@@ -147,12 +147,26 @@ class Probe:
         """Whether a region's call may become a segment."""
         return self.cut.survey.calls[self.cut.regions[number]].noted is not None
 
-    def _receive(self, number: int, result: Any) -> None:
-        """Notes which outputs get a gradient."""
+    def _received(self, number: int, given: Any, result: Any) -> Any:
+        """The result of a region's call, whose parts note whether code outside sends them a gradient.
+
+        A part that the module uses itself, too (an LSTM's cell state), gets gradients from within: where there are
+        several, each is handed out as a view, and the view notes.
+        """
         found = self.received.setdefault(number, set())
-        for position, leaf in enumerate(tree_leaves(result)):
-            if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
-                leaf.register_hook(_Noting(found, position))  # type: ignore[no-untyped-call]
+        leaves, spec = tree_flatten(result)
+        known = {id(leaf) for leaf in tree_leaves(given)}
+        own: dict[int, int] = {}
+        for position, leaf in enumerate(leaves):
+            if isinstance(leaf, torch.Tensor) and leaf.requires_grad and id(leaf) not in known:
+                own.setdefault(id(leaf), position)
+        if len(own) > 1:
+            views = {key: leaves[position].view_as(leaves[position]) for key, position in own.items()}
+            leaves = [views.get(id(leaf), leaf) for leaf in leaves]
+            result = tree_unflatten(leaves, spec)
+        for position in own.values():
+            leaves[position].register_hook(_Noting(found, position))
+        return result
 
     def _recomputing(self, path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
         def recomputed(*args: Any, **kwargs: Any) -> Any:
@@ -169,9 +183,7 @@ class Probe:
                 self.failed = number if self.failed is None else self.failed
                 raise
             self._exit(number)
-            if self.noted(number):
-                self._receive(number, result)
-            return result
+            return self._received(number, (args, kwargs), result) if self.noted(number) else result
 
         return recomputed
 

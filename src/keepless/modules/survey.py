@@ -175,6 +175,22 @@ class _Survey:
         return number
 
 
+def shared_inputs(found: Survey, call: Call) -> frozenset[int]:
+    """Flat positions of a noted call's inputs with gradients that may be read after it, too.
+
+    A storage whose end was noticed as late as behind the call's own is taken for one that lived until then.
+    """
+    assert call.noted is not None
+    later = {item.storage for item in found.saved if item.moment >= call.end}
+    later.update(number for other in found.calls if other.begin >= call.end for number in other.inputs)
+    positions: set[int] = set()
+    for position, number in call.noted.given.items():
+        freed = found.freed.get(number)
+        if number in found.flows and (number in later or freed is None or freed > call.end):
+            positions.add(position)
+    return frozenset(positions)
+
+
 def described(forward: Callable[..., Any]) -> tuple[str, str]:
     """The class of a forward's module, and where its code stands: ("Block", "model.py:88")."""
     owner = getattr(forward, "__self__", None)
