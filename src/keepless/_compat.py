@@ -6,6 +6,7 @@ Tested on the torch releases that `pyproject.toml` allows.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sys
 import threading
@@ -125,6 +126,18 @@ def _is_users(name: str) -> bool:
 def _place(frame: Any) -> str:
     parts = frame.f_code.co_filename.replace("\\", "/").split("/")
     return f"{'/'.join(parts[-2:])}:{frame.f_lineno}"
+
+
+@contextlib.contextmanager
+def quiet_fakes() -> Iterator[None]:
+    """torch logs whatever fails under fake tensors with its traceback; here it is part of an error of ours."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 @contextlib.contextmanager

@@ -80,4 +80,4 @@ def test_homeless_tensor_is_refused() -> None:
             return (self.linear(x) * self.holder.inner["deep"]["er"]).mean()
 
     with pytest.raises(CaptureError, match=r"buffer.*batch"):
-        keepless.plan(Model(), torch.randn(4, 8), "1GiB")
+        keepless.plan(Model(), torch.randn(4, 8), "1GiB", engine="graph")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
 
@@ -51,12 +52,12 @@ def _numpy_key(state: Any) -> tuple[Any, ...]:
 
 
 def _python_state(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module, dict[str, Any]]]:
-    """Each module's plain attributes; lists and dicts by a shallow copy."""
+    """Each module's attributes, its tables of hooks among them; lists and dicts by a shallow copy."""
     return [(name, m, {k: _snapshot(v) for k, v in m.__dict__.items()}) for name, m in model.named_modules()]
 
 
 def _snapshot(value: Any) -> Any:
-    return (value, value.copy()) if type(value) in (list, dict, set) else (value, None)
+    return (value, value.copy()) if type(value) in (list, dict, set, OrderedDict) else (value, None)
 
 
 def _restore_python_state(

@@ -120,7 +120,7 @@ def trace_step(
         CaptureError: the forward needs a tensor's data in Python, or has side effects in Python.
     """
     check_model(model, flat)
-    with _capturing, torch.inference_mode(False):
+    with _capturing, torch.inference_mode(False), _compat.quiet_fakes():
         try:
             return _trace(model, flat, batch, loss_fn, grad_outputs, as_compiled=False)
         except DataDependentError as error:
@@ -283,26 +283,33 @@ def _dry_run(
             found.loss_position = _own_loss(output, leaves)
             found.grad_outputs = (found.loss_position,)
         else:
-            found.grad_outputs = _reached_by_loss(mode, output, found, fakes, batch, loss_fn)
+            found.grad_outputs = _reached_by_loss(found, fakes, batch, loss_fn)
     if any(not 0 <= i < len(leaves) or not isinstance(leaves[i], torch.Tensor) for i in found.grad_outputs):
         raise CaptureError("The forward's outputs are not those of the step that the plan was made for.")
     _find_aside(found, arguments)
     return found
 
 
-def _reached_by_loss(
-    mode: Any, output: Any, found: _DryRun, fakes: dict[int, torch.Tensor], batch: Any, loss_fn: LossFn
-) -> tuple[int, ...]:
-    """The flat output positions that a loss function's gradient reaches."""
+def _reached_by_loss(found: _DryRun, fakes: dict[int, torch.Tensor], batch: Any, loss_fn: LossFn) -> tuple[int, ...]:
+    """The flat output positions that a loss function's gradient reaches.
+
+    It gets outputs that are cut off from the model's graph: one of them may be made from another.
+    """
     leaves, spec = _compat.tree_flatten(batch)
     fake_batch = _compat.tree_unflatten([fakes.get(id(leaf), leaf) for leaf in leaves], spec)
+    apart: dict[int, torch.Tensor] = {}
+    given: list[Any] = []
+    for leaf in found.leaves:
+        if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
+            leaf = apart.setdefault(id(leaf), leaf.detach().requires_grad_())
+        given.append(leaf)
     try:
-        loss = loss_fn(output, fake_batch)
+        loss = loss_fn(_compat.tree_unflatten(given, found.spec), fake_batch)
     except Exception as error:  # whatever the user's loss raises
         raise _forward_error(error, "The loss function") from error
     _check_loss(loss, "The loss function returns")
     own = [
-        (i, t)
+        (i, given[i])
         for i, t in enumerate(found.leaves)
         if isinstance(t, torch.Tensor) and t.requires_grad and i not in found.passed_through and i not in found.repeated
     ]

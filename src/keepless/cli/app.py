@@ -49,7 +49,7 @@ from keepless.cli.session import (
 from keepless.cost import format_graph
 from keepless.ir import format_bytes
 from keepless.machine import Plan, load_plan
-from keepless.report.tables import blocks_table, format_percent, peak_table, plan_dict, verdict
+from keepless.report.tables import blocks_table, format_percent, parts_table, peak_table, plan_dict, verdict
 
 if TYPE_CHECKING:
     from keepless.cli.models import Built, Recipe
@@ -78,7 +78,7 @@ def plan_command(
     device: Device = "cpu",
     seed: Seed = 0,
     solver: SolverOption = "keepless",
-    engine: EngineOption = "graph",
+    engine: EngineOption = "auto",
     accumulate: Accumulates = False,
     release_outputs: Releases = False,
     outside: Outside = "0",
@@ -128,7 +128,7 @@ def train(
     learning_rate: LearningRate = 1e-3,
     seed: Seed = 0,
     solver: SolverOption = "keepless",
-    engine: EngineOption = "graph",
+    engine: EngineOption = "auto",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -176,7 +176,7 @@ def verify(
     device: Device = "cpu",
     seed: Seed = 0,
     solver: SolverOption = "keepless",
-    engine: EngineOption = "graph",
+    engine: EngineOption = "auto",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -325,7 +325,7 @@ def _describe(current: Session, plan: Plan, *, values: bool, save: Path | None, 
             "picture": None if picture is None else str(picture),
         }
         return
-    current.show(blocks_table(plan, values=values), peak_table(plan), str(plan), verdict(plan))
+    current.show(parts_table(plan), blocks_table(plan, values=values), peak_table(plan), str(plan), verdict(plan))
     if save is not None:
         current.show(f"plan     {save}")
     if picture is not None:

@@ -21,7 +21,13 @@ BudgetOption = Annotated[
     str | None, typer.Option("--budget", "-b", help='"8GiB" (2**30), "8GB" (10**9), bytes, or 0.5 of the device.')
 ]
 SolverOption = Annotated[str, typer.Option(help="A solver's name.")]
-EngineOption = Annotated[str, typer.Option(help="graph: single ops of the captured step; eager: module calls.")]
+EngineOption = Annotated[
+    str,
+    typer.Option(
+        help="graph: single ops of the captured step; blocks: those of captured blocks; eager: module calls; auto: the "
+        "first that can."
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, and nothing else.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")]
 Values = Annotated[bool, typer.Option("--values", help="A row per value, not only per block.")]

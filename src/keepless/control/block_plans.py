@@ -6,8 +6,9 @@ recomputed as a whole.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 from keepless.binding import Binding
@@ -19,6 +20,7 @@ from keepless.control.reserve import budget_with_reserve, explain_infeasible, wi
 from keepless.control.runner import Runner
 from keepless.control.signature import batch_signature, model_signature, module_facts
 from keepless.control.trials import cost_model, op_trials
+from keepless.cost import CostModel
 from keepless.errors import BatchError, CaptureError, InfeasibleBudget, MeasureError, ParameterError, PlanError
 from keepless.execute import Entry, make_entry
 from keepless.ir import Graph, Program, Run
@@ -26,7 +28,7 @@ from keepless.ir.text import fingerprint
 from keepless.machine import Baseline, Plan, make_plan, verify
 from keepless.measure import OpCost, measure_ops
 from keepless.modules import composite
-from keepless.modules.blocks import Blocks, find_blocks
+from keepless.modules.blocks import Blocks, find_blocks, parts_of
 from keepless.modules.composite import Composer, Composite, Costed
 from keepless.modules.pieces import cut_at
 from keepless.modules.planned import Chosen
@@ -47,6 +49,7 @@ class MeasuredBlocks:
         bindings: of the captured calls.
         edges: flat positions of their outputs that get a gradient, and of inputs that code behind them reads, too.
         reasons: why other calls are none.
+        around: why calls around these are none.
     """
 
     step: Composite
@@ -54,6 +57,7 @@ class MeasuredBlocks:
     bindings: dict[Site, Binding]
     edges: dict[Site, tuple[tuple[int, ...], frozenset[int]]]
     reasons: dict[Site, str]
+    around: dict[Site, str]
 
 
 @dataclass(frozen=True)
@@ -64,8 +68,15 @@ class Known:
     library: Library
 
 
-def measure(run: Runner, settings: Settings, tell: Any, blocks: Blocks | None) -> MeasuredBlocks:
+_DEPTH = 3
+"""So many levels below a block that cannot be captured its parts are tried."""
+
+
+def measure(run: Runner, settings: Settings, tell: Any, blocks: Blocks | None) -> list[MeasuredBlocks]:
     """Surveys a model, captures its blocks, and measures their ops and what stands between them.
+
+    Where blocks cannot be captured there are several ways: each of them a region, or what can be captured of their
+    parts, level by level. The first needs less memory, the others leave more choices: all are given.
 
     Raises:
         CaptureError: no block can be captured; says why.
@@ -74,45 +85,76 @@ def measure(run: Runner, settings: Settings, tell: Any, blocks: Blocks | None) -
     paths = find_blocks(model, blocks)
     if not paths:
         raise CaptureError("The model has no parts: there is no block to capture.")
-
-    def told(done: int, total: int) -> None:
-        tell("measure", done, total)
-
-    pieces = measure_modules(run, settings, told, lambda found, without: cut_at(found, paths, without), set(paths))
-    run.prepare()
-    library = Library(block_shape(settings.accumulate))
-    bindings: dict[int, Binding] = {}
-    edges: dict[Site, tuple[tuple[int, ...], frozenset[int]]] = {}
-    reasons: dict[Site, str] = {}
-    known: dict[str, OpCost] = {}
-    captured: dict[int, Costed] = {}
-    calls = [pieces.cut.survey.calls[number] for number in pieces.cut.regions]
-    for number, call in enumerate(calls):
-        tell("capture", number, len(calls))
-        module = model.get_submodule(call.site.path)
-        positions = tuple(sorted(pieces.received.get(number, ())))
-        try:
-            shared = shared_inputs(pieces.cut.survey, call)
-            binding = library.binding(module, _flat(call.noted), positions, shared)
-            fresh = {trial.key: trial for trial in op_trials(binding) if trial.key not in known}
-            known.update(measure_ops(list(fresh.values()), cache=settings.cache, device=binding.device))
-        except (CaptureError, BatchError, ParameterError, MeasureError) as error:
-            reasons[call.site] = str(error)
-            continue
-        own = {op.key: known[op.key] for op in binding.graph.ops if op.key in known}
-        cost = cost_model(binding, own, optimizer=None, loss=None, accumulate=settings.accumulate)
-        bindings[number], edges[call.site] = binding, (positions, shared)
-        captured[number] = Costed(binding, cost)
-    tell("capture", len(calls), len(calls))
+    bench = _Bench(run, settings, tell, Library(block_shape(settings.accumulate)))
+    found = [bench.measured(paths)]
+    for _ in range(_DEPTH if blocks is None else 0):
+        failed = {site.path for site in found[-1].reasons}
+        inner = {path: parts_of(model, path) for path in failed}
+        if not any(inner.values()):
+            break
+        paths = tuple(part for path in paths for part in (inner.get(path) or (path,)))
+        found.append(bench.measured(paths, found[-1].reasons))
+    captured = [one for one in found if one.bindings]
     if not captured:
-        first = next(iter(reasons.items()), None)
+        first = next(iter(found[0].reasons.items()), None)
         why = f"{first[0]}: {first[1]}" if first else "none saves anything that a backward needs"
         raise CaptureError(f"No block of the model can be captured ({why}).")
-    found = Composer(
-        model, pieces.cut, pieces.gradients, settings.shape, pieces.cut.survey.loss, pieces.cost, captured
-    ).compose()
-    sites = {calls[number].site: binding for number, binding in bindings.items()}
-    return MeasuredBlocks(found, library, sites, edges, reasons)
+    return captured
+
+
+@dataclass
+class _Bench:
+    """Where blocks are measured: captures and costs serve for several ways to take a model apart."""
+
+    run: Runner
+    settings: Settings
+    tell: Any
+    library: Library
+    known: dict[str, OpCost] = field(default_factory=dict)
+
+    def measured(
+        self, paths: tuple[str, ...], known_reasons: Mapping[Site, str] = MappingProxyType({})
+    ) -> MeasuredBlocks:
+        run, settings = self.run, self.settings
+        model = run.model
+
+        def told(done: int, total: int) -> None:
+            self.tell("measure", done, total)
+
+        pieces = measure_modules(run, settings, told, lambda found, without: cut_at(found, paths, without), set(paths))
+        run.prepare()
+        bindings: dict[Site, Binding] = {}
+        edges: dict[Site, tuple[tuple[int, ...], frozenset[int]]] = {}
+        reasons: dict[Site, str] = {}
+        captured: dict[int, Costed] = {}
+        survey = pieces.cut.survey
+        calls = [survey.calls[number] for number in pieces.cut.regions]
+        for number, call in enumerate(calls):
+            self.tell("capture", number, len(calls))
+            try:
+                positions = tuple(sorted(pieces.received.get(number, ())))
+                shared = shared_inputs(survey, call)
+                binding = self.library.binding(
+                    model.get_submodule(call.site.path), _flat(call.noted), positions, shared
+                )
+                captured[number] = Costed(binding, self._cost(binding))
+            except (CaptureError, BatchError, ParameterError, MeasureError) as error:
+                reasons[call.site] = str(error)
+                continue
+            bindings[call.site], edges[call.site] = binding, (positions, shared)
+        self.tell("capture", len(calls), len(calls))
+        step = Composer(
+            model, pieces.cut, pieces.gradients, settings.shape, survey.loss, pieces.cost, captured
+        ).compose()
+        around = {site: reason for site, reason in known_reasons.items() if site.path not in paths}
+        return MeasuredBlocks(step, self.library, bindings, edges, reasons, around)
+
+    def _cost(self, binding: Binding) -> CostModel:
+        known = self.known
+        fresh = {trial.key: trial for trial in op_trials(binding) if trial.key not in known}
+        known.update(measure_ops(list(fresh.values()), cache=self.settings.cache, device=binding.device))
+        own = {op.key: known[op.key] for op in binding.graph.ops if op.key in known}
+        return cost_model(binding, own, optimizer=None, loss=None, accumulate=self.settings.accumulate)
 
 
 def block_shape(accumulate: bool) -> StepShape:
@@ -126,12 +168,27 @@ def _flat(noted: Noted | None) -> Any:
     return noted.flat
 
 
-def solved(run: Runner, measured: MeasuredBlocks, settings: Settings, over: int) -> Plan:
-    """The plan of blocks for a budget less `over` bytes.
+def solved(run: Runner, ways: Sequence[MeasuredBlocks], settings: Settings, over: int) -> Plan:
+    """The fastest plan of blocks for a budget less `over` bytes, of all ways to take the model apart.
 
     Raises:
         InfeasibleBudget: none was found.
     """
+    plans: list[Plan] = []
+    errors: list[InfeasibleBudget] = []
+    for measured in ways:
+        try:
+            plans.append(_solved(run, measured, settings, over))
+        except InfeasibleBudget as error:
+            errors.append(error)
+    if not plans:
+        raise min(errors, key=lambda error: error.smallest_budget)
+    best = min(plans, key=lambda plan: plan.predicted_seconds - plan.baseline_seconds)  # all keep alike
+    best.smallest_budget = min(plan.smallest_budget for plan in plans)
+    return best
+
+
+def _solved(run: Runner, measured: MeasuredBlocks, settings: Settings, over: int) -> Plan:
     step = measured.step
     graph, cost = step.graph, step.cost
     budget = budget_with_reserve(settings.budget)
@@ -160,6 +217,7 @@ def solved(run: Runner, measured: MeasuredBlocks, settings: Settings, over: int)
         ],
         "regions": [[site.path, site.number, op] for site, op in step.regions.items()],
         "reasons": [[site.path, site.number, reason] for site, reason in measured.reasons.items()],
+        "around": [[site.path, site.number, reason] for site, reason in measured.around.items()],
     }
     plan = make_plan(
         graph,

@@ -32,7 +32,17 @@ from keepless.control.module_steps import (
 from keepless.control.region_plans import EAGER
 from keepless.control.runner import Runner
 from keepless.control.signature import check_signature, model_signature
-from keepless.errors import CaptureError, InfeasibleBudget, MeasureError, ParameterError, PlanError, SolverError
+from keepless.errors import (
+    BatchError,
+    CaptureError,
+    InfeasibleBudget,
+    KeeplessError,
+    LossError,
+    MeasureError,
+    ParameterError,
+    PlanError,
+    SolverError,
+)
 from keepless.machine import Plan
 from keepless.measure.steps import increments
 from keepless.modules.blocks import Blocks
@@ -77,32 +87,43 @@ def make(
         return _landed(run, settings, tell, lambda over: region_plans.solved(run, pieces, settings, over))
 
 
-def make_first(model: torch.nn.Module, batch: Any, settings: Settings, tell: Any, reason: str) -> Plan:
+def make_first(model: torch.nn.Module, batch: Any, settings: Settings, tell: Any, not_graph: CaptureError) -> Plan:
     """A plan of blocks, or of regions where no block can be captured or blocks do not fit the budget.
 
     Arguments:
-        reason: why the whole step cannot be captured.
+        not_graph: why the whole step cannot be captured.
     """
     try:
-        plan = make(model, batch, settings, tell, BLOCKS)
-    except InfeasibleBudget as error:
-        try:
-            plan = _by_regions(model, batch, settings, tell, reason, str(error))
-        except InfeasibleBudget as other:
-            raise (error if error.smallest_budget <= other.smallest_budget else other) from None
-    except (CaptureError, MeasureError) as error:
-        return _by_regions(model, batch, settings, tell, reason, str(error))
-    plan.signature = {**plan.signature, "not_graph": reason}
+        plan = _first(model, batch, settings, tell)
+    except KeeplessError:
+        raise
+    except Exception:
+        if isinstance(not_graph, BatchError):  # the forward does fail on this batch, and not on fake tensors only
+            raise not_graph from not_graph.__cause__
+        raise
+    plan.signature = {**plan.signature, "not_graph": str(not_graph)}
     return plan
 
 
-def _by_regions(
-    model: torch.nn.Module, batch: Any, settings: Settings, tell: Any, reason: str, not_blocks: str
-) -> Plan:
+def _first(model: torch.nn.Module, batch: Any, settings: Settings, tell: Any) -> Plan:
+    try:
+        return make(model, batch, settings, tell, BLOCKS)
+    except InfeasibleBudget as error:
+        try:
+            return _by_regions(model, batch, settings, tell, error)
+        except InfeasibleBudget as other:
+            raise (error if error.smallest_budget <= other.smallest_budget else other) from None
+    except LossError:
+        raise
+    except (CaptureError, MeasureError) as error:
+        return _by_regions(model, batch, settings, tell, error)
+
+
+def _by_regions(model: torch.nn.Module, batch: Any, settings: Settings, tell: Any, not_blocks: KeeplessError) -> Plan:
     if settings.solver not in ("keepless", NAME):
         settings = replace(settings, solver="keepless")
     plan = make(model, batch, settings, tell, EAGER)
-    plan.signature = {**plan.signature, "not_graph": reason, "not_blocks": not_blocks}
+    plan.signature = {**plan.signature, "not_blocks": str(not_blocks)}
     return plan
 
 

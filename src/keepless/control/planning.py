@@ -25,8 +25,8 @@ from keepless.control.trials import cost_model, held_nbytes, measure_costs, meas
 from keepless.errors import (
     BatchError,
     CaptureError,
-    DataDependentError,
     InfeasibleBudget,
+    LossError,
     MeasureError,
     ParameterError,
 )
@@ -111,10 +111,12 @@ def make(
     try:
         return make_with(model, batch, settings, progress)
     except CaptureError as error:
-        if type(error) not in (CaptureError, DataDependentError):  # the batch's fault, or the loss's
+        if isinstance(error, LossError):  # no engine has a backward then
             raise
         if engine == AUTO:
-            return module_plans.make_first(model, batch, settings, tell, str(error))
+            return module_plans.make_first(model, batch, settings, tell, error)
+        if isinstance(error, BatchError):
+            raise
         raise type(error)(
             f'{error} Or let it be planned by its blocks, or by module calls, as it is: engine="auto".'
         ) from error

@@ -1,5 +1,7 @@
 """The machine: its rules, what they make of a program, and the plan that keeps it."""
 
+from keepless.machine.parts import Part as Part
+from keepless.machine.parts import managed_share as managed_share
 from keepless.machine.plan import Baseline as Baseline
 from keepless.machine.plan import Plan as Plan
 from keepless.machine.plan import make_plan as make_plan

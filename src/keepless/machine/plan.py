@@ -20,6 +20,7 @@ from keepless.ir.certificate import Certificate
 from keepless.ir.graph import Graph, Phase
 from keepless.ir.program import DEVICE, Program, Run
 from keepless.ir.timeline import Timeline
+from keepless.machine.parts import Part, describe_parts, parts_of
 from keepless.machine.rules import Machine
 from keepless.machine.simulate import simulate
 
@@ -115,8 +116,13 @@ class Plan:
 
     @property
     def engine(self) -> str:
-        """What runs it: "graph" or "eager"."""
+        """What runs it: "graph", "blocks" or "eager"."""
         return str(self.signature.get("engine", "graph"))
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """Which engine runs which part of the model, and why."""
+        return parts_of(self.signature)
 
     def __str__(self) -> str:
         limit = self.budget.limits[DEVICE]
@@ -139,6 +145,7 @@ class Plan:
                 f"smallest budget found {format_bytes(self.smallest_budget)}; no plan needs less than "
                 f"{format_bytes(self.smallest_bound)}",
                 f"solver {claim.solver}, {claim.status.value}, {claim.solve_seconds:.2f} s{gap}",
+                *describe_parts(self.signature),
                 *self._doubts(),
             ]
         )
@@ -147,6 +154,9 @@ class Plan:
         regions, again = self.signature.get("regions"), self.signature.get("recomputed")
         if isinstance(regions, list) and isinstance(again, list):
             return f"eager engine, {len(again)} of {len(regions)} module calls recomputed"
+        segments = self.signature.get("segments")
+        if isinstance(segments, list):
+            return f"block engine, {len(segments)} captured module calls, {len(self.graph.ops)} ops"
         return f"{len(self.graph.ops)} ops"
 
     def _doubts(self) -> list[str]:

@@ -42,9 +42,14 @@ def find_blocks(model: torch.nn.Module, blocks: Blocks | None = None) -> tuple[s
 
 
 def parts_of(model: torch.nn.Module, path: str) -> tuple[str, ...]:
-    """The parts of a part, where it cannot be a segment as a whole."""
+    """The parts of a part, where it cannot be a segment as a whole. Single layers of torch's own are none."""
     module = model.get_submodule(path)
-    return tuple(f"{path}.{inner}" for inner in find_blocks(module))
+    inner = [(name, module.get_submodule(name)) for name in find_blocks(module)]
+    return tuple(f"{path}.{name}" for name, part in inner if _has_parts(part) or _is_own_layer(part))
+
+
+def _is_own_layer(module: torch.nn.Module) -> bool:
+    return bool(module._parameters) and not type(module).__module__.startswith("torch.nn.")
 
 
 def _named(model: torch.nn.Module, blocks: Blocks) -> tuple[str, ...]:

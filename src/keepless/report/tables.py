@@ -84,6 +84,8 @@ def plan_dict(plan: Plan, *, values: bool = False) -> dict[str, object]:
             "solve_seconds": certificate.solve_seconds,
             "seed": certificate.seed,
         },
+        "engine": plan.engine,
+        "parts": [part.as_dict() for part in plan.parts],
         "peak": peak_account(plan).as_dict(),
         "blocks": blocks,
     }
@@ -156,6 +158,20 @@ def _value_cells(row: Decision) -> tuple[str, str, str, str]:
     if row.choice is Choice.RECOMPUTED:
         return "-", size, str(row.times), format_seconds(row.seconds) if row.seconds else "-"
     return size, "-", "-", "-" if row.choice is Choice.KEPT else row.choice.value
+
+
+def parts_table(plan: Plan) -> Table:
+    """Which engine runs which part of the model, and why."""
+    from rich.table import Table
+
+    table = Table(title="What runs", title_justify="left", header_style="bold")
+    table.add_column("part", overflow="fold")
+    table.add_column("engine", no_wrap=True)
+    table.add_column("calls", justify="right", no_wrap=True)
+    table.add_column("why it is not captured", overflow="fold")
+    for part in plan.parts:
+        table.add_row(part.name, part.engine, str(part.calls), part.reason)
+    return table
 
 
 def peak_table(plan: Plan) -> Table:
