@@ -95,6 +95,10 @@ def make_first(model: torch.nn.Module, batch: Any, settings: Settings, tell: Any
     """
     try:
         plan = _first(model, batch, settings, tell)
+    except CaptureError as error:
+        if isinstance(error, LossError) or type(error) is not type(not_graph):
+            raise
+        raise not_graph from not_graph.__cause__
     except KeeplessError:
         raise
     except Exception:

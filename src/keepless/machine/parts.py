@@ -107,7 +107,7 @@ def _rows(signature: Mapping[str, object], name: str) -> list[list[object]]:
 
 
 def _alike(rows: Iterable[tuple[str, str]]) -> list[tuple[tuple[str, ...], int, str]]:
-    """Rows of (path, reason) whose paths and reasons differ in numbers alone: paths, how many rows, the first reason."""
+    """Rows of (path, reason) that differ in numbers alone, together: paths, how many rows, the first reason."""
     groups: dict[tuple[str, str], list[tuple[str, str]]] = {}
     for path, reason in rows:
         groups.setdefault((re.sub(r"\d+", "*", path), re.sub(r"\d+", "*", reason)), []).append((path, reason))
