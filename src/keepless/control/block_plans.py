@@ -50,6 +50,7 @@ class MeasuredBlocks:
         edges: flat positions of their outputs that get a gradient, and of inputs that code behind them reads, too.
         reasons: why other calls are none.
         around: why calls around these are none.
+        unseen: paths of blocks that the step did not call.
     """
 
     step: Composite
@@ -58,6 +59,7 @@ class MeasuredBlocks:
     edges: dict[Site, tuple[tuple[int, ...], frozenset[int]]]
     reasons: dict[Site, str]
     around: dict[Site, str]
+    unseen: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,9 @@ class _Bench:
             model, pieces.cut, pieces.gradients, settings.shape, survey.loss, pieces.cost, captured
         ).compose()
         around = {site: reason for site, reason in known_reasons.items() if site.path not in paths}
-        return MeasuredBlocks(step, self.library, bindings, edges, reasons, around)
+        called = {call.site.path for call in survey.calls}
+        unseen = tuple(path for path in paths if path not in called)
+        return MeasuredBlocks(step, self.library, bindings, edges, reasons, around, unseen)
 
     def _cost(self, binding: Binding) -> CostModel:
         known = self.known
@@ -217,6 +221,7 @@ def _solved(run: Runner, measured: MeasuredBlocks, settings: Settings, over: int
         ],
         "regions": [[site.path, site.number, op] for site, op in step.regions.items()],
         "reasons": [[site.path, site.number, reason] for site, reason in measured.reasons.items()],
+        "unseen": list(measured.unseen),
         "around": [[site.path, site.number, reason] for site, reason in measured.around.items()],
     }
     plan = make_plan(
@@ -261,9 +266,11 @@ def chosen_of(plan: Plan) -> Chosen:
             )
             for segment, row in zip(segments, rows, strict=True)
         }
+        unseen = signature["unseen"]
+        assert isinstance(unseen, list)
     except (AssertionError, KeyError, TypeError, ValueError, IndexError) as error:
         raise PlanError("The plan's list of captured module calls is damaged. Plan again.") from error
-    return Chosen(sites, plan.baseline_peak, runs)
+    return Chosen(sites, plan.baseline_peak, runs, frozenset(map(str, unseen)))
 
 
 @dataclass(frozen=True)

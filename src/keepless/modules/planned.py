@@ -51,16 +51,18 @@ class Chosen:
     Arguments:
         baseline: bytes of the step with everything kept; 0 where nothing was planned.
         segments: calls that run by programs of their own.
+        unseen: blocks that the measured step did not call. Where another step does, the call is recomputed as a whole.
     """
 
     sites: frozenset[Site]
     baseline: int = 0
     segments: Mapping[Site, Segment] = field(default_factory=dict)
+    unseen: frozenset[str] = frozenset()
 
     @property
     def paths(self) -> list[str]:
         """Modules of which a call is recomputed or captured."""
-        return sorted({site.path for site in (*self.sites, *self.segments)})
+        return sorted({*(site.path for site in (*self.sites, *self.segments)), *self.unseen})
 
 
 _NONE = Chosen(frozenset())
@@ -74,6 +76,7 @@ class _Current(threading.local):
 
     sites: frozenset[Site] = frozenset()
     segments: Mapping[Site, Segment] = MappingProxyType({})
+    unseen: frozenset[str] = frozenset()
     is_running = False
 
     def __init__(self) -> None:
@@ -145,7 +148,7 @@ class PlannedModules(StandingForward):
             chosen = _NONE
             if torch.is_grad_enabled() and not (is_tracing() or _compat.transforms_active()):
                 chosen = self._chosen(args, kwargs)
-            current.sites, current.segments = chosen.sites, chosen.segments
+            current.sites, current.segments, current.unseen = chosen.sites, chosen.segments, chosen.unseen
             return self.original(*args, **kwargs)
         finally:
             current.is_running = False
@@ -254,7 +257,7 @@ class RegionForward(StandingForward):
         segment = current.segments.get(site)
         if segment is not None and torch.is_grad_enabled():
             return segment(self, args, kwargs)
-        if site not in current.sites:
+        if site not in current.sites and self.path not in current.unseen:
             return forward(*args, **kwargs)
         tap = _Again(current, current.sites, current.calls.state())
         return regions.run(forward, args, kwargs, Options(CHECKS["default"], True, None, False, True, None, tap))
