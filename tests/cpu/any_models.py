@@ -37,15 +37,15 @@ def whisper() -> Case:
     config = WhisperConfig(
         vocab_size=48,
         num_mel_bins=8,
-        d_model=16,
+        d_model=64,
         encoder_layers=2,
         decoder_layers=2,
         encoder_attention_heads=2,
         decoder_attention_heads=2,
-        encoder_ffn_dim=40,
-        decoder_ffn_dim=40,
-        max_source_positions=12,
-        max_target_positions=16,
+        encoder_ffn_dim=160,
+        decoder_ffn_dim=160,
+        max_source_positions=40,
+        max_target_positions=32,
         dropout=0.1,
         use_cache=False,
         pad_token_id=0,
@@ -59,14 +59,14 @@ def whisper() -> Case:
     def batch(number: int) -> Batch:
         stream = generator(number)
         return {
-            "input_features": torch.randn(2, 8, 24, generator=stream),
-            "labels": torch.randint(1, 48, (2, 10), generator=stream),
+            "input_features": torch.randn(2, 8, 80, generator=stream),
+            "labels": torch.randint(1, 48, (2, 30), generator=stream),
         }
 
     return _transformer(WhisperForConditionalGeneration(config), 4, batch)
 
 
-WIDTH = 16
+WIDTH = 64
 
 
 class Block(nn.Module):
@@ -193,7 +193,7 @@ def _net(make: Callable[[], Net]) -> Case:
     model = make().train()
 
     def batch(number: int) -> Batch:
-        return {"x": torch.randn(3, 10, 8, generator=generator(number))}
+        return {"x": torch.randn(3, 40, 8, generator=generator(number))}
 
     def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         found = model(**batch)

@@ -34,7 +34,7 @@ from keepless.modules.pieces import cut_at
 from keepless.modules.planned import Chosen
 from keepless.modules.segments import Segment
 from keepless.modules.sites import Site
-from keepless.modules.survey import Noted, shared_inputs
+from keepless.modules.survey import Noted, saved_nbytes, shared_inputs
 from keepless.passes import evaluate, from_order, reuse_storage
 from keepless.solve import smallest, solve
 
@@ -51,6 +51,8 @@ class MeasuredBlocks:
         reasons: why other calls are none.
         around: why calls around these are none.
         unseen: paths of blocks that the step did not call.
+        unseen_nbytes: what calls of these would add to the peak, if they are like the largest that it did call: the
+            inputs of all, and what one of them saves.
     """
 
     step: Composite
@@ -60,6 +62,7 @@ class MeasuredBlocks:
     reasons: dict[Site, str]
     around: dict[Site, str]
     unseen: tuple[str, ...]
+    unseen_nbytes: int
 
 
 @dataclass(frozen=True)
@@ -151,14 +154,19 @@ class _Bench:
         around = {site: reason for site, reason in known_reasons.items() if site.path not in paths}
         called = {call.site.path for call in survey.calls}
         unseen = tuple(path for path in paths if path not in called)
-        return MeasuredBlocks(step, self.library, bindings, edges, reasons, around, unseen)
+        extra = 0
+        if unseen:
+            given = [survey.nbytes({s for s in call.inputs if survey.made[s] >= 0}) for call in calls]
+            extra = len(unseen) * max(given) + max(saved_nbytes(survey, call) for call in calls)
+        return MeasuredBlocks(step, self.library, bindings, edges, reasons, around, unseen, extra)
 
     def _cost(self, binding: Binding) -> CostModel:
         known = self.known
         fresh = {trial.key: trial for trial in op_trials(binding) if trial.key not in known}
         known.update(measure_ops(list(fresh.values()), cache=self.settings.cache, device=binding.device))
         own = {op.key: known[op.key] for op in binding.graph.ops if op.key in known}
-        return cost_model(binding, own, optimizer=None, loss=None, accumulate=self.settings.accumulate)
+        accumulate = self.settings.accumulate
+        return cost_model(binding, own, optimizer=None, loss=None, accumulate=accumulate, holds_state=False)
 
 
 def block_shape(accumulate: bool) -> StepShape:
@@ -196,6 +204,7 @@ def _solved(run: Runner, measured: MeasuredBlocks, settings: Settings, over: int
     step = measured.step
     graph, cost = step.graph, step.cost
     budget = budget_with_reserve(settings.budget)
+    over += measured.unseen_nbytes
     inner = replace(budget, reserve=min(budget.reserve + over, settings.budget - 1))
     try:
         found = solve(graph, cost, inner, solver=settings.solver, seed=settings.seed)
@@ -230,7 +239,7 @@ def _solved(run: Runner, measured: MeasuredBlocks, settings: Settings, over: int
         cost,
         budget,
         found.certificate,
-        baseline=Baseline(with_reserve(everything.peak), everything.seconds),
+        baseline=Baseline(with_reserve(everything.peak + measured.unseen_nbytes), everything.seconds),
         signature={**model_signature(run.model), **batch_signature(flatten_inputs(run.inputs)), **facts},
         smallest_budget=with_reserve(found.smallest_nbytes + over),
         smallest_bound=found.smallest_bound,

@@ -43,7 +43,7 @@ from keepless.errors import (
     PlanError,
     SolverError,
 )
-from keepless.machine import Plan
+from keepless.machine import Plan, managed_share
 from keepless.measure.steps import increments
 from keepless.modules.blocks import Blocks
 from keepless.modules.planned import CONSTANT, STRUCTURE, Chosen, Key, PlannedModules, autocast_now, model_key
@@ -53,6 +53,10 @@ from keepless.solve.regions import NAME
 
 _ROUNDS = 3
 """How often a plan whose step rose above its budget is planned again for less."""
+
+
+_ENOUGH_MANAGED = 0.85
+"""Where a plan of blocks decides about less than this share of what is saved, one of regions is made beside it."""
 
 
 def is_by_modules(plan: Plan) -> bool:
@@ -111,23 +115,34 @@ def make_first(model: torch.nn.Module, batch: Any, settings: Settings, tell: Any
 
 def _first(model: torch.nn.Module, batch: Any, settings: Settings, tell: Any) -> Plan:
     try:
-        return make(model, batch, settings, tell, BLOCKS)
+        plan = make(model, batch, settings, tell, BLOCKS)
     except InfeasibleBudget as error:
         try:
-            return _by_regions(model, batch, settings, tell, error)
-        except InfeasibleBudget as other:
-            raise (error if error.smallest_budget <= other.smallest_budget else other) from None
+            return _by_regions(model, batch, settings, tell, str(error))
+        except InfeasibleBudget as second:
+            raise (error if error.smallest_budget <= second.smallest_budget else second) from None
     except LossError:
         raise
     except (CaptureError, MeasureError) as error:
-        return _by_regions(model, batch, settings, tell, error)
+        return _by_regions(model, batch, settings, tell, str(error))
+    if managed_share(plan.graph) >= _ENOUGH_MANAGED or plan.signature.get("unseen"):
+        return plan  # only it looks after blocks that another step may call
+    try:
+        other = _by_regions(model, batch, settings, tell, "Recomputing whole module calls costs less here.")
+    except InfeasibleBudget:
+        return plan
+    low = min(plan.smallest_budget, other.smallest_budget)
+    spent = [(one.predicted_seconds - one.baseline_seconds, one.smallest_budget) for one in (plan, other)]
+    best = plan if spent[0] <= spent[1] else other
+    best.smallest_budget = low
+    return best
 
 
-def _by_regions(model: torch.nn.Module, batch: Any, settings: Settings, tell: Any, not_blocks: KeeplessError) -> Plan:
+def _by_regions(model: torch.nn.Module, batch: Any, settings: Settings, tell: Any, not_blocks: str) -> Plan:
     if settings.solver not in ("keepless", NAME):
         settings = replace(settings, solver="keepless")
     plan = make(model, batch, settings, tell, EAGER)
-    plan.signature = {**plan.signature, "not_blocks": str(not_blocks)}
+    plan.signature = {**plan.signature, "not_blocks": not_blocks}
     return plan
 
 

@@ -191,6 +191,12 @@ def shared_inputs(found: Survey, call: Call) -> frozenset[int]:
     return frozenset(positions)
 
 
+def saved_nbytes(found: Survey, call: Call) -> int:
+    """Bytes of what a call makes and saves."""
+    own = {item.storage for item in found.saved if call.begin <= item.moment < call.end}
+    return found.nbytes({storage for storage in own if found.made[storage] >= call.begin})
+
+
 def described(forward: Callable[..., Any]) -> tuple[str, str]:
     """The class of a forward's module, and where its code stands: ("Block", "model.py:88")."""
     owner = getattr(forward, "__self__", None)
