@@ -22,7 +22,42 @@ from keepless.measure.steps import increments
 
 MODELS: dict[str, Callable[[], Case]] = {**ZOO, **MORE}
 
-EXPECTED: dict[str, tuple[str, float]] = {}
+EXPECTED: dict[str, tuple[str, float]] = {
+    "gpt2": ("graph", 1.0),
+    "gpt2 wrapped": ("graph", 1.0),
+    "llama": ("graph", 1.0),
+    "qwen3": ("graph", 1.0),
+    "gemma3": ("graph", 1.0),
+    "mixtral": ("blocks", 0.76),
+    "bert": ("graph", 1.0),
+    "albert": ("graph", 1.0),
+    "t5": ("graph", 0.99),
+    "vit": ("graph", 1.0),
+    "resnet": ("graph", 1.0),
+    "efficientnet": ("graph", 1.0),
+    "convnext": ("graph", 1.0),
+    "3D U-Net": ("graph", 1.0),
+    "LSTM": ("graph", 1.0),
+    "unrolled LSTMCell": ("graph", 1.0),
+    "GNN": ("blocks", 0.23),
+    "spectral norm": ("graph", 1.0),
+    "old spectral norm": ("eager", 1.0),
+    "layer drop": ("eager", 1.0),
+    "item branch": ("eager", 0.97),
+    "print": ("eager", 0.95),
+    "mixtral eager experts": ("blocks", 0.79),
+    "gpt2 by default": ("graph", 1.0),
+    "whisper": ("graph", 0.986),
+    "dict": ("graph", 0.994),
+    "break between blocks": ("blocks", 0.785),
+    "break inside a block": ("blocks", 0.736),
+    "break inside all blocks": ("blocks", 0.701),
+    "dataclass": ("blocks", 0.857),
+    "dataclasses between blocks": ("blocks", 0.701),
+    "blocks twice": ("blocks", 0.791),
+    "blocks left out": ("blocks", 0.843),
+    "skips": ("blocks", 0.791),
+}
 """The engine that runs each model, and the least share of the saved bytes that its plan decides about."""
 
 GENERATORS = 3 * 5056
@@ -139,8 +174,8 @@ def test_bits_budget_engine_and_share(name: str, capsys: pytest.CaptureFixture[s
         for budget in ((low + high) // 2, low):
             case = build(name)
             plan = plan_of(case, budget)
-            assert (plan.engine, managed_share(plan.graph)) >= EXPECTED[name], "less is managed than was"
-            assert plan.engine == EXPECTED[name][0]
+            assert plan.engine == EXPECTED[name][0], [part.reason for part in plan.parts]
+            assert managed_share(plan.graph) >= EXPECTED[name][1], "the plan decides about less than it did"
             keepless.apply(case.model, plan)
             got = trained(case)
             assert [key for key in expected if got[key] != expected[key]] == []

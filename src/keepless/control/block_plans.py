@@ -53,6 +53,7 @@ class MeasuredBlocks:
         unseen: paths of blocks that the step did not call.
         unseen_nbytes: what calls of these would add to the peak, if they are like the largest that it did call: the
             inputs of all, and what one of them saves.
+        left_out: how many blocks the step did not call; parts of blocks do not count.
     """
 
     step: Composite
@@ -63,6 +64,7 @@ class MeasuredBlocks:
     around: dict[Site, str]
     unseen: tuple[str, ...]
     unseen_nbytes: int
+    left_out: int = 0
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ def measure(run: Runner, settings: Settings, tell: Any, blocks: Blocks | None) -
             break
         paths = tuple(part for path in paths for part in (inner.get(path) or (path,)))
         found.append(bench.measured(paths, found[-1].reasons))
-    captured = [one for one in found if one.bindings]
+    captured = [replace(one, left_out=len(found[0].unseen)) for one in found if one.bindings]
     if not captured:
         first = next(iter(found[0].reasons.items()), None)
         why = f"{first[0]}: {first[1]}" if first else "none saves anything that a backward needs"
@@ -231,6 +233,7 @@ def _solved(run: Runner, measured: MeasuredBlocks, settings: Settings, over: int
         "regions": [[site.path, site.number, op] for site, op in step.regions.items()],
         "reasons": [[site.path, site.number, reason] for site, reason in measured.reasons.items()],
         "unseen": list(measured.unseen),
+        "left_out": measured.left_out,
         "around": [[site.path, site.number, reason] for site, reason in measured.around.items()],
     }
     plan = make_plan(

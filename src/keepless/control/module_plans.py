@@ -125,17 +125,14 @@ def _first(model: torch.nn.Module, batch: Any, settings: Settings, tell: Any) ->
         raise
     except (CaptureError, MeasureError) as error:
         return _by_regions(model, batch, settings, tell, str(error))
-    if managed_share(plan.graph) >= _ENOUGH_MANAGED or plan.signature.get("unseen"):
+    if managed_share(plan.graph) >= _ENOUGH_MANAGED or plan.signature.get("left_out"):
         return plan  # only it looks after blocks that another step may call
     try:
         other = _by_regions(model, batch, settings, tell, "Recomputing whole module calls costs less here.")
     except InfeasibleBudget:
         return plan
-    low = min(plan.smallest_budget, other.smallest_budget)
     spent = [(one.predicted_seconds - one.baseline_seconds, one.smallest_budget) for one in (plan, other)]
-    best = plan if spent[0] <= spent[1] else other
-    best.smallest_budget = low
-    return best
+    return plan if spent[0] <= spent[1] else other
 
 
 def _by_regions(model: torch.nn.Module, batch: Any, settings: Settings, tell: Any, not_blocks: str) -> Plan:
