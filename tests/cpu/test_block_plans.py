@@ -1,0 +1,475 @@
+"""Plans of blocks: captured calls within a forward that runs as it is."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import threading
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from any_models import Between, Block, Looks, Net
+from torch import Tensor, nn
+
+import keepless
+from keepless.control.blocks import Library
+from keepless.control.module_steps import planned_modules
+from keepless.errors import CaptureError, ParameterError, PlanError
+from keepless.ir import Run
+from keepless.modules.blocks import find_blocks
+from keepless.modules.composite import HAND_OVER, Segment, own_orders
+from keepless.modules.sites import Site
+
+ENGINES = ("graph", "blocks", "eager")
+
+
+def made(layers: int = 3, kind: type[Net] = Between, block: type[Block] = Block) -> Net:
+    torch.manual_seed(0)
+    return kind(*[block] * layers).train()
+
+
+def sequences(number: int = 0, length: int = 40) -> Tensor:
+    return torch.randn(3, length, 8, generator=torch.Generator().manual_seed(number))
+
+
+def loss_of(model: nn.Module, x: Tensor) -> Tensor:
+    loss: Tensor = model(x)["loss"]
+    return loss
+
+
+def tight(model: nn.Module, x: Tensor, engine: str = "blocks", **options: Any) -> keepless.Plan:
+    """A plan between the smallest budget and everything kept."""
+    high = keepless.plan(model, x, 1 << 32, engine=engine, **options)
+    budget = (2 * high.smallest_budget + high.baseline_peak) // 3
+    return keepless.plan(model, x, budget, engine=engine, **options)
+
+
+def trained(model: nn.Module, batches: list[Tensor], around: Callable[[], Any] | None = None) -> dict[str, Tensor]:
+    """Steps of an optimizer on these batches; all that comes of them."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    torch.manual_seed(1)
+    found: dict[str, Tensor] = {}
+    for number, x in enumerate(batches):
+        optimizer.zero_grad()
+        if around is None:
+            loss = loss_of(model, x)
+        else:
+            with around():
+                loss = loss_of(model, x)
+        loss.backward()
+        found[f"loss {number}"] = loss.detach().clone()
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None
+            found[f"{number} {name}"] = parameter.grad.clone()
+        optimizer.step()
+    return {**found, "draw": torch.rand(3)}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return list(a) == list(b) and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def replays(model: nn.Module) -> int:
+    """Captured calls that ran again as the user's own code, and calls that were not the ones that were planned."""
+    planned = planned_modules(model)
+    assert planned is not None
+    runs = [run for chosen in planned.entries.values() for run in chosen.segments.values()]
+    return sum(run.entry.recipe.counters.replays for run in runs if run.entry) + sum(
+        sum((run.missed or {}).values()) for run in runs
+    )
+
+
+def test_alike_blocks_share_one_capture() -> None:
+    """Three equal blocks are traced once; one that reads another constant is traced by itself."""
+
+    class Scaled(Block):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = 1.0
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * self.scale
+
+    x = sequences()
+    model = made(block=Scaled)
+    assert tight(model, x).capture.library.traced == 3  # the stem, a block, the head
+    model.blocks[1].scale = 0.5
+    plan = tight(model, x)
+    assert plan.capture.library.traced == 4
+    expected = trained(made_like(model), [x, x])
+    keepless.apply(model, plan)
+    assert same(trained(model, [x, x]), expected)
+
+
+def made_like(model: nn.Module) -> nn.Module:
+    """A copy without a plan."""
+    return copy.deepcopy(model)
+
+
+def test_a_constant_that_changes_later_is_seen() -> None:
+    """The block runs as it is then, recomputed as a whole: right values, and the budget is kept."""
+
+    class Scaled(Block):
+        scale = 1.0
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * self.scale
+
+    x = sequences()
+    model = made(block=Scaled)
+    other = made_like(model)
+    keepless.apply(model, tight(model, x))
+    for one in (model, other):
+        one.blocks[2].scale = 0.25
+    assert same(trained(model, [x, x]), trained(other, [x, x]))
+    assert replays(model) == 2
+
+
+def test_orders_of_segments_are_the_order_of_the_step() -> None:
+    """Every replay stands in its own segment's place: the step's program is the segments' programs."""
+    model, x = made(), sequences()
+    high = keepless.plan(model, x, 1 << 32, engine="blocks")
+    for budget in (high.smallest_budget, (high.smallest_budget + high.baseline_peak) // 2):
+        plan = keepless.plan(model, x, budget, engine="blocks")
+        rows = plan.signature["segments"]
+        assert isinstance(rows, list)
+        segments = [Segment(Site(row[0], row[1]), (row[2], row[3]), (row[4], row[5])) for row in rows]
+        order = [instr.op for instr in plan.program if isinstance(instr, Run)]
+        orders = own_orders(segments, plan.graph, order)
+        own = sum(len(rows) for rows in orders.values())
+        extra = [op for op in plan.graph.ops if op.name == HAND_OVER or op.name == "keepless.rest"]
+        others = [op for op in plan.graph.ops if op.name.startswith(("forward.", "backward.", "keepless.loss"))]
+        assert own - len(segments) + len(extra) + len(others) == len(order)
+        for segment in segments:
+            places = [k for k, op in enumerate(order) if segment.forward[0] <= op <= segment.forward[1]]
+            first, last = order.index(segment.backward[0]), order.index(segment.backward[1])
+            end = order.index(segment.forward[1])
+            assert all(k <= end or first <= k <= last for k in places)
+        assert plan.num_replays > 0
+
+
+def test_a_plan_file_serves_another_instance(tmp_path: Path) -> None:
+    """Saved, loaded, applied to a model of the same kind: its blocks are captured at the first call."""
+    model, x = made(), sequences()
+    plan = tight(model, x)
+    plan.save(tmp_path / "blocks.plan")
+    loaded = keepless.load(tmp_path / "blocks.plan")
+    assert loaded.engine == "blocks"
+    assert [part.as_dict() for part in loaded.parts] == [part.as_dict() for part in plan.parts]
+    other = made()
+    keepless.apply(other, loaded)
+    assert same(trained(other, [x, x]), trained(made(), [x, x]))
+    assert replays(other) == 0
+    result = keepless.verify(made(), x, loaded)
+    assert result.equal
+    assert result.measured_peak <= result.budget
+
+
+def test_a_damaged_list_of_calls_is_refused() -> None:
+    model, x = made(), sequences()
+    plan = tight(model, x)
+    rows = plan.signature["segments"]
+    assert isinstance(rows, list)
+    plan.signature = {**plan.signature, "segments": [["blocks.0"], *rows[1:]]}
+    with pytest.raises(PlanError, match="damaged"):
+        keepless.apply(model, plan)
+    plan.signature = {**plan.signature, "segments": [["nothing.here", *rows[0][1:]], *rows[1:]]}
+    with pytest.raises(PlanError, match="nothing"):
+        keepless.apply(model, plan)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_accumulated_gradients(engine: str) -> None:
+    """Three backwards before a step."""
+    kind = Net if engine == "graph" else Between
+    results = []
+    for planned in (False, True):
+        model = made(kind=kind)
+        if planned:
+            keepless.apply(model, tight(model, sequences(), engine, accumulate=True))
+        torch.manual_seed(1)
+        for number in range(3):
+            loss_of(model, sequences(number)).backward()
+        results.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert same(*results)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_autocast(engine: str) -> None:
+    """Under bfloat16 autocast, planned and run."""
+
+    def around() -> Any:
+        return torch.autocast("cpu", dtype=torch.bfloat16)
+
+    kind = Net if engine == "graph" else Between
+    model, x = made(kind=kind), sequences()
+    with around():
+        plan = tight(model, x, engine)
+    keepless.apply(model, plan)
+    assert same(trained(model, [x, x], around), trained(made(kind=kind), [x, x], around))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_grad_scaler(engine: str) -> None:
+    """Scaled losses, one of which overflows: that step is left out, as without a plan."""
+    kind = Net if engine == "graph" else Between
+    results = []
+    for planned in (False, True):
+        model, x = made(kind=kind), sequences()
+        if planned:
+            keepless.apply(model, tight(model, x, engine))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1)
+        torch.manual_seed(1)
+        found: dict[str, Tensor] = {}
+        for number, factor in enumerate((1.0, float("inf"), 1.0)):
+            optimizer.zero_grad()
+            scaler.scale(loss_of(model, x) * factor).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            found[f"scale {number}"] = torch.tensor(scaler.get_scale())
+        results.append({**found, **{name: p.detach().clone() for name, p in model.named_parameters()}})
+    assert same(*results)
+
+
+@pytest.mark.parametrize("engine", ["blocks", "eager", "auto"])
+def test_a_model_that_torch_compile_wrapped(engine: str) -> None:
+    """Planned through the wrapper, run through it."""
+    x = sequences()
+    compiled: Any = torch.compile(made(), backend="eager")
+    plan = tight(compiled, x, engine)
+    keepless.apply(compiled, plan)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        got = trained(compiled, [x, x])
+    expected = trained(made(), [x, x])
+    assert [torch.equal(a, b) for a, b in zip(got.values(), expected.values(), strict=True)].count(False) == 0
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_several_planned_models_at_once(engine: str) -> None:
+    """Steps of three models take turns, and their backwards come in another order."""
+    kind = Net if engine == "graph" else Between
+    x = sequences()
+    results = []
+    for planned in (False, True):
+        models = [made(layers, kind) for layers in (1, 2, 3)]
+        if planned:
+            for model in models:
+                keepless.apply(model, tight(model, x, engine))
+        torch.manual_seed(1)
+        losses = [loss_of(model, x) for model in models]
+        for loss in (losses[1], losses[2], losses[0]):
+            loss.backward()
+        results.append({f"{i} {n}": p.grad for i, m in enumerate(models) for n, p in m.named_parameters()})
+    assert same(*results)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_threads(engine: str) -> None:
+    """Two threads train two planned models, each with the bits of one alone."""
+    kind = Net if engine == "graph" else Between
+    x = sequences()
+    plain = {layers: losses_without_dropout(made(layers, kind), x) for layers in (2, 3)}
+    models = {layers: made(layers, kind) for layers in (2, 3)}
+    for model in models.values():
+        quiet(model)
+        keepless.apply(model, tight(model, x, engine))
+    found: dict[int, list[float]] = {}
+
+    def work(layers: int) -> None:
+        found[layers] = losses_without_dropout(models[layers], x)
+
+    threads = [threading.Thread(target=work, args=(layers,)) for layers in models]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == plain
+
+
+def quiet(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+
+
+def losses_without_dropout(model: nn.Module, x: Tensor) -> list[float]:
+    """Losses of five steps; threads share the generator, so that nothing is drawn."""
+    quiet(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    losses = []
+    for _ in range(5):
+        optimizer.zero_grad()
+        loss = loss_of(model, x)
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss))
+    return losses
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_copies_and_pickles(engine: str) -> None:
+    """A copy has no plan; a planned model is not pickled; after `remove` it is, and comes back whole."""
+    kind = Net if engine == "graph" else Between
+    model, x = made(kind=kind), sequences()
+    plan = tight(model, x, engine)
+    keepless.apply(model, plan)
+    other = copy.deepcopy(model)
+    assert all("forward" not in module.__dict__ for module in other.modules())
+    assert same(trained(other, [x, x]), trained(made(kind=kind), [x, x]))
+    with pytest.raises(PlanError, match="remove"):
+        pickle.dumps(model)
+    keepless.remove(model)
+    assert all("forward" not in module.__dict__ for module in model.modules())
+    back = pickle.loads(pickle.dumps(model))
+    assert same(trained(back, [x, x]), trained(made(kind=kind), [x, x]))
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+
+
+def test_new_shapes_modes_and_a_short_last_batch() -> None:
+    """Other lengths are planned on the spot; evaluation, no_grad and inference run the model's own code."""
+    model, x = made(), sequences()
+    other = made()
+    keepless.apply(model, tight(model, x))
+    batches = [x, sequences(1, 24), sequences(2, 24), x]
+    assert same(trained(model, batches), trained(other, batches))
+    planned = planned_modules(model)
+    assert planned is not None
+    assert planned.planned_on_the_spot == 1
+    for one in (model, other):
+        one.eval()
+    assert torch.equal(loss_of(model, x), loss_of(other, x))
+    with torch.no_grad():
+        assert torch.equal(loss_of(model, x), loss_of(other, x))
+    with torch.inference_mode():
+        assert torch.equal(loss_of(model, x), loss_of(other, x))
+    for one in (model, other):
+        one.train().double()
+    wide = [batch.double() for batch in batches[:2]]
+    assert same(trained(model, wide), trained(other, wide))
+    assert replays(model) == 0
+
+
+def test_a_second_backward_and_a_double_one() -> None:
+    """What a plan is not for runs as the user's own code, with the same bits."""
+    results = []
+    for planned in (False, True):
+        model, x = made(2), sequences()
+        if planned:
+            keepless.apply(model, tight(model, x))
+        torch.manual_seed(1)
+        loss = loss_of(model, x)
+        loss.backward(retain_graph=True)
+        loss.backward()
+        found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+        parameter = model.blocks[0].norm.weight
+        (gradient,) = torch.autograd.grad(loss_of(model, x), parameter, create_graph=True)
+        gradient.square().sum().backward()
+        found["double"] = model.stem.weight.grad
+        results.append(found)
+    plain, planned_too = results
+    assert plain.keys() == planned_too.keys()
+    for name in plain:
+        assert torch.allclose(plain[name], planned_too[name], rtol=1e-5, atol=1e-7), name
+
+
+def test_one_cell_many_times_with_an_output_that_gets_no_gradient() -> None:
+    """Each call of a module has a plan of its own; the last cell state gets no gradient from outside."""
+
+    class Unrolled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell, self.head = nn.LSTMCell(8, 32), nn.Linear(32, 8)
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            h = c = x.new_zeros(x.shape[0], 32)
+            out = []
+            for step in range(6):
+                h, c = self.cell(x[:, step], (h, c))
+                assert h.sum().item() < 1e9
+                out.append(h)
+            found = self.head(torch.stack(out, 1))
+            return {"loss": found.square().mean(), "out": found}
+
+    torch.manual_seed(0)
+    model, x = Unrolled(), sequences()
+    other = copy.deepcopy(model)
+    keepless.apply(model, tight(model, x))
+    assert same(trained(model, [x, x]), trained(other, [x, x]))
+    assert replays(model) == 0
+
+
+def test_blocks_are_found_and_can_be_named() -> None:
+    model, x = made(), sequences()
+    assert find_blocks(model) == ("stem", "blocks.0", "blocks.1", "blocks.2", "head")
+    assert find_blocks(model, "blocks.*") == ("blocks.0", "blocks.1", "blocks.2")
+    assert find_blocks(model, [Block, "head"]) == ("blocks.0", "blocks.1", "blocks.2", "head")
+    assert find_blocks(model, "Block") == ("blocks.0", "blocks.1", "blocks.2")
+    plan = keepless.plan(model, x, 1 << 32, blocks=["blocks.1"])
+    assert plan.engine == "blocks"
+    assert [part.paths for part in plan.parts] == [("blocks.1",), ()]
+    with pytest.raises(ParameterError, match="nothing"):
+        keepless.plan(model, x, 1 << 32, blocks="nothing")
+    with pytest.raises(ParameterError, match="holds a int"):
+        keepless.plan(model, x, 1 << 32, blocks=[3])  # type: ignore[list-item]
+    with pytest.raises(ParameterError, match="block engine"):
+        keepless.plan(model, x, 1 << 32, engine="eager", blocks="Block")
+
+
+def test_parts_name_their_engine_and_the_reason() -> None:
+    """A break inside one block: the others are captured, and the plan says where the break is."""
+    torch.manual_seed(0)
+    model = Between(Block, Looks, Block)
+    plan = keepless.plan(model, sequences(), 1 << 32)
+    assert plan.engine == "blocks"
+    text = str(plan)
+    assert "any_models.py" in text
+    captured = [part for part in plan.parts if part.engine == "blocks"]
+    assert {path for part in captured for path in part.paths} >= {"blocks.0", "blocks.2"}
+    rest = plan.parts[-1]
+    assert rest.engine == "as it is"
+    assert "any_models.py" in rest.reason
+    whole = keepless.plan(made(kind=Net), sequences(), 1 << 32)
+    assert [part.engine for part in whole.parts] == ["graph"]
+
+
+def test_where_no_block_can_be_captured() -> None:
+    class Odd(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) if x.sum().item() < 1e9 else x
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Odd(8, 64), Odd(64, 8))
+
+    def loss_fn(output: Tensor, _: Any) -> Tensor:
+        return output.square().mean()
+
+    with pytest.raises(CaptureError, match="No block"):
+        keepless.plan(model, sequences(), 1 << 32, engine="blocks", loss_fn=loss_fn)
+    plan = keepless.plan(model, sequences(), 1 << 32, loss_fn=loss_fn)
+    assert plan.engine == "eager"
+    assert "No block" in plan.parts[0].reason
+
+
+def test_a_library_holds_no_model() -> None:
+    """Captures name their modules weakly."""
+    import gc
+    import weakref
+
+    model, x = made(), sequences()
+    plan = tight(model, x)
+    keepless.apply(model, plan)
+    trained(model, [x])
+    assert isinstance(plan.capture.library, Library)
+    there = weakref.ref(model)
+    del model
+    gc.collect()
+    assert there() is None
