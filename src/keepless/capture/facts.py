@@ -170,3 +170,27 @@ def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
     for item in code.co_consts:
         if isinstance(item, types.CodeType):
             yield from _codes(item)
+
+
+def equal_constants(now: Any, planned: Any) -> bool:
+    """Whether two plain constants mean the same; other objects are equal only to themselves."""
+    if type(now) is not type(planned):
+        return False
+    if isinstance(now, tuple):
+        return len(now) == len(planned) and all(
+            a is b or equal_constants(a, b) for a, b in zip(now, planned, strict=True)
+        )
+    return isinstance(now, _PLAIN) and bool(now == planned)
+
+
+def copy_of(value: Any) -> list[Any] | None:
+    """The items of a list, dict or set, by which a later change of it is seen."""
+    if type(value) is dict:
+        return list(value.items())
+    return list(value) if type(value) in (list, set) else None
+
+
+def same_items(now: Any, copy: list[Any]) -> bool:
+    """Whether a container still holds the items that `copy_of` gave."""
+    items = list(now.items()) if type(now) is dict else list(now)
+    return len(items) == len(copy) and all(a is b or equal_constants(a, b) for a, b in zip(items, copy, strict=True))

@@ -13,6 +13,7 @@ import torch
 from keepless import _compat
 from keepless.binding import Binding
 from keepless.capture import FlatInputs
+from keepless.capture.facts import copy_of, equal_constants, same_items
 from keepless.capture.inputs import tensor_facts
 from keepless.errors import ReplayError
 
@@ -56,7 +57,7 @@ class Guard:
         self._hooks = [getattr(m, table) for m in self._modules for table in _HOOKS]
         by_path = dict(model.named_modules())
         self._attributes = [
-            (by_path[path].__dict__ if path else None, name, value, _copy_of(value))
+            (by_path[path].__dict__ if path else None, name, value, copy_of(value))
             for path, name, value in binding.attributes
             if path in by_path
         ]
@@ -146,14 +147,14 @@ class Guard:
         for attributes, name, value, copy in self._attributes:
             now = (model.__dict__ if attributes is None else attributes).get(name, _MISSING)
             if copy is not None and type(now) is type(value):
-                changed = not _same_items(now, copy)
+                changed = not same_items(now, copy)
             else:
-                changed = now is not value and not _equal_constants(now, value)
+                changed = now is not value and not equal_constants(now, value)
             if changed:
                 return f"the attribute {name} was {_short(value)[:80]} and is {_short(now)[:80]}"
         for fact in self._facts:
             now = fact.read(*fact.place)
-            if now is not fact.value and not _equal_constants(now, fact.value):
+            if now is not fact.value and not equal_constants(now, fact.value):
                 return f"{fact.label}, which the model's code reads, was {fact.value!r:.80} and is {now!r:.80}"
         for name, read, constant in self._homes:
             if read() is not constant:
@@ -204,11 +205,11 @@ class Guard:
                 raise ReplayError(f"{name} has been replaced since the forward, so that it cannot be replayed.")
         for attributes, name, value, _ in self._attributes:
             now = (model.__dict__ if attributes is None else attributes).get(name, _MISSING)
-            if now is not value and not _equal_constants(now, value):
+            if now is not value and not equal_constants(now, value):
                 raise ReplayError(f"The attribute {name} has changed since the forward, so that it cannot be replayed.")
         for fact in self._facts:
             now = fact.read(*fact.place)
-            if now is not fact.value and not _equal_constants(now, fact.value):
+            if now is not fact.value and not equal_constants(now, fact.value):
                 raise ReplayError(f"{fact.label} has changed since the forward, so that it cannot be replayed.")
         before = [model.training, *[module.training for module in self._modules]]
         modules = [model, *self._modules]
@@ -229,31 +230,7 @@ class Guard:
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _LEAVES = frozenset({torch.Tensor, torch.nn.Parameter, bool, int, float, str, type(None)})
-_PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 _MISSING = object()
-
-
-def _equal_constants(now: Any, planned: Any) -> bool:
-    """Whether two plain constants mean the same; other objects are equal only to themselves."""
-    if type(now) is not type(planned):
-        return False
-    if isinstance(now, tuple):
-        return len(now) == len(planned) and all(
-            a is b or _equal_constants(a, b) for a, b in zip(now, planned, strict=True)
-        )
-    return isinstance(now, _PLAIN) and bool(now == planned)
-
-
-def _copy_of(value: Any) -> list[Any] | None:
-    """The items of a list, dict or set, by which a later change of it is seen."""
-    if type(value) is dict:
-        return list(value.items())
-    return list(value) if type(value) in (list, set) else None
-
-
-def _same_items(now: Any, copy: list[Any]) -> bool:
-    items = list(now.items()) if type(now) is dict else list(now)
-    return len(items) == len(copy) and all(a is b or _equal_constants(a, b) for a, b in zip(items, copy, strict=True))
 
 
 def _homes(model: torch.nn.Module, table: str) -> dict[str, tuple[dict[str, Any], str]]:
