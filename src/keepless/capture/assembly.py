@@ -233,7 +233,7 @@ class Assembly:
             repeated=work.traced.repeated,
             aside=work.traced.aside,
             attributes=work.traced.attributes,
-            facts=find_facts(work.model, work.traced.attributes),
+            facts=find_facts(work.model, work.traced.attributes) if work.traced.facts is None else work.traced.facts,
             ambient=_compat.ambient_state(self.device.type),
             accumulates=shape.accumulate,
         )

@@ -181,3 +181,16 @@ def equal_constants(now: Any, planned: Any) -> bool:
             a is b or equal_constants(a, b) for a, b in zip(now, planned, strict=True)
         )
     return isinstance(now, _PLAIN) and bool(now == planned)
+
+
+def copy_of(value: Any) -> list[Any] | None:
+    """The items of a list, dict or set, by which a later change of it is seen."""
+    if type(value) is dict:
+        return list(value.items())
+    return list(value) if type(value) in (list, set) else None
+
+
+def same_items(now: Any, copy: list[Any]) -> bool:
+    """Whether a container still holds the items that `copy_of` gave."""
+    items = list(now.items()) if type(now) is dict else list(now)
+    return len(items) == len(copy) and all(a is b or equal_constants(a, b) for a, b in zip(items, copy, strict=True))

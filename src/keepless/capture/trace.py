@@ -13,11 +13,12 @@ import types
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from keepless import _compat
+from keepless.binding import Fact
 from keepless.capture.inputs import FlatInputs
 from keepless.capture.side_effects import guard_side_effects
 from keepless.errors import BatchError, CaptureError, DataDependentError, LossError, ParameterError
@@ -25,6 +26,7 @@ from keepless.errors import BatchError, CaptureError, DataDependentError, LossEr
 LossFn = Callable[[Any, Any], torch.Tensor]
 
 _state = threading.local()
+_SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 _capturing = threading.RLock()
 """Captures set hooks and switches of the whole process: one at a time."""
 
@@ -32,6 +34,12 @@ _capturing = threading.RLock()
 def is_tracing() -> bool:
     """Whether this thread is inside a capture (a planned forward then stands aside)."""
     return bool(getattr(_state, "active", False))
+
+
+class Joint(Protocol):
+    """A joint graph with the tensors that its get_attr nodes name as attributes: a GraphModule, or less."""
+
+    graph: torch.fx.Graph
 
 
 @dataclass(frozen=True)
@@ -50,9 +58,10 @@ class Traced:
         repeated: flat output position -> the earlier position where the same tensor object stands.
         aside: parameters and flat input positions that only outputs outside `grad_outputs` depend on.
         attributes: (module path, name, value) of the plain attributes that the forward read.
+        facts: the plain constants behind the forward, where they are known already.
     """
 
-    module: torch.fx.GraphModule
+    module: Joint
     output_spec: Any
     output_leaves: tuple[Any, ...]
     grad_outputs: tuple[int, ...]
@@ -62,6 +71,7 @@ class Traced:
     repeated: dict[int, int] = field(default_factory=dict)
     aside: tuple[str | int, ...] = ()
     attributes: tuple[tuple[str, str, Any], ...] = ()
+    facts: tuple[Fact, ...] | None = None
 
 
 class _Step(torch.nn.Module):
@@ -104,6 +114,7 @@ def trace_step(
     batch: Any,
     loss_fn: LossFn | None,
     grad_outputs: tuple[int, ...] | None,
+    faking: Faking | None = None,
 ) -> Traced:
     """Captures one training step.
 
@@ -113,6 +124,7 @@ def trace_step(
         batch: what `loss_fn` gets as its second argument.
         loss_fn: loss of (output, batch); None where the model's output holds its loss.
         grad_outputs: flat output positions that receive gradients; None to find them from the loss.
+        faking: how fakes are made; None for fakes like the tensors.
 
     Raises:
         BatchError: the forward rejects the batch.
@@ -120,12 +132,13 @@ def trace_step(
         CaptureError: the forward needs a tensor's data in Python, or has side effects in Python.
     """
     check_model(model, flat)
-    with _capturing, torch.inference_mode(False), _compat.quiet_fakes():
+    faking = faking or Faking(planned_device(model))
+    with _capturing, torch.inference_mode(False), faking.all_around(), _compat.quiet_fakes():
         try:
-            return _trace(model, flat, batch, loss_fn, grad_outputs, as_compiled=False)
+            return _trace(model, flat, batch, loss_fn, grad_outputs, faking, as_compiled=False)
         except DataDependentError as error:
             try:
-                return _trace(model, flat, batch, loss_fn, grad_outputs, as_compiled=True)
+                return _trace(model, flat, batch, loss_fn, grad_outputs, faking, as_compiled=True)
             except CaptureError:
                 raise error from error.__cause__
 
@@ -136,6 +149,7 @@ def _trace(
     batch: Any,
     loss_fn: LossFn | None,
     grad_outputs: tuple[int, ...] | None,
+    faking: Faking,
     *,
     as_compiled: bool,
 ) -> Traced:
@@ -143,8 +157,8 @@ def _trace(
     _state.active = True
     try:
         with torch.enable_grad(), guard_side_effects(model), compiling:
-            dry = _dry_run(model, flat, batch, loss_fn, grad_outputs)
-            module = _export(model, flat, dry.grad_outputs)
+            dry = _dry_run(model, flat, batch, loss_fn, grad_outputs, faking)
+            module = _export(model, flat, dry.grad_outputs, faking)
     finally:
         _state.active = False
     return Traced(
@@ -206,13 +220,47 @@ def planned_device(model: torch.nn.Module) -> torch.device:
     return torch.device("cpu") if device.type == "meta" else device
 
 
-def _fake(mode: Any, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+class Faking:
+    """How a run of the forward gets its fakes: each like its tensor.
+
+    Arguments:
+        device: of fakes for tensors on the meta device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def mode(self) -> Any:
+        """The mode of one run."""
+        return _compat.FakeTensorMode(allow_non_fake_inputs=True)
+
+    def all_around(self) -> contextlib.AbstractContextManager[Any]:
+        """What is around all runs of the forward."""
+        return contextlib.nullcontext()
+
+    def around(self) -> contextlib.AbstractContextManager[Any]:
+        """What is around the first run; AOTAutograd sees to the others."""
+        return contextlib.nullcontext()
+
+    def made(self, node: torch.fx.Node) -> None:
+        """Told of each op that the export traces, those that come to nothing too."""
+
+    def held(self, mode: Any, tensor: torch.Tensor) -> torch.Tensor:
+        """A parameter or buffer."""
+        return fake_like(mode, tensor, self.device)
+
+    def given(self, mode: Any, position: int, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor at a flat position of the call."""
+        return fake_like(mode, tensor, self.device)
+
+
+def fake_like(mode: Any, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A fake like this tensor; of a tensor on the meta device, one on the device of the plan."""
     if tensor.is_meta:
         with mode:
             fake = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=device)
     else:
-        fake = mode.from_tensor(tensor.detach())
+        fake = mode.from_tensor(tensor.detach(), static_shapes=True)
     return fake.requires_grad_(tensor.requires_grad)
 
 
@@ -236,17 +284,17 @@ def _dry_run(
     batch: Any,
     loss_fn: LossFn | None,
     grad_outputs: tuple[int, ...] | None,
+    faking: Faking,
 ) -> _DryRun:
     """The forward's flat output under fake tensors, and which of it receives gradients."""
-    mode = _compat.FakeTensorMode(allow_non_fake_inputs=True)
-    device = planned_device(model)
-    state = {name: _fake(mode, t, device) for name, t in named_state(model)}
-    fakes = {id(t): _fake(mode, t, device) for t in flat.tensors}
+    mode = faking.mode()
+    state = {name: faking.held(mode, t) for name, t in named_state(model)}
+    fakes = {id(flat.leaves[i]): faking.given(mode, i, flat.leaves[i]) for i in flat.tensor_positions}
     args, kwargs = flat.rebuild([fakes[id(t)] for t in flat.tensors])
     arguments: dict[int, tuple[str, str | int]] = {id(t): ("state", name) for name, t in state.items()}
     arguments |= {id(fakes[id(flat.leaves[i])]): ("input", i) for i in flat.tensor_positions}
     holder = _Holder(model)
-    with mode:
+    with faking.around(), mode:
         try:
             with _watched(model) as attributes:
                 output = torch.func.functional_call(
@@ -272,7 +320,7 @@ def _dry_run(
                     "returns None in its place. Set model.config.use_cache = False to say so yourself.",
                     stacklevel=2,
                 )
-            elif not isinstance(leaf, (bool, int, float, complex, str, bytes, type(None))):
+            elif not isinstance(leaf, (bool, int, float, complex, str, bytes, type(None), *_SYMBOLIC)):
                 raise CaptureError(
                     f"The forward returns a {type(leaf).__name__} that torch's pytrees do not know; register it with "
                     "torch.utils._pytree.register_pytree_node, or return tensors and containers."
@@ -441,12 +489,13 @@ def _where(error: BaseException) -> str:
     return place
 
 
-def _export(model: torch.nn.Module, flat: FlatInputs, grad_outputs: tuple[int, ...]) -> torch.fx.GraphModule:
+def _export(
+    model: torch.nn.Module, flat: FlatInputs, grad_outputs: tuple[int, ...], faking: Faking
+) -> torch.fx.GraphModule:
     step = _Step(model, flat, grad_outputs)
-    held = [t for _, t in named_state(model)]
-    mode = _compat.FakeTensorMode(allow_non_fake_inputs=True)
-    device = planned_device(model)
-    tensors = tuple(_fake(mode, t, device) for t in (*held, *flat.tensors))
+    mode = faking.mode()
+    held = [faking.held(mode, t) for _, t in named_state(model)]
+    tensors = (*held, *(faking.given(mode, i, flat.leaves[i]) for i in flat.tensor_positions))
     stack: list[str] = []
     thread = threading.get_ident()
     names = {id(module): name for name, module in model.named_modules()}
@@ -462,6 +511,7 @@ def _export(model: torch.nn.Module, flat: FlatInputs, grad_outputs: tuple[int, .
     def note(node: torch.fx.Node) -> None:
         node.meta["keepless_module"] = stack[-1] if stack else ""
         node.meta["keepless_source"] = _compat.user_source()
+        faking.made(node)
 
     pre = torch.nn.modules.module.register_module_forward_pre_hook(enter)
     post = torch.nn.modules.module.register_module_forward_hook(leave, always_call=True)

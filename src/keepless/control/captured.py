@@ -10,6 +10,7 @@ import torch
 
 from keepless.binding import Binding
 from keepless.capture import FlatInputs, StepShape
+from keepless.control.templates import Templates
 from keepless.cost import CostModel
 from keepless.ir import Graph, Phase
 from keepless.machine import Plan
@@ -74,10 +75,22 @@ class Captures:
         self.settings = first.settings
         self.grad_outputs = first.binding.grad_outputs
         self._captures = [first]
+        self._templates: list[Templates] = []
 
     def of(self, model: torch.nn.Module) -> Capture | None:
         """The capture of this model, if there is one."""
         return next((capture for capture in self._captures if capture.is_of(model)), None)
+
+    def templates(self, model: torch.nn.Module) -> Templates | None:
+        """What was learned of this model's steps for other shapes, if it was captured."""
+        capture = self.of(model)
+        if capture is None:
+            return None
+        found = next((one for one in self._templates if one.is_of(model)), None)
+        if found is None:
+            found = Templates(model, capture.flat)
+            self._templates = [one for one in self._templates if one.is_alive] + [found]
+        return found
 
     def add(self, capture: Capture) -> None:
         """Keeps a capture in the place of an older one of the same model."""

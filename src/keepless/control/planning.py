@@ -21,6 +21,7 @@ from keepless.control.checks import check_module, check_optimizer
 from keepless.control.region_plans import EAGER
 from keepless.control.reserve import budget_with_reserve, explain_infeasible, with_reserve
 from keepless.control.signature import batch_signature, model_signature
+from keepless.control.templates import Templates
 from keepless.control.trials import cost_model, held_nbytes, measure_costs, measure_loss
 from keepless.errors import (
     BatchError,
@@ -201,9 +202,10 @@ def _measure(model: torch.nn.Module, batch: Any, settings: Settings, tell: Progr
     flat = flatten_inputs(Inputs.of(batch))
     with _untouched(model):
         tell("capture", 0, 1)
-        before = like.capture if like is not None and not settings.own_loss else None
-        chosen = before.grad_outputs if isinstance(before, Captures) else None
-        capture, given = _capture(model, flat, batch, settings, chosen)
+        before = like.capture if like is not None else None
+        chosen = before.grad_outputs if isinstance(before, Captures) and not settings.own_loss else None
+        templates = before.templates(model) if isinstance(before, Captures) else None
+        capture, given = _capture(model, flat, batch, settings, chosen, templates)
         tell("capture", 1, 1)
         binding = capture.binding
         try:
@@ -228,8 +230,10 @@ def _capture(
     batch: Any,
     settings: Settings,
     grad_outputs: tuple[int, ...] | None,
+    templates: Templates | None,
 ) -> tuple[Capture, dict[str, object]]:
-    traced = trace_step(model, flat, batch=batch, loss_fn=settings.loss_fn, grad_outputs=grad_outputs)
+    trace = trace_step if templates is None else templates.trace
+    traced = trace(model, flat, batch=batch, loss_fn=settings.loss_fn, grad_outputs=grad_outputs)
     shape = settings.shape
     binding = lower(traced, flat, model, shape)
     facts: dict[str, object] = {

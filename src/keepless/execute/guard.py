@@ -12,7 +12,8 @@ import torch
 
 from keepless import _compat
 from keepless.binding import Binding
-from keepless.capture import FlatInputs, equal_constants
+from keepless.capture import FlatInputs
+from keepless.capture.facts import copy_of, equal_constants, same_items
 from keepless.capture.inputs import tensor_facts
 from keepless.errors import ReplayError
 
@@ -56,7 +57,7 @@ class Guard:
         self._hooks = [getattr(m, table) for m in self._modules for table in _HOOKS]
         by_path = dict(model.named_modules())
         self._attributes = [
-            (by_path[path].__dict__ if path else None, name, value, _copy_of(value))
+            (by_path[path].__dict__ if path else None, name, value, copy_of(value))
             for path, name, value in binding.attributes
             if path in by_path
         ]
@@ -146,7 +147,7 @@ class Guard:
         for attributes, name, value, copy in self._attributes:
             now = (model.__dict__ if attributes is None else attributes).get(name, _MISSING)
             if copy is not None and type(now) is type(value):
-                changed = not _same_items(now, copy)
+                changed = not same_items(now, copy)
             else:
                 changed = now is not value and not equal_constants(now, value)
             if changed:
@@ -230,18 +231,6 @@ class Guard:
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _LEAVES = frozenset({torch.Tensor, torch.nn.Parameter, bool, int, float, str, type(None)})
 _MISSING = object()
-
-
-def _copy_of(value: Any) -> list[Any] | None:
-    """The items of a list, dict or set, by which a later change of it is seen."""
-    if type(value) is dict:
-        return list(value.items())
-    return list(value) if type(value) in (list, set) else None
-
-
-def _same_items(now: Any, copy: list[Any]) -> bool:
-    items = list(now.items()) if type(now) is dict else list(now)
-    return len(items) == len(copy) and all(a is b or equal_constants(a, b) for a, b in zip(items, copy, strict=True))
 
 
 def _homes(model: torch.nn.Module, table: str) -> dict[str, tuple[dict[str, Any], str]]:
