@@ -439,15 +439,18 @@ def save_tensor(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
 
 
 class _Saved:
-    """The same for torch before 2.13, by a custom function that saves its input."""
+    """The same for torch before 2.13, by a custom function that saves its input.
+
+    The function's output is held: in 2.11 its Python node does not hold what it saved, the node in C++ does.
+    """
 
     def __init__(self, tensor: torch.Tensor) -> None:
         anchor = torch.empty((0,), requires_grad=True)
         with torch.enable_grad():
-            self.node: Any = _KeepInput.apply(anchor, tensor).grad_fn
+            self.output: Any = _KeepInput.apply(anchor, tensor)
 
     def __call__(self) -> torch.Tensor:
-        (tensor,) = self.node.saved_tensors
+        (tensor,) = self.output.grad_fn.saved_tensors
         return tensor  # type: ignore[no-any-return]
 
 
@@ -508,6 +511,12 @@ def caller_source() -> str:
             return _place(frame)
         frame = frame.f_back
     return ""
+
+
+def is_checkpoint_wrapper(module: torch.nn.Module) -> bool:
+    """Whether a module is what torch's own `checkpoint_wrapper` makes."""
+    home = sys.modules.get("torch.distributed.algorithms._checkpoint.checkpoint_wrapper")
+    return home is not None and isinstance(module, home.CheckpointWrapper)
 
 
 def is_compiled(value: Any) -> bool:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from keepless import _compat
+from keepless.capture.checkpointed import checkpointed_places, refuse_checkpointing
 from keepless.capture.inputs import FlatInputs
 from keepless.capture.side_effects import guard_side_effects
 from keepless.errors import BatchError, CaptureError, DataDependentError, LossError, ParameterError
@@ -166,7 +167,8 @@ def check_model(model: torch.nn.Module, flat: FlatInputs) -> None:
 
     Raises:
         ParameterError: no trainable parameter, several devices, sparse or subclassed parameters.
-        CaptureError: hooks on submodules, or the model checkpoints already.
+        CaptureError: hooks on submodules.
+        CheckpointingError: the model checkpoints already.
     """
     if not any(t.requires_grad for t in (*model.parameters(), *flat.tensors)):
         raise ParameterError("The model has no trainable parameter: there is no backward to plan for.")
@@ -193,11 +195,7 @@ def check_model(model: torch.nn.Module, flat: FlatInputs) -> None:
             raise CaptureError(
                 f"The submodule {name} has hooks; a captured step would not run them. Remove them before planning."
             )
-    # transformers 5 renamed the flag, and reading it by its old name warns there.
-    new_name = "is_activation_checkpointing"
-    flag = new_name if hasattr(type(model), new_name) else "is_gradient_checkpointing"
-    if getattr(model, flag, False) is True:
-        raise CaptureError(f"The model checkpoints already ({flag}); turn that off before planning.")
+    refuse_checkpointing(checkpointed_places(model))
 
 
 def planned_device(model: torch.nn.Module) -> torch.device:

@@ -16,6 +16,7 @@ import torch
 
 from keepless import _compat
 from keepless.capture import Inputs, flatten_inputs, planned_device
+from keepless.capture.checkpointed import checkpointed_places, refuse_checkpointing
 from keepless.control.captured import Settings, settings_from
 from keepless.control.module_costs import MeasuredModules, measure_modules
 from keepless.control.reserve import budget_with_reserve, explain_infeasible, with_reserve
@@ -136,6 +137,7 @@ def _check(model: torch.nn.Module) -> None:
         )
     if not any(p.requires_grad for p in model.parameters()):
         raise ParameterError("No parameter of the model requires a gradient: there is nothing to train.")
+    refuse_checkpointing(checkpointed_places(model))
     devices = sorted({str(tensor.device) for tensor in tensors})
     if len(devices) > 1:
         raise CaptureError(f"The model is on several devices ({', '.join(devices)}); a plan is for one.")

@@ -19,6 +19,7 @@ from keepless.control.captured import Capture, Captures, Measured, Settings, set
 from keepless.control.checks import check_module, check_optimizer
 from keepless.control.reserve import budget_with_reserve, explain_infeasible, with_reserve
 from keepless.control.signature import batch_signature, model_signature
+from keepless.control.takeover import with_takeover
 from keepless.control.trials import cost_model, held_nbytes, measure_costs, measure_loss
 from keepless.errors import (
     BatchError,
@@ -58,6 +59,7 @@ def read_budget(budget: object, device: torch.device) -> int:
     return parse_bytes(budget, device_nbytes=device_nbytes(device) if isinstance(budget, float) else None)
 
 
+@with_takeover
 def make(
     model: torch.nn.Module,
     batch: Any,
