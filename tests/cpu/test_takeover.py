@@ -347,7 +347,7 @@ def test_reentrant_wrappers_are_taken_over() -> None:
 
 
 def test_hooks_that_the_switch_takes_off_come_back() -> None:
-    """transformers hooks the embeddings where it checkpoints, in 4 only with adapters; its switch may leave the hook."""
+    """transformers hooks the embeddings where it checkpoints, in 4 with adapters only; its switch may leave that."""
     part: Any = made("transformers")[0]
     model: nn.Module = part
     part.get_input_embeddings().register_forward_pre_hook(lambda *_: None)
