@@ -364,6 +364,17 @@ def test_hooks_that_the_switch_takes_off_come_back() -> None:
     assert len(part.get_input_embeddings()._forward_hooks) == 1
 
 
+@by_engine
+def test_a_whole_model_in_a_wrapper(engine: str) -> None:
+    """The wrapper shows its parameters by other names than their modules have."""
+    plain, batch = made("torch's checkpoint_wrapper", on=False)
+    model = wrappers.checkpoint_wrapper(copy.deepcopy(plain))
+    keepless.fit(model, batch, "1GB", cache=False, takeover=True, engine=engine)
+    assert equal(step(model, batch)[0], step(plain, batch)[0])
+    keepless.remove(model)
+    assert checkpointed_places(model) == ("CheckpointWrapper",)
+
+
 class Stuck(Net):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.down.gradient_checkpointing = False

@@ -69,7 +69,7 @@ class Drafting:
     def __init__(self, traced: Traced, flat: FlatInputs, model: torch.nn.Module, shape: StepShape) -> None:
         self.traced = traced
         self.names = [name for name, _ in named_state(model)]
-        self.param_names = {name for name, _ in model.named_parameters()}
+        self.param_names = {name for name, _ in torch.nn.Module.named_parameters(model)}
         self.flat = flat
         self.shape = shape
         self.device = planned_device(model)

@@ -373,7 +373,9 @@ class _Holder(torch.nn.Module):
 
 
 def named_state(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
-    return [*model.named_parameters(), *model.named_buffers()]
+    """Parameters and buffers by the paths of their modules: wrappers may show them by other names."""
+    module = torch.nn.Module
+    return [*module.named_parameters(model), *module.named_buffers(model)]
 
 
 def _own_loss(output: Any, leaves: list[Any]) -> int:
