@@ -354,14 +354,15 @@ def test_hooks_that_the_switch_takes_off_come_back() -> None:
     if not hasattr(part, "_require_grads_hook"):  # transformers before 5
         part.enable_input_require_grads()
     part.get_input_embeddings().register_forward_hook(lambda *_: None)
+    part.get_input_embeddings().register_forward_hook(lambda *_: None, prepend=True)
     before = standing(model)
     taken = Taken(model, checkpointed_places(model))
     assert not same(before, standing(model))
-    assert len(part.get_input_embeddings()._forward_hooks) == 1
+    assert len(part.get_input_embeddings()._forward_hooks) == 2
     taken.give_back()
     assert same(before, standing(model))
     part.disable_input_require_grads()  # its handle still works
-    assert len(part.get_input_embeddings()._forward_hooks) == 1
+    assert len(part.get_input_embeddings()._forward_hooks) == 2
 
 
 @by_engine

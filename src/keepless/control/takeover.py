@@ -77,11 +77,9 @@ class Taken:
                 for name in (*attributes, *(name for name in now if name not in attributes))
                 if attributes.get(name, _MISSING) is not now.get(name, _MISSING)
             }
-            gone = {
-                name: {key: hook for key, hook in table.items() if key not in now[name]}
-                for name, table in hooks.items()
-                if any(key not in now[name] for key in table)
-            }
+            gone = {name: table for name, table in hooks.items() if any(key not in now[name] for key in table)}
+            for name, table in gone.items():  # those that stayed are not ours to put back
+                gone[name] = {key: _MISSING if key in now[name] else hook for key, hook in table.items()}
             if changed or gone:
                 self._changes.append((weakref.ref(module), changed, gone))
 
@@ -98,9 +96,12 @@ class Taken:
                     module.__dict__[name] = value
             for name, hooks in gone.items():
                 table = module.__dict__[name]
-                later = {key: hook for key, hook in table.items() if key not in hooks}
+                now = table.copy()
                 table.clear()
-                table.update(sorted({**hooks, **later}.items()))  # hooks are numbered in the order of registration
+                for key, hook in hooks.items():
+                    if hook is not _MISSING or key in now:
+                        table[key] = now.get(key, hook)
+                table.update(now)  # those that were registered since come last
         self._changes.clear()
 
 
