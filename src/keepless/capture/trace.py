@@ -465,8 +465,8 @@ def _export(model: torch.nn.Module, flat: FlatInputs, grad_outputs: tuple[int, .
         text = str(error).strip().splitlines()
         if isinstance(error, NotImplementedError) and "torch._C.Generator" in str(error):  # torch 2.11
             raise CaptureError(
-                f"The forward uses a generator of its own{_where(error)}, which a captured step cannot replay. Draw from "
-                "torch's default generator."
+                f"The forward uses a generator of its own{_where(error)}, which a captured step cannot replay. Draw "
+                "from torch's default generator."
             ) from error
         kind = DataDependentError if isinstance(error, _compat.data_dependent_errors()) else CaptureError
         raise kind(
