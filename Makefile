@@ -4,13 +4,16 @@ VENV ?= .venv
 PURE ?= .venv-pure
 BIN := $(VENV)/bin
 CONSTRAINTS := constraints.txt
+OLDEST ?= .venv-oldest
+NEWEST ?= .venv-newest
 
-.PHONY: help demo test test-fast test-pure test-upstream check lint types imports format bench bench-planner bench-gpu clean
+.PHONY: help demo test test-fast test-pure test-oldest test-newest test-upstream check lint types imports format bench bench-planner bench-gpu clean
 
 help:
 	@echo "make demo       train a small GPT-2 four ways inside and outside a budget (out/)"
 	@echo "make test       lint, types, import contracts, all tests"
 	@echo "make test-fast  the tests without the slow ones"
+	@echo "make test-oldest, make test-newest  the same on the oldest and the newest torch that is supported"
 	@echo "make test-upstream TORCH_SRC=...  PyTorch's own checkpoint tests, of a source checkout, with ours in its place"
 	@echo "make bench      the committed figures (benchmarks/results/)"
 	@echo "make bench-planner  how near the optimum plans are, and how soon"
@@ -24,6 +27,17 @@ $(PURE)/.ready: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(PURE)
 	$(PURE)/bin/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) \
 		numpy scipy ortools pytest pytest-timeout hypothesis
+	@touch $@
+
+# PIP_CONSTRAINT stands in the place of constraints that pip is configured with: these files say it all.
+$(OLDEST)/.ready: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	PIP_CONSTRAINT=constraints-oldest.txt $(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	@touch $@
+
+$(NEWEST)/.ready: pyproject.toml constraints-newest.txt
+	$(PYTHON) -m venv $(NEWEST)
+	PIP_CONSTRAINT=constraints-newest.txt $(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
 	@touch $@
 
 demo: $(VENV)/.ready
@@ -62,6 +76,15 @@ test-fast: $(VENV)/.ready
 	$(BIN)/python -m pytest -q -m "not slow" tests/cpu tests/gpu; rest=$$?; \
 	wait $$pure && exit $$rest
 
+# The half above the torch line on other releases of torch and transformers; PYTEST_ARGS chooses some of it.
+PYTEST_ARGS ?= tests/cpu tests/gpu
+
+test-oldest: $(OLDEST)/.ready
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -q -m "not slow" $(PYTEST_ARGS)
+
+test-newest: $(NEWEST)/.ready
+	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -q -m "not slow" $(PYTEST_ARGS)
+
 # PyTorch's own tests of checkpoint, with torch's function and with ours; TORCH_SRC is a checkout of its source.
 test-upstream: $(VENV)/.ready
 	$(BIN)/python tests/upstream/run.py "$(TORCH_SRC)"
@@ -78,4 +101,4 @@ bench-gpu: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.step --device cuda
 
 clean:
-	rm -rf $(VENV) $(PURE) out .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(PURE) $(OLDEST) $(NEWEST) out .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

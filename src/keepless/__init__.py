@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from keepless.errors import BatchError as BatchError
     from keepless.errors import BudgetError as BudgetError
     from keepless.errors import CaptureError as CaptureError
+    from keepless.errors import CheckpointingError as CheckpointingError
     from keepless.errors import GuardError as GuardError
     from keepless.errors import InfeasibleBudget as InfeasibleBudget
     from keepless.errors import KeeplessError as KeeplessError
@@ -68,6 +69,7 @@ _HOMES = {
         "BatchError",
         "BudgetError",
         "CaptureError",
+        "CheckpointingError",
         "GuardError",
         "InfeasibleBudget",
         "KeeplessError",

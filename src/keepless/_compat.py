@@ -1,6 +1,7 @@
 """Every private call into torch is here, with keyword arguments, so that a new release breaks one file.
 
-Tested on the torch releases that `pyproject.toml` allows.
+Only the meter's own, in `keepless.measure._profiler`, are elsewhere: it shares nothing with what it judges.
+README.md names the releases of torch that all this was run on.
 """
 
 from __future__ import annotations
@@ -18,17 +19,22 @@ import torch.utils.checkpoint
 from torch._dispatch.python import enable_python_dispatcher as enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
+from torch._ops import OpOverload as OpOverload
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch._subclasses.fake_tensor import UnsupportedFakeTensorException
 from torch.fx.experimental import symbolic_shapes
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._sympy.value_ranges import ValueRanges
 
 tree_flatten = pytree.tree_flatten
 tree_leaves = pytree.tree_leaves
 tree_map = pytree.tree_map
 tree_unflatten = pytree.tree_unflatten
+
+BatchNorm = _BatchNorm
 
 _TORCH_DIR = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
 _OWN_DIR = os.path.dirname(os.path.abspath(__file__)) + os.sep
@@ -291,8 +297,11 @@ def ambient_state(device_type: str) -> tuple[Any, ...]:
 
 
 def dynamo_traces() -> bool:
-    """Whether torch.compile traces this call (and not torch.export)."""
-    return torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
+    """Whether torch.compile traces this call (and not torch.export).
+
+    The flag is read by itself: traced by torch 2.11, `is_exporting()` is always True.
+    """
+    return torch.compiler.is_dynamo_compiling() and not getattr(torch.compiler, "_is_exporting_flag", False)
 
 
 def no_autocast() -> Any:
@@ -318,6 +327,23 @@ transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_activ
 def without_function_subclasses() -> Any:
     """A block in which `__torch_function__` of tensor subclasses is not called."""
     return torch._C.DisableTorchFunctionSubclass()
+
+
+def without_functions() -> Any:
+    """A block in which neither modes nor subclasses see the functions of torch that are called."""
+    return torch._C.DisableTorchFunction()
+
+
+set_grad_enabled: Callable[[bool], None] = torch._C._set_grad_enabled
+"""Sets whether autograd records, without an object for a block."""
+
+functions: Any = torch._C._VariableFunctions
+"""torch's own bindings of ops, also of those that it does not show as `torch.name`."""
+
+
+def overlaps_itself(tensor: torch.Tensor) -> bool:
+    """Whether elements of a tensor are known to share memory."""
+    return bool(torch._debug_has_internal_overlap(tensor) == 1)
 
 
 def own_ops() -> contextlib.AbstractContextManager[Any]:
@@ -455,15 +481,18 @@ def save_tensor(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
 
 
 class _Saved:
-    """The same for torch before 2.13, by a custom function that saves its input."""
+    """The same for torch before 2.13, by a custom function that saves its input.
+
+    The function's output is held: in 2.11 its Python node does not hold what it saved, the node in C++ does.
+    """
 
     def __init__(self, tensor: torch.Tensor) -> None:
-        anchor = torch.empty((0,), requires_grad=True)
-        with torch.enable_grad():
-            self.node: Any = _KeepInput.apply(anchor, tensor).grad_fn
+        with torch.enable_grad(), own_ops(), without_functions():
+            anchor = torch.empty((0,), requires_grad=True)
+            self.output: Any = _KeepInput.apply(anchor, tensor)
 
     def __call__(self) -> torch.Tensor:
-        (tensor,) = self.node.saved_tensors
+        (tensor,) = self.output.grad_fn.saved_tensors
         return tensor  # type: ignore[no-any-return]
 
 
@@ -524,6 +553,12 @@ def caller_source() -> str:
             return _place(frame)
         frame = frame.f_back
     return ""
+
+
+def is_checkpoint_wrapper(module: torch.nn.Module) -> bool:
+    """Whether a module is what torch's own `checkpoint_wrapper` makes."""
+    home = sys.modules.get("torch.distributed.algorithms._checkpoint.checkpoint_wrapper")
+    return home is not None and isinstance(module, home.CheckpointWrapper)
 
 
 def is_compiled(value: Any) -> bool:

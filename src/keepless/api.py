@@ -36,6 +36,7 @@ def plan(
     progress: Progress | None = None,
     engine: str = "auto",
     blocks: Blocks | None = None,
+    takeover: bool = False,
 ) -> Plan:
     """The fastest plan found for training this model on batches like this one within a budget.
 
@@ -63,10 +64,14 @@ def plan(
             first of these that can; the plan says which, and why.
         blocks: what to capture, for the block engine: classes, their names, or paths (`"transformer.h.*"`); None to
             find it.
+        takeover: a model that checkpoints already (by a switch of transformers, timm or diffusers, or torch's
+            `checkpoint_wrapper`) is planned without that; it is off while the plan stands in the model, and on again,
+            as it was, after `remove`.
 
     Raises:
         BudgetError: the budget cannot be read.
         InfeasibleBudget: no plan was found; carries the smallest budget that works and the op that sets the floor.
+        CheckpointingError: the model checkpoints already, without `takeover`; carries the places.
         CaptureError: the model cannot be captured as one graph; BatchError, LossError and ParameterError say more.
     """
     return control.make(
@@ -84,6 +89,7 @@ def plan(
         progress=progress,
         engine=engine,
         blocks=blocks,
+        takeover=takeover,
     )
 
 
@@ -101,6 +107,7 @@ def curve(
     seed: int = 0,
     cache: bool = True,
     progress: Progress | None = None,
+    takeover: bool = False,
 ) -> StepCurve:
     """The step's time for every budget at once: captured and measured once, and solved for some budgets.
 
@@ -111,7 +118,7 @@ def curve(
         keepless.apply(model, curve.plan("8GiB"))         # any budget on it, without solving again
 
     Arguments:
-        model, batch, optimizer, loss_fn, accumulate, release_outputs, outside, seed, cache: as in `plan`.
+        model, batch, optimizer, loss_fn, accumulate, release_outputs, outside, seed, cache, takeover: as in `plan`.
         points: how many budgets are solved for, the smallest and the one that keeps everything among them.
         strategies: names in `keepless.solve.SOLVERS` to show beside the curve; None for those that cost little.
         progress: called with (stage, done, total); stages are "capture", "measure" and "solve".
@@ -133,23 +140,28 @@ def curve(
         seed=seed,
         cache=cache,
         progress=progress,
+        takeover=takeover,
     )
 
 
-def apply(model: M, plan: Plan) -> M:
+def apply(model: M, plan: Plan, *, takeover: bool = False) -> M:
     """Makes a model train by a plan; the same object, state_dict keys and forward signature.
 
     Calls under no_grad, in evaluation mode, or inside torch.func transforms run the model's own forward. A training
     call with other shapes is planned on the spot for the same budget.
 
+    Arguments:
+        takeover: turn off the model's own checkpointing until `remove`, also where the plan was not made with it.
+
     Raises:
         PlanError: the plan was made for another model.
+        CheckpointingError: the model checkpoints already, and neither the plan nor this call takes that over.
     """
-    return control.apply(model, plan)
+    return control.apply(model, plan, takeover)
 
 
 def remove(model: M) -> M:
-    """Takes a plan out of a model; without one it does nothing."""
+    """Takes a plan out of a model, and turns on again what was taken over; without a plan it does nothing."""
     return control.remove(model)
 
 

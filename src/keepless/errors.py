@@ -7,6 +7,7 @@
     |-- InfeasibleBudget     no plan found under the budget; carries `.smallest_budget` and `.bound`
     |-- CaptureError         the model cannot be captured as one graph
     |   |-- BatchError       the model's forward rejects this batch
+    |   |-- CheckpointingError  the model checkpoints already; carries `.places`
     |   |-- DataDependentError  the forward needs a tensor's data in Python
     |   |-- LossError        the loss is not a scalar, or has no gradient
     |   `-- ParameterError   nothing to train, or parameters that cannot be planned for
@@ -57,6 +58,18 @@ class CaptureError(KeeplessError):
 
 class BatchError(CaptureError):
     """The model's forward rejects this batch."""
+
+
+class CheckpointingError(CaptureError):
+    """The model checkpoints already, and that was not to be taken over or cannot be turned off.
+
+    Attributes:
+        places: the flags and wrapped modules, as paths from the model.
+    """
+
+    def __init__(self, message: str, *, places: tuple[str, ...]) -> None:
+        super().__init__(message)
+        self.places = places
 
 
 class DataDependentError(CaptureError):

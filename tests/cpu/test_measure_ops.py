@@ -106,7 +106,7 @@ def test_scratch_inside_a_users_profiler() -> None:
     trials = _trials()[:3]
     alone = measure_ops(trials)
     activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+    with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
         inside = measure_ops(trials)
         torch.zeros(4)
     assert {key: cost.scratch for key, cost in inside.items()} == {key: cost.scratch for key, cost in alone.items()}

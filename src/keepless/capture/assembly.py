@@ -34,7 +34,7 @@ class Assembly:
     def __init__(self, work: Drafting, model: torch.nn.Module) -> None:
         self.work = work
         self.shape = work.shape
-        self.parameters = dict(model.named_parameters())
+        self.parameters = dict(torch.nn.Module.named_parameters(model))
         self.device = planned_device(model)
         self.outputs: dict[int, int] = {}
         self.grads: list[tuple[str | int, int]] = []

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from keepless import _compat
+
 aten = torch.ops.aten
 
 
@@ -158,7 +160,7 @@ def draws_random(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     """Whether a call advances the random generator."""
     if target is draw_mask or target is draw_in_place:
         return True
-    if not isinstance(target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in target.tags:
+    if not isinstance(target, _compat.OpOverload) or torch.Tag.nondeterministic_seeded not in target.tags:
         return False
     names = [argument.name for argument in target._schema.arguments]
     bound = dict(zip(names, args, strict=False)) | kwargs

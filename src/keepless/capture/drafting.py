@@ -72,7 +72,7 @@ class Drafting:
     def __init__(self, traced: Traced, flat: FlatInputs, model: torch.nn.Module, shape: StepShape) -> None:
         self.traced = traced
         self.names = [name for name, _ in named_state(model)]
-        self.param_names = {name for name, _ in model.named_parameters()}
+        self.param_names = {name for name, _ in torch.nn.Module.named_parameters(model)}
         self.flat = flat
         self.shape = shape
         self.device = planned_device(model)
@@ -256,7 +256,7 @@ class Drafting:
         effects = {Effect.RNG} if known.draws_random(target, args, kwargs) else set()
         if effects and phase is Phase.BACKWARD:
             raise CaptureError(f"The backward draws random numbers ({node.target}); a captured step would draw others.")
-        name = str(target) if isinstance(target, torch._ops.OpOverload) else f"keepless.{target.__name__}"
+        name = str(target) if isinstance(target, _compat.OpOverload) else f"keepless.{target.__name__}"
         draft = Draft(name, call, outputs, phase, effects, node, replay, module=module, source=source)
         (self.backward if phase is Phase.BACKWARD else self.forward).append(draft)
 

@@ -19,6 +19,7 @@ import torch
 
 from keepless import _compat
 from keepless.binding import Fact
+from keepless.capture.checkpointed import checkpointed_places, refuse_checkpointing
 from keepless.capture.inputs import FlatInputs
 from keepless.capture.side_effects import guard_side_effects
 from keepless.errors import BatchError, CaptureError, DataDependentError, LossError, ParameterError
@@ -180,7 +181,8 @@ def check_model(model: torch.nn.Module, flat: FlatInputs) -> None:
 
     Raises:
         ParameterError: no trainable parameter, several devices, sparse or subclassed parameters.
-        CaptureError: hooks on submodules, or the model checkpoints already.
+        CaptureError: hooks on submodules.
+        CheckpointingError: the model checkpoints already.
     """
     if not any(t.requires_grad for t in (*model.parameters(), *flat.tensors)):
         raise ParameterError("The model has no trainable parameter: there is no backward to plan for.")
@@ -207,11 +209,7 @@ def check_model(model: torch.nn.Module, flat: FlatInputs) -> None:
             raise CaptureError(
                 f"The submodule {name} has hooks; a captured step would not run them. Remove them before planning."
             )
-    # transformers 5 renamed the flag, and reading it by its old name warns there.
-    new_name = "is_activation_checkpointing"
-    flag = new_name if hasattr(type(model), new_name) else "is_gradient_checkpointing"
-    if getattr(model, flag, False) is True:
-        raise CaptureError(f"The model checkpoints already ({flag}); turn that off before planning.")
+    refuse_checkpointing(checkpointed_places(model))
 
 
 def planned_device(model: torch.nn.Module) -> torch.device:
@@ -431,7 +429,9 @@ class _Holder(torch.nn.Module):
 
 
 def named_state(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
-    return [*model.named_parameters(), *model.named_buffers()]
+    """Parameters and buffers by the paths of their modules: wrappers may show them by other names."""
+    module = torch.nn.Module
+    return [*module.named_parameters(model), *module.named_buffers(model)]
 
 
 def _own_loss(output: Any, leaves: list[Any]) -> int:
@@ -522,6 +522,11 @@ def _export(
         if isinstance(error, CaptureError):
             raise
         text = str(error).strip().splitlines()
+        if isinstance(error, NotImplementedError) and "torch._C.Generator" in str(error):  # torch 2.11
+            raise CaptureError(
+                f"The forward uses a generator of its own{_where(error)}, which a captured step cannot replay. Draw "
+                "from torch's default generator."
+            ) from error
         kind = DataDependentError if isinstance(error, _compat.data_dependent_errors()) else CaptureError
         raise kind(
             f"The training step cannot be captured as one graph{_where(error)}: "

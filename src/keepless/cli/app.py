@@ -34,6 +34,7 @@ from keepless.cli.options import (
     Seed,
     SeqLen,
     SolverOption,
+    TakeoverOption,
     Values,
 )
 from keepless.cli.session import (
@@ -79,6 +80,7 @@ def plan_command(
     seed: Seed = 0,
     solver: SolverOption = "keepless",
     engine: EngineOption = "auto",
+    takeover: TakeoverOption = False,
     accumulate: Accumulates = False,
     release_outputs: Releases = False,
     outside: Outside = "0",
@@ -93,6 +95,7 @@ def plan_command(
         options = {
             "solver": solver,
             "engine": engine,
+            "takeover": takeover,
             "accumulate": accumulate,
             "release_outputs": release_outputs,
             "outside": read_budget(outside),
@@ -129,6 +132,7 @@ def train(
     seed: Seed = 0,
     solver: SolverOption = "keepless",
     engine: EngineOption = "auto",
+    takeover: TakeoverOption = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -138,7 +142,8 @@ def train(
         _refuse_meta(recipe)
         check_target(save)
         built = _build(recipe)
-        found = _plan_of(built, plan, budget, {"solver": solver, "engine": engine, "release_outputs": True})
+        options = {"solver": solver, "engine": engine, "takeover": takeover, "release_outputs": True}
+        found = _plan_of(built, plan, budget, options)
         from keepless import api
         from keepless.cli.training import train_step
 
@@ -177,6 +182,7 @@ def verify(
     seed: Seed = 0,
     solver: SolverOption = "keepless",
     engine: EngineOption = "auto",
+    takeover: TakeoverOption = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -185,7 +191,8 @@ def verify(
         recipe = _recipe(model, batch_size, seq_len, dtype, optimizer, device, 1e-3, seed)
         _refuse_meta(recipe)
         built = _build(recipe)
-        found = _plan_of(built, plan, budget, {"solver": solver, "engine": engine, "release_outputs": True})
+        options = {"solver": solver, "engine": engine, "takeover": takeover, "release_outputs": True}
+        found = _plan_of(built, plan, budget, options)
         from keepless import api
 
         result = api.verify(built.model, built.batch, found, loss_fn=built.loss_fn)
@@ -297,7 +304,11 @@ def _plan_of(built: Built, file: Path | None, budget: str | None, options: dict[
         return _planned(built, budget, options)
     if budget is not None:
         raise UsageError("Give --plan or --budget, not both: a saved plan has its budget.")
-    return load_plan(file)
+    from keepless.control.takeover import note
+
+    found = load_plan(file)
+    note(found.signature, options["takeover"])
+    return found
 
 
 def _meter(recipe: Recipe, plan: Plan, steps: int, device: str) -> int:

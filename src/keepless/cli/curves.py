@@ -22,6 +22,7 @@ from keepless.cli.options import (
     SaveOption,
     Seed,
     SeqLen,
+    TakeoverOption,
 )
 from keepless.cli.session import UsageError, check_picture, check_target, planning, read_budget, session
 from keepless.ir.budget import MAX_NBYTES, parse_bytes
@@ -49,6 +50,7 @@ def curve_command(
     release_outputs: Releases = False,
     outside: Outside = "0",
     cache: Caches = True,
+    takeover: TakeoverOption = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -74,6 +76,7 @@ def curve_command(
             "points": points,
             "strategies": strategy or None,
             "cache": cache,
+            "takeover": takeover,
         }
         with planning("curve") as progress:
             found = api.curve(built.model, built.batch, progress=progress, **options)

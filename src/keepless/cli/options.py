@@ -28,6 +28,9 @@ EngineOption = Annotated[
         "first that can."
     ),
 ]
+TakeoverOption = Annotated[
+    bool, typer.Option("--takeover", help="Turn off the model's own checkpointing for the plan.")
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, and nothing else.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")]
 Values = Annotated[bool, typer.Option("--values", help="A row per value, not only per block.")]

@@ -15,6 +15,7 @@ from keepless.control.captured import Capture, Captures
 from keepless.control.checks import check_module, check_plan
 from keepless.control.planning import make_like, recapture
 from keepless.control.signature import batch_signature, check_signature, model_signature
+from keepless.control.takeover import check_checkpointing, give_back, is_allowed, take
 from keepless.errors import InfeasibleBudget, PlanError
 from keepless.execute import Entry, PlannedForward, make_entry
 from keepless.ir.text import fingerprint
@@ -26,16 +27,29 @@ MAX_ENTRIES = 8
 """Captured steps that one model keeps; beyond that the oldest goes."""
 
 
-def apply(model: M, plan: Plan) -> M:
+def apply(model: M, plan: Plan, takeover: bool = False) -> M:
     """See `keepless.apply`."""
     check_module(model)
     check_plan(plan)
-    if module_plans.is_by_modules(plan):
-        remove(model)
-        module_plans.apply(model, plan)
-        return model
-    check_signature(plan.signature, model_signature(model), "model")
-    planned = PlannedForward(remove(model), [], None)
+    check_checkpointing(model, takeover or is_allowed(plan))
+    if not module_plans.is_by_modules(plan):
+        check_signature(plan.signature, model_signature(model), "model")
+    remove(model)
+    take(model)
+    try:
+        if module_plans.is_by_modules(plan):
+            module_plans.apply(model, plan)
+        else:
+            _put_in(model, plan)
+    except BaseException:
+        give_back(model)
+        raise
+    return model
+
+
+def _put_in(model: torch.nn.Module, plan: Plan) -> None:
+    """A plan of single ops into a model that has none."""
+    planned = PlannedForward(model, [], None)
     capture = capture_of(plan, model)
     if capture is not None:
         planned.entries.append(make_entry(model, capture.flat, capture.binding, plan.program))
@@ -44,7 +58,6 @@ def apply(model: M, plan: Plan) -> M:
 
     planned.on_miss = functools.partial(_on_miss, plan)
     model.__dict__["forward"] = planned
-    return model
 
 
 def _on_miss(
@@ -91,12 +104,10 @@ def _on_miss(
 def remove(model: M) -> M:
     """See `keepless.remove`."""
     modules = module_steps.planned_modules(model)
-    if modules is not None:
-        modules.take_out()
-        return model
-    planned = planned_forward(model)
+    planned = planned_forward(model) if modules is None else modules
     if planned is not None:
         planned.take_out()
+    give_back(model)
     return model
 
 

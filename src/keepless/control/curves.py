@@ -14,6 +14,7 @@ from keepless.control.captured import Captures, Measured, Settings
 from keepless.control.checks import check_module
 from keepless.control.planning import Progress, measure_step, plan_of, read_budget, read_settings
 from keepless.control.reserve import budget_with_reserve, explain_infeasible, with_reserve
+from keepless.control.takeover import note, turned_off
 from keepless.errors import InfeasibleBudget
 from keepless.machine import Plan
 from keepless.report.curve_picture import draw_curve
@@ -168,6 +169,7 @@ def make_curve(
     seed: int,
     cache: bool,
     progress: Progress | None,
+    takeover: bool,
 ) -> StepCurve:
     """See `keepless.curve`."""
     check_module(model)
@@ -185,7 +187,9 @@ def make_curve(
         seed=seed,
         cache=cache,
     )
-    measured = measure_step(model, batch, settings, progress)
+    with turned_off(model, takeover):
+        measured = measure_step(model, batch, settings, progress)
+    note(measured.signature, takeover)
     search = Search()
     if progress is not None:
         tell = progress

@@ -10,6 +10,7 @@ import torch
 
 from keepless import _compat
 from keepless.capture import Inputs
+from keepless.capture.checkpointed import checkpointed_places, refuse_checkpointing
 from keepless.errors import CaptureError, ParameterError, PlanError
 from keepless.modules.planned import PlannedModules, RegionForward
 
@@ -57,6 +58,7 @@ def check(model: torch.nn.Module) -> None:
     Raises:
         CaptureError: lazy parameters, no weights yet, several devices.
         ParameterError: nothing is trained.
+        CheckpointingError: it checkpoints already.
     """
     tensors = [*model.parameters(), *model.buffers()]
     if any(map(torch.nn.parameter.is_lazy, tensors)):
@@ -70,6 +72,7 @@ def check(model: torch.nn.Module) -> None:
         )
     if not any(p.requires_grad for p in model.parameters()):
         raise ParameterError("No parameter of the model requires a gradient: there is nothing to train.")
+    refuse_checkpointing(checkpointed_places(model))
     devices = sorted({str(tensor.device) for tensor in tensors})
     if len(devices) > 1:
         raise CaptureError(f"The model is on several devices ({', '.join(devices)}); a plan is for one.")

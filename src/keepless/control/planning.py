@@ -21,11 +21,13 @@ from keepless.control.checks import check_module, check_optimizer
 from keepless.control.region_plans import EAGER
 from keepless.control.reserve import budget_with_reserve, explain_infeasible, with_reserve
 from keepless.control.signature import batch_signature, model_signature
+from keepless.control.takeover import with_takeover
 from keepless.control.templates import Templates
 from keepless.control.trials import cost_model, held_nbytes, measure_costs, measure_loss
 from keepless.errors import (
     BatchError,
     CaptureError,
+    CheckpointingError,
     InfeasibleBudget,
     LossError,
     MeasureError,
@@ -64,6 +66,7 @@ def read_budget(budget: object, device: torch.device) -> int:
     return parse_bytes(budget, device_nbytes=device_nbytes(device) if isinstance(budget, float) else None)
 
 
+@with_takeover
 def make(
     model: torch.nn.Module,
     batch: Any,
@@ -112,7 +115,7 @@ def make(
     try:
         return make_with(model, batch, settings, progress)
     except CaptureError as error:
-        if isinstance(error, LossError):  # no engine has a backward then
+        if isinstance(error, (LossError, CheckpointingError)):  # the same for every engine
             raise
         if engine == AUTO:
             return module_plans.make_first(model, batch, settings, tell, error)

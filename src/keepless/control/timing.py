@@ -21,6 +21,7 @@ from keepless.control.checks import check_module, check_plan
 from keepless.control.module_plans import is_by_modules
 from keepless.control.module_steps import tensors_of
 from keepless.control.runner import Runner
+from keepless.control.takeover import is_allowed, turned_off
 from keepless.control.verifying import check_ambient, with_program
 from keepless.errors import ParameterError, PlanError
 from keepless.ir import Event, Timeline
@@ -45,7 +46,7 @@ def measure_timeline(model: torch.nn.Module, batch: Any, plan: Plan, *, loss_fn:
     standing = planned_forward(model)
     taken: list[dict[int, float]] = []
     marks: list[tuple[int, float]] = []
-    with untouched(model, planned_device(model), tensors_of(batch)) as before:
+    with turned_off(model, is_allowed(plan)), untouched(model, planned_device(model), tensors_of(batch)) as before:
         remove(model)
         try:
             capture = capture_of(plan, model) or bind(model, plan, flatten_inputs(inputs))

@@ -22,6 +22,7 @@ from keepless.control.module_plans import is_by_modules, settings_of
 from keepless.control.module_steps import recording, standing_alone, tensors_of, uncompiled, without_plan
 from keepless.control.runner import Outcome, Runner, differing, noise_of
 from keepless.control.signature import batch_signature, check_signature, model_signature
+from keepless.control.takeover import is_allowed, turned_off
 from keepless.errors import LossError, PlanError
 from keepless.execute import PlannedForward, make_entry
 from keepless.ir import Phase, Run, format_bytes
@@ -96,7 +97,10 @@ def verify(model: torch.nn.Module, batch: Any, plan: Plan, *, loss_fn: Any, repe
     inputs = Inputs.of(batch)
     flat = flatten_inputs(inputs)
     standing = planned_forward(model)
-    with untouched(model, planned_device(model), tensors_of(batch)) as before:
+    with (
+        turned_off(model, is_allowed(plan)),
+        untouched(model, planned_device(model), tensors_of(batch)) as before,
+    ):
         remove(model)
         try:
             capture = capture_of(plan, model) or bind(model, plan, flat)
@@ -143,7 +147,12 @@ def _verify_modules(model: torch.nn.Module, batch: Any, plan: Plan, loss_fn: Any
     if plan.signature.get("autocast", autocast_now(model)) != autocast_now(model):
         raise PlanError("The plan was made under another autocast than stands around verify: call it under the same.")
     inputs, batch = standing_alone(batch)
-    with recording(), untouched(model, device, tensors_of(inputs)) as before, without_plan(model):
+    with (
+        turned_off(model, is_allowed(plan)),
+        recording(),
+        untouched(model, device, tensors_of(inputs)) as before,
+        without_plan(model),
+    ):
         run = Runner(model, inputs, batch, loss_fn, settings, device, before)
         fits = plan.baseline_peak <= device_nbytes(device)
         planned = apply_modules(model, plan)

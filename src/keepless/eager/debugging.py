@@ -5,14 +5,12 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-from torch.utils._python_dispatch import TorchDispatchMode
-
 from keepless import _compat
 from keepless.eager.calls import tensors_in
 from keepless.eager.failures import CheckpointError
 
 
-class OpLog(TorchDispatchMode):
+class OpLog(_compat.TorchDispatchMode):
     """Lists the ops that run, with the shapes of their tensors and the source line that called them."""
 
     def __init__(self) -> None:

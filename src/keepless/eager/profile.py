@@ -20,7 +20,7 @@ from keepless.eager.world import Variable, Way
 _MANY = 64
 _TINY = 1024
 _REMEMBERED = 4096
-_NORMS = (torch.nn.modules.batchnorm._BatchNorm,)
+_NORMS = (_compat.BatchNorm,)
 
 Place = tuple[weakref.ref[torch.nn.Module], tuple[tuple[bool, str], ...]]
 

@@ -142,7 +142,7 @@ class _Run:
                 item.put_back()
             for module, now in flags:
                 module.training = not now
-            torch._C._set_grad_enabled(True)
+            _compat.set_grad_enabled(True)
             special = self._special(changed, inputs)
             if special is None:
                 self._call(args, kwargs)
@@ -150,7 +150,7 @@ class _Run:
                 with special:
                     self._call(args, kwargs)
         finally:
-            torch._C._set_grad_enabled(grad)
+            _compat.set_grad_enabled(grad)
             for module, now in flags:
                 module.training = now
             for item in places:

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from keepless import _compat
 from keepless.eager import randomness
@@ -32,7 +31,7 @@ def _stream_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Stre
     return next(iter(randomness.device_streams([device])), None)
 
 
-class Draws(TorchDispatchMode):
+class Draws(_compat.TorchDispatchMode):
     """Notes the state of the stream before each op that draws."""
 
     def __init__(self) -> None:
@@ -47,7 +46,7 @@ class Draws(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-class Redraws(TorchDispatchMode):
+class Redraws(_compat.TorchDispatchMode):
     """Sets the stream to the noted state before each op that draws."""
 
     def __init__(self, draws: Draws) -> None:

@@ -88,7 +88,7 @@ def _unseen(tensors: Iterable[torch.Tensor]) -> AbstractContextManager[Any]:
     Tensors with a class of their own are asked as that class will have it.
     """
     is_plain = all(type(tensor) in (torch.Tensor, torch.nn.Parameter) for tensor in tensors)
-    return torch._C.DisableTorchFunction() if is_plain else contextlib.nullcontext()
+    return _compat.without_functions() if is_plain else contextlib.nullcontext()
 
 
 class Watch(TorchFunctionMode):

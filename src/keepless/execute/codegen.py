@@ -32,6 +32,7 @@ from typing import Any
 
 import torch
 
+from keepless import _compat
 from keepless.binding import Binding, Call, OpCode, Ref, slots_of
 from keepless.errors import StaleTensorError
 from keepless.execute.direct import direct
@@ -228,7 +229,7 @@ class _Writer:
             targets = ["_"] * width
             for item, slot in kept:
                 targets[item or 0] = f"t{slot}"
-            returns = len(call.target._schema.returns) if isinstance(call.target, torch._ops.OpOverload) else -1
+            returns = len(call.target._schema.returns) if isinstance(call.target, _compat.OpOverload) else -1
             rest = "" if width == returns else ", *_"
             self.lines.append(f"{', '.join(targets)}{rest} = {text}")
             if rest or "_" in targets:

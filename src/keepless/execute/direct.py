@@ -16,7 +16,7 @@ import torch
 from keepless import _compat
 
 aten = torch.ops.aten
-_C: Any = torch._C._VariableFunctions
+_C = _compat.functions
 _T = torch.Tensor
 
 DIRECT: dict[Any, Callable[..., Any]] = {

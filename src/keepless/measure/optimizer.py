@@ -22,9 +22,8 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from keepless import _compat
 from keepless.errors import MeasureError
 
 _CUDA_BLOCK = 512
@@ -179,7 +178,7 @@ def _one_of_each(params: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return list({(p.dtype, p.device, p.dim(), type(p)): p for p in params}.values())
 
 
-class _Names(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Names(_compat.TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Names of the ops that run."""
 
     def __init__(self) -> None:
@@ -191,7 +190,7 @@ class _Names(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
-class _Storages(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Storages(_compat.TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Bytes of the storages that ops make, while they live.
 
     Where an optimizer reads a number that a fake cannot know (Adafactor's norms), it gets 1: no allocation hangs on it.
@@ -205,14 +204,14 @@ class _Storages(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._known: dict[int, weakref.ref[Any]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        before = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        before = {id(t.untyped_storage()) for t in _compat.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
         try:
             result = func(*args, **(kwargs or {}))
         except self.unknowable:
             if func is not torch.ops.aten._local_scalar_dense.default:
                 raise
             return 1.0 if args[0].is_floating_point() else 1
-        for leaf in tree_leaves(result):
+        for leaf in _compat.tree_leaves(result):
             if isinstance(leaf, torch.Tensor) and id(leaf.untyped_storage()) not in before:
                 self._add(leaf)
         return result
@@ -240,7 +239,7 @@ def _nbytes(tensor: torch.Tensor) -> int:
 
 def _state_nbytes(states: Iterable[object]) -> int:
     """Bytes of the distinct storages in states; beside CUDA tensors, scalars that are kept on the host do not count."""
-    tensors = [leaf for state in states for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor)]
+    tensors = [leaf for state in states for leaf in _compat.tree_leaves(state) if isinstance(leaf, torch.Tensor)]
     on_cuda = any(tensor.device.type == "cuda" for tensor in tensors)
     counted = [t for t in tensors if t.device.type == "cuda"] if on_cuda else tensors
     return sum({id(t.untyped_storage()): _nbytes(t) for t in counted}.values())

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from keepless import _compat
 from keepless.eager import randomness, world
 from keepless.eager.profile import global_streams
 
@@ -155,7 +156,7 @@ def _can_be_written(tensor: torch.Tensor) -> bool:
     """Whether a copy in place can put a tensor's values back; memory that it overlaps itself in cannot be written."""
     if isinstance(tensor, torch.nn.Parameter) or tensor.is_meta:
         return False
-    return tensor.layout is not torch.strided or torch._debug_has_internal_overlap(tensor) != 1
+    return tensor.layout is not torch.strided or not _compat.overlaps_itself(tensor)
 
 
 def _copied(value: Any) -> Any:

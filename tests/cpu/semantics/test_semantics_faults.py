@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 import pytest
 import torch
 from rows import (
+    REFUSES,
     WRONG,
     Checkpoint,
     Row,
@@ -95,7 +96,7 @@ def without_collector() -> Iterator[None]:
         gc.enable()
 
 
-@TABLE.row(30, torch=WRONG)
+@TABLE.row(30, torch=REFUSES if torch.__version__ < "2.12" else WRONG)  # seen: 2.11 refuses, 2.14 and 2.15 go on
 def exception_in_the_forward(checkpoint: Checkpoint) -> dict[str, object]:
     """A region fails in its second step; the caller goes on with the next batch."""
     model = Layers()
