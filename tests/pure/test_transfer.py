@@ -17,8 +17,8 @@ from keepless.ir.matching import matched_ops
 from keepless.machine import verify
 from keepless.passes import evaluate
 from keepless.solve import smallest, solve
-from keepless.solve.transfer import Known, carried, transfer
 from keepless.solve.tables import Tables
+from keepless.solve.transfer import Known, carried, transfer
 
 
 def resized(graph: Graph, seed: int) -> Graph:
