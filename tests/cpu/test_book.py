@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import threading
 import warnings
@@ -37,7 +38,11 @@ class Net(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(
             nn.Sequential(
-                nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Dropout(0.1), nn.Linear(2 * width, width)
+                nn.LayerNorm(width),
+                nn.Linear(width, 2 * width),
+                nn.GELU(),
+                nn.Dropout(0.1),
+                nn.Linear(2 * width, width),
             )
             for _ in range(blocks)
         )
@@ -52,12 +57,19 @@ def batch_of(rows: int) -> torch.Tensor:
     return torch.randn(rows, 32, generator=torch.Generator().manual_seed(rows))
 
 
+@functools.cache
+def ends(rows: int) -> tuple[int, int]:
+    """The smallest budget of a size, and the peak with everything kept."""
+    plan = keepless.plan(Net(), batch_of(rows), "1GB", cache=False)
+    return plan.smallest_budget, plan.baseline_peak
+
+
 def pair(rows: int = 256, share: float = 0.3, **options: Any) -> tuple[nn.Module, nn.Module, int]:
     """A plain copy, the model under a plan at a share of the way from the floor to everything kept, and the budget."""
     model = Net()
     plain = copy.deepcopy(model)
-    low = keepless.plan(model, batch_of(rows), "1GB", cache=False)
-    budget = int(low.smallest_budget + share * (low.baseline_peak - low.smallest_budget))
+    low, kept = ends(rows)
+    budget = int(low + share * (kept - low))
     plan = keepless.plan(model, batch_of(rows), budget, cache=False, seed=0)
     assert plan.num_replays
     return plain, keepless.apply(model, plan, **options), budget
@@ -210,15 +222,17 @@ def test_the_shelf_forgets_what_was_used_longest_ago() -> None:
     plain, model, _ = pair(background=False)
     forward = forward_of(model)
     forward.entries.most = 3
-    with pytest.warns(UserWarning, match=r"keeps 3 captured steps.*argument 0 came as shape \(64, 32\)"):
-        for rows in (32, 64):
-            check_step(plain, model, batch_of(rows))
+    for rows in (32, 64):
+        check_step(plain, model, batch_of(rows))
     check_step(plain, model, batch_of(256))  # the planned one is used again: 32 is the oldest
+    model.zero_grad()
     loss = model(batch_of(32))
     kept = weakref.ref(forward.entries[0])
+    with pytest.warns(UserWarning, match=r"keeps 3 captured steps.*argument 0 came as shape \(96, 32\)"):
+        model(batch_of(96))
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # said once
-        for rows in (96, 128, 160):
+        for rows in (128, 160):
             check_step(plain, model, batch_of(rows))
     assert kept() is not None  # the step that runs holds it
     assert [entry.flat.facts[0][1][0] for entry in forward.entries] == [160, 128, 96]
@@ -264,7 +278,7 @@ def test_captures_that_keep_coming_are_told_once() -> None:
     model = keepless.fit(zoo.Outputs(), x, "1GB", cache=False)
     for scale in range(2, 9):
         model(x, scale=float(scale))
-    with pytest.warns(UserWarning, match=r"has had 9 different steps.*argument 1 came as 9\.0, 8\.0.*Pass numbers"):
+    with pytest.warns(UserWarning, match=r"had 9 different steps.*argument 1 came as 9\.0, 8\.0.*Pass numbers"):
         model(x, scale=9.0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -287,7 +301,7 @@ def test_many_sizes_ask_few_guards(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_switches_between_modes() -> None:
-    """Training, evaluation, no_grad and inference_mode in turns: the plan runs in training, the model's own elsewhere."""
+    """Training, evaluation, no_grad, inference_mode in turns: the plan in training, the model's own forward elsewhere."""
     plain, model, _ = pair(background=False)
     counters = forward_of(model).counters
     x = batch_of(100)
@@ -319,7 +333,6 @@ def test_dtypes_change_after_planning(dtype: torch.dtype) -> None:
     x = batch_of(128).to(dtype)
     check_step(plain, model, x)
     assert peak_of(model, x) <= budget
-    assert forward_of(model).entries[0].binding.graph.values[-1].dtype != "float32" or True
     for subject in (plain, model):
         subject.float()
     check_step(plain, model, batch_of(256))
@@ -387,7 +400,7 @@ def test_jobs_that_fail_leave_the_program_that_runs(monkeypatch: pytest.MonkeyPa
     job = worker.Job(later._graph, later._cost, later._budget, 0, 1e9, told.append)
     worker.WORKER.add(job)
     assert worker.WORKER.wait(60)
-    assert told and told[0].peak <= later._budget.device
+    assert told[0].peak <= later._budget.device
     assert told[0].certificate.status is Status.FEASIBLE
     monkeypatch.setattr(worker, "_in_process", lambda job: tuple(range(len(job.graph.ops))))  # does not fit
     worker.WORKER.add(worker.Job(later._graph, later._cost, later._budget, 0, 1e9, told.append))

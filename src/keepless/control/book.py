@@ -27,7 +27,7 @@ from keepless.control.reserve import budget_with_reserve
 from keepless.control.similar import measure_like, settings_like
 from keepless.errors import InfeasibleBudget
 from keepless.execute import Entry, News, PlannedForward, make_entry
-from keepless.ir import Graph, Program, Run, Status
+from keepless.ir import Graph, Program, Run, Status, format_bytes
 from keepless.machine import Plan, verify
 from keepless.solve import SOLVERS, Solution, named_solver, smallest
 from keepless.solve.transfer import Known, transfer
@@ -76,7 +76,7 @@ class Book:
             return make_entry(model, capture.flat, capture.binding, self.plan.program)
         entry = self._captured(planned, model, inputs, reason)
         planned.counters.captures += 1
-        self._warn(planned, reason)
+        self._warn(planned, entry, reason)
         return entry
 
     def wait(self, timeout: float | None = None) -> bool:
@@ -122,23 +122,22 @@ class Book:
         verify(graph, found.program, cost=cost, budget=budget)
         return found
 
-    def _warn(self, planned: PlannedForward, reason: str) -> None:
-        num = planned.counters.captures
+    def _warn(self, planned: PlannedForward, entry: Entry, reason: str) -> None:
+        num, shelf = planned.counters.captures, planned.entries
         if num >= MANY_CAPTURES and not self._told_many:
             self._told_many = True
             warnings.warn(
-                f"A planned model has had {num + 1} different steps. Each new one is captured and planned on the "
-                f"spot, which takes a second or more; this one is new because {reason}. {_what_changes(planned)}"
-                "Pass numbers that change as tensors, and pad batches to a few sizes.",
+                f"A planned model has had {num + 1} different steps. Each new one is captured and planned on the spot, "
+                f"which takes a second or more; this one is new because {reason}. "
+                f"{_what_changes([entry, *shelf])}Pass numbers that change as tensors, and pad batches to a few sizes.",
                 stacklevel=5,
             )
-        shelf = planned.entries
-        if len(shelf) >= shelf.most and not self._told_evicted:
+        if not shelf.has_room(entry) and not self._told_evicted:
             self._told_evicted = True
             warnings.warn(
-                f"A planned model keeps {shelf.most} captured steps; from now on the one that was used longest ago is "
-                f"forgotten for each new one, and captured again where it comes back. {_what_changes(planned)}"
-                "Pad batches to fewer sizes.",
+                f"A planned model keeps {len(shelf)} captured steps ({format_bytes(shelf.nbytes)}); from now on the "
+                "one that was used longest ago is forgotten for each new one, and captured again where it comes back. "
+                f"{_what_changes([entry, *shelf])}Pad batches to fewer sizes.",
                 stacklevel=5,
             )
 
@@ -180,9 +179,8 @@ class _Later:
         worker.WORKER.add(job)
 
 
-def _what_changes(planned: PlannedForward) -> str:
+def _what_changes(entries: list[Entry]) -> str:
     """Which arguments differ between the captured steps, in words."""
-    entries = list(planned.entries)
     parts = []
     for position in range(max(len(entry.flat.leaves) for entry in entries)):
         shapes: dict[str, None] = {}

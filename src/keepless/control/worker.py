@@ -87,7 +87,8 @@ def _in_process(job: Job) -> tuple[int, ...] | None:
         )
     except (OSError, ValueError, KeeplessError):
         return None
-    begin, waiting = time.monotonic(), text.encode()
+    begin = time.monotonic()
+    waiting: bytes | None = text.encode()
     with process:
         try:
             while True:
@@ -95,6 +96,7 @@ def _in_process(job: Job) -> tuple[int, ...] | None:
                     answer, _ = process.communicate(waiting, timeout=_POLL_SECONDS)
                     break
                 except subprocess.TimeoutExpired:
+                    waiting = None
                     if job.search.is_interrupted or time.monotonic() - begin > _LONGEST_SECONDS:
                         job.search.interrupt()
                         return None
@@ -139,18 +141,27 @@ class Worker:
                 self._running.search.interrupt()
 
     def _work(self) -> None:
-        while True:
+        try:
+            while True:
+                with self._condition:
+                    self._running = None
+                    if not self._jobs:
+                        self._ended()
+                        return
+                    job = self._running = self._jobs.popleft()
+                if not job.search.is_interrupted:
+                    with contextlib.suppress(KeeplessError):  # the program that runs is right, and stays
+                        job.run()
+                del job
+        except BaseException:  # a mistake here, which the thread's hook shows: nobody may wait for ever
             with self._condition:
-                self._running = None
-                if not self._jobs:
-                    self._thread = None
-                    self._condition.notify_all()
-                    return
-                job = self._running = self._jobs.popleft()
-            if not job.search.is_interrupted:
-                with contextlib.suppress(KeeplessError):  # the program that runs is right, and stays
-                    job.run()
-            del job
+                self._jobs.clear()
+                self._ended()
+            raise
+
+    def _ended(self) -> None:
+        self._running = self._thread = None
+        self._condition.notify_all()
 
 
 WORKER = Worker()

@@ -60,6 +60,10 @@ class Shelf(Sequence["Entry"]):
         """The entries that may cover a call, the latest used first."""
         return tuple(self._by_look.get(look_of(args, kwargs), ()))
 
+    def has_room(self, entry: Entry) -> bool:
+        """Whether an entry can be added without another's going."""
+        return not len(self) or (len(self) < self.most and self.nbytes + entry_nbytes(entry) <= self.most_nbytes)
+
     def use(self, entry: Entry) -> None:
         """The entry is the latest used one."""
         look = self._looks.pop(entry)
