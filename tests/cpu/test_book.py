@@ -301,7 +301,7 @@ def test_many_sizes_ask_few_guards(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_switches_between_modes() -> None:
-    """Training, evaluation, no_grad, inference_mode in turns: the plan in training, the model's own forward elsewhere."""
+    """Modes in turns: the plan runs in training, the model's own forward in evaluation, no_grad and inference_mode."""
     plain, model, _ = pair(background=False)
     counters = forward_of(model).counters
     x = batch_of(100)
