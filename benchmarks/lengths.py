@@ -67,8 +67,8 @@ def texts(longest: int, seed: int) -> list[bytes]:
 
 
 def batches(scale: Scale, seed: int) -> list[Batch]:
-    """Texts of like lengths together, as data loaders do: `WINDOW` batches are sorted, cut, and shuffled. Each is padded
-    to the next multiple of `PAD` of its longest text; what is padded does not count."""
+    """Texts of like lengths together, as data loaders do: those of `WINDOW` batches are sorted, cut, and shuffled. Each
+    is padded to the next multiple of `PAD` of its longest text; what is padded does not count."""
     found, made = texts(scale.longest, seed), []
     cut: list[list[bytes]] = []
     for window in range(-(-scale.steps // WINDOW)):

@@ -130,7 +130,7 @@ class Book:
                 f"A planned model has had {num + 1} different steps. Each new one is captured and planned on the spot, "
                 f"which takes a second or more; this one is new because {reason}. "
                 f"{_what_changes([entry, *shelf])}Pass numbers that change as tensors, and pad batches to a few sizes.",
-                stacklevel=5,
+                stacklevel=6,
             )
         if not shelf.has_room(entry) and not self._told_evicted:
             self._told_evicted = True
@@ -138,7 +138,7 @@ class Book:
                 f"A planned model keeps {len(shelf)} captured steps ({format_bytes(shelf.nbytes)}); from now on the "
                 "one that was used longest ago is forgotten for each new one, and captured again where it comes back. "
                 f"{_what_changes([entry, *shelf])}Pad batches to fewer sizes.",
-                stacklevel=5,
+                stacklevel=6,
             )
 
 

@@ -83,6 +83,7 @@ def _in_process(job: Job) -> tuple[int, ...] | None:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
+            cwd=home,  # -m looks there first: no file of the user's stands in for a module
             env=os.environ | place,
         )
     except (OSError, ValueError, KeeplessError):
