@@ -45,7 +45,7 @@ def test_lengths_within_one_budget(lengths: Any) -> None:
     assert value("plain", "steps_above_budget") > 0
     assert value("keepless", "highest_peak") > 0.5 * value("keepless", "budget")
     assert value("keepless", "captures") == value("keepless", "transfers") == len(set(sizes)) - 1
-    assert value("keepless", "hits") == scale.steps - value("keepless", "captures")
+    assert value("keepless", "hits") == scale.steps - 1 - value("keepless", "captures")  # the first binds the plan
     assert value("keepless", "evicted") == 0
 
 

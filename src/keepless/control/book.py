@@ -36,6 +36,8 @@ MANY_CAPTURES = 8
 """Steps that are captured on the spot before the caller is told that they keep coming."""
 _MOST_KNOWN = 8
 """Plans of other calls that a new one may take from."""
+_MOST_SCRATCH = 20_000
+"""Ops whose scratch bytes are remembered."""
 _SHOWN = 6
 
 
@@ -87,6 +89,8 @@ class Book:
         captures = self.plan.capture
         assert isinstance(captures, Captures)
         settings = settings_like(model, captures)
+        if len(self._scratch) > _MOST_SCRATCH:
+            self._scratch.clear()
         measured = measure_like(model, inputs, settings, self.plan, self._scratch)
         try:
             found = self._carried(measured, settings)
@@ -174,7 +178,9 @@ class _Later:
             known.append(Known(job.graph, found.order))
             news.append(News(entry, found.program))
 
-        job = worker.Job(self._graph, self._cost, self._budget, self._seed, self._seconds, tell)
+        job = worker.Job(
+            self._graph, self._cost, self._budget, self._seed, self._seconds, tell, lambda: entry() is not None
+        )
         weakref.finalize(book, job.search.interrupt)
         worker.WORKER.add(job)
 

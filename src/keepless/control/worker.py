@@ -44,6 +44,7 @@ class Job:
         graph, cost, budget, seed: as for `keepless.solve.solve`.
         seconds: of the step as it is planned now; only what is faster is told.
         tell: called, in the thread, with a better solution.
+        is_wanted: whether anybody would take one.
         search: its end may be asked for (`Search.interrupt`).
     """
 
@@ -53,6 +54,7 @@ class Job:
     seed: int
     seconds: float
     tell: Callable[[Solution], None]
+    is_wanted: Callable[[], bool] = lambda: True
     search: Search = field(default_factory=Search)
 
     def run(self) -> None:
@@ -150,7 +152,7 @@ class Worker:
                         self._ended()
                         return
                     job = self._running = self._jobs.popleft()
-                if not job.search.is_interrupted:
+                if not job.search.is_interrupted and job.is_wanted():
                     with contextlib.suppress(KeeplessError):  # the program that runs is right, and stays
                         job.run()
                 del job

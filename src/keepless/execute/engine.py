@@ -144,7 +144,8 @@ class PlannedForward(StandingForward):
         while self.news:
             told = self.news.popleft()
             entry = told.entry()
-            if entry is not None and self.entries.swap(entry, reprogrammed(entry, told.program)):
+            if entry is not None and entry in self.entries:
+                self.entries.swap(entry, reprogrammed(entry, told.program))
                 self.counters.solved += 1
 
     def _unplanned(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -66,12 +66,13 @@ class Shelf(Sequence["Entry"]):
 
     def use(self, entry: Entry) -> None:
         """The entry is the latest used one."""
-        look = self._looks.pop(entry)
+        look = self._looks.pop(entry, None)
+        if look is None:  # another thread's call is at it
+            return
         self._looks[entry] = look
         same = self._by_look[look]
         if same[0] is not entry:
-            same.remove(entry)
-            same.insert(0, entry)
+            same.sort(key=lambda one: one is not entry)
 
     def add(self, entry: Entry) -> list[Entry]:
         """Puts an entry in front; gives the entries for which there is no room then, which are gone from the shelf."""
