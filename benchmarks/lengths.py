@@ -145,8 +145,15 @@ def start(scale: Scale, contender: str, plan: keepless.Plan, background: bool = 
     return Run(contender, work.model, torch.optim.AdamW(work.model.parameters()))
 
 
-def bench(table: Table, scale: Scale, seed: int, share: float, tell: Callable[[str], None]) -> None:
-    """Both passes; rows go to the table."""
+def bench(
+    table: Table,
+    scale: Scale,
+    seed: int,
+    share: float,
+    tell: Callable[[str], None],
+    save: Callable[[], None] = lambda: None,
+) -> None:
+    """Both passes; rows go to the table, which is saved after each."""
     steps = batches(scale, seed)
     lengths = [batch["input_ids"].shape[1] for batch in steps]
     longest = steps[lengths.index(max(lengths))]
@@ -171,6 +178,7 @@ def bench(table: Table, scale: Scale, seed: int, share: float, tell: Callable[[s
         pairs = zip(parameters[contender], parameters["plain"], strict=True)
         add(NAME, contender, "equal_state", "count", all(torch.equal(p, q) for p, q in pairs))
     _counts(table, runs["keepless"].counters, "")
+    save()
 
     runs = {contender: start(scale, contender, plan) for contender in CONTENDERS}
     seconds: dict[str, list[float]] = {contender: [] for contender in CONTENDERS}
@@ -196,6 +204,7 @@ def bench(table: Table, scale: Scale, seed: int, share: float, tell: Callable[[s
     if later:
         add(NAME, "keepless", "capture_and_step", "s", [seconds["keepless"][number] for number in later])
     _counts(table, runs["keepless"].counters, "timed_")
+    save()
 
 
 def _counts(table: Table, counters: Counters, prefix: str) -> None:
@@ -217,10 +226,9 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     out: Path = args.out or (Path("out") if args.quick else RESULTS)
-    console, table = Console(width=120), Table("cpu", args.seed)
+    console, table, path = Console(width=120), Table("cpu", args.seed), out / "lengths.csv"
     with console.status("starting") as status:
-        bench(table, QUICK if args.quick else Scale(), args.seed, args.share, status.update)
-    table.write(out / "lengths.csv")
+        bench(table, QUICK if args.quick else Scale(), args.seed, args.share, status.update, lambda: table.write(path))
     for row in table.rows:
         console.print(
             f"{row.contender:12s} {row.metric:40s} {row.value:>14.6g} {row.unit:6s} {row.p20:.4g} {row.p80:.4g}"
