@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
 import random
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import assume, given, settings
@@ -11,7 +16,8 @@ from hypothesis import strategies as st
 from strategies import SEEDS, random_cost, random_graph, random_order
 from test_solve_models import chain, gpt
 
-from keepless.cost import CostModel, KnownCosts, scaled_scratch, transferred_seconds
+import keepless
+from keepless.cost import CostModel, KnownCosts, format_graph, scaled_scratch, transferred_seconds
 from keepless.ir import Budget, Effect, Graph, Run, Status
 from keepless.ir.matching import matched_ops
 from keepless.machine import verify
@@ -150,6 +156,26 @@ def keyed(graph: Graph) -> Graph:
         return f"{op.name}|{[graph.values[v].nbytes for v in (*op.inputs, *op.outputs)]}|{op_id}"
 
     return replace(graph, ops=tuple(replace(op, key=key(op.id)) for op in graph.ops))
+
+
+def test_a_process_of_its_own_plans_the_same() -> None:
+    """`python -m keepless.solve` reads a task and answers with the order that the planner finds here."""
+    graph, cost = gpt(2, batch=4, seq=64)
+    low, kept = smallest(graph, cost).peak, evaluate(graph, cost, range(len(graph.ops))).peak
+    limit = (low + kept) // 2
+    task = json.dumps({"limit": limit, "seed": 0}) + "\n" + format_graph(graph, cost)
+    source = str(Path(keepless.__file__).resolve().parents[1])
+    answer = subprocess.run(
+        [sys.executable, "-m", "keepless.solve"],
+        input=task.encode(),
+        stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": source},
+        check=True,
+        timeout=120,
+    )
+    order = tuple(map(int, answer.stdout.split()))
+    assert order == solve(graph, cost, Budget({"device": limit})).order
+    assert evaluate(graph, cost, order).peak <= limit
 
 
 def test_a_transfer_does_not_run_what_may_run_once() -> None:
