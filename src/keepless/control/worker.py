@@ -13,6 +13,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import deque
@@ -78,39 +79,39 @@ def _in_process(job: Job) -> tuple[int, ...] | None:
     home = str(Path(__file__).resolve().parents[2])
     known = os.environ.get("PYTHONPATH")
     place = {"PYTHONPATH": os.pathsep.join([home, known] if known else [home]), "OMP_NUM_THREADS": "1"}
-    try:
-        text = task + "\n" + format_graph(job.graph, job.cost)
-        process = subprocess.Popen(
-            [sys.executable, "-m", "keepless.solve"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            cwd=home,  # -m looks there first: no file of the user's stands in for a module
-            env=os.environ | place,
-        )
-    except (OSError, ValueError, KeeplessError):
-        return None
     begin = time.monotonic()
-    waiting: bytes | None = text.encode()
-    with process:
+    # Files, not pipes: nobody waits for the other to read.
+    with tempfile.TemporaryFile() as asked, tempfile.TemporaryFile() as answered:
         try:
-            while True:
-                try:
-                    answer, _ = process.communicate(waiting, timeout=_POLL_SECONDS)
-                    break
-                except subprocess.TimeoutExpired:
-                    waiting = None
-                    if job.search.is_interrupted or time.monotonic() - begin > _LONGEST_SECONDS:
-                        job.search.interrupt()
-                        return None
+            asked.write((task + "\n" + format_graph(job.graph, job.cost)).encode())
+            asked.seek(0)
+            process = subprocess.Popen(
+                [sys.executable, "-m", "keepless.solve"],
+                stdin=asked,
+                stdout=answered,
+                stderr=subprocess.DEVNULL,
+                cwd=home,  # -m looks there first: no file of the user's stands in for a module
+                env=os.environ | place,
+            )
+        except (OSError, ValueError, KeeplessError):
+            return None
+        try:
+            while process.poll() is None:
+                if job.search.is_interrupted or time.monotonic() - begin > _LONGEST_SECONDS:
+                    job.search.interrupt()
+                    return None
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(_POLL_SECONDS)
         finally:
             process.kill()
-    if process.returncode:
-        return None
-    with contextlib.suppress(ValueError):
-        order = tuple(map(int, answer.split()))
-        if order and min(order) >= 0 and max(order) < len(job.graph.ops):
-            return order
+            process.wait()
+        if process.returncode:
+            return None
+        answered.seek(0)
+        with contextlib.suppress(ValueError):
+            order = tuple(map(int, answered.read().split()))
+            if order and min(order) >= 0 and max(order) < len(job.graph.ops):
+                return order
     return None
 
 
