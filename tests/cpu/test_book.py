@@ -21,6 +21,7 @@ from keepless.capture import Inputs
 from keepless.control import worker
 from keepless.control.book import Book
 from keepless.control.reserve import budget_with_reserve
+from keepless.cost import format_graph
 from keepless.errors import InfeasibleBudget
 from keepless.execute import PlannedForward
 from keepless.execute import shelf as shelves
@@ -417,6 +418,22 @@ def test_jobs_that_fail_leave_the_program_that_runs(monkeypatch: pytest.MonkeyPa
     assert worker.WORKER.wait(60)
     assert len(told) == 1
     check_step(plain, model, batch_of(320))
+
+
+def test_large_graphs_go_through_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More text than a pipe holds; the thread itself searches for nothing."""
+    own = keepless.plan(Net(blocks=24), batch_of(128), "1GB", cache=False)
+    assert len(format_graph(own.graph, own.cost)) > 2**16
+
+    def never(*_: Any) -> None:
+        raise AssertionError("searched in the thread")
+
+    monkeypatch.setattr(worker, "plan", never)
+    told: list[Any] = []
+    budget = budget_with_reserve((own.smallest_budget + own.baseline_peak) // 2)
+    worker.WORKER.add(worker.Job(own.graph, own.cost, budget, 0, 1e9, told.append))
+    assert worker.WORKER.wait(120)
+    assert told[0].peak <= budget.device
 
 
 def test_the_background_leaves_generators_alone() -> None:
