@@ -9,8 +9,8 @@ longest batch needs and what keeps everything of it. Every other length is captu
 those before it.
 
 Two passes over the same steps: one that measures peaks (of every planned step, captures included, and of the longest
-batches of the others), and one that times them, all contenders a step
-each per round. "equal_losses" is 1 where the losses of all steps are those of plain eager, bit for bit.
+batches of the others), and one that times them, all contenders a step each per round. "equal_losses" is 1 where the
+losses of all steps are those of plain eager, bit for bit; "equal_state" where the weights after them are.
 """
 
 from __future__ import annotations
