@@ -92,6 +92,7 @@ test-upstream: $(VENV)/.ready
 bench: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.step
 	$(BIN)/python -m benchmarks.checkpoint
+	$(BIN)/python -m benchmarks.lengths
 
 bench-planner: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.planner

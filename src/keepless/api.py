@@ -144,20 +144,23 @@ def curve(
     )
 
 
-def apply(model: M, plan: Plan, *, takeover: bool = False) -> M:
+def apply(model: M, plan: Plan, *, takeover: bool = False, background: bool = True) -> M:
     """Makes a model train by a plan; the same object, state_dict keys and forward signature.
 
     Calls under no_grad, in evaluation mode, or inside torch.func transforms run the model's own forward. A training
-    call with other shapes is planned on the spot for the same budget.
+    call with other shapes is captured on the spot, and its plan carried over from this one, for the same budget
+    (`docs/plan-book.md`).
 
     Arguments:
+        background: a better plan for such a call is searched for in a process beside, once the call comes again.
+            Results are the same bits either way.
         takeover: turn off the model's own checkpointing until `remove`, also where the plan was not made with it.
 
     Raises:
         PlanError: the plan was made for another model.
         CheckpointingError: the model checkpoints already, and neither the plan nor this call takes that over.
     """
-    return control.apply(model, plan, takeover)
+    return control.apply(model, plan, takeover, background)
 
 
 def remove(model: M) -> M:
@@ -166,8 +169,9 @@ def remove(model: M) -> M:
 
 
 def fit(model: M, batch: Any, budget: str | int | float, **options: Any) -> M:
-    """`plan` and `apply` in one: the model, training within the budget. Takes the options of `plan`."""
-    return apply(model, plan(model, batch, budget, **options))
+    """`plan` and `apply` in one: the model, training within the budget. Takes the options of both."""
+    background = options.pop("background", True)
+    return apply(model, plan(model, batch, budget, **options), background=background)
 
 
 def load(path: str | os.PathLike[str]) -> Plan:

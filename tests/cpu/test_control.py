@@ -473,17 +473,6 @@ def test_trials_get_whole_workspaces() -> None:
         assert tensor.untyped_storage().nbytes() >= plan.graph.values[value].nbytes
 
 
-def test_a_new_plan_in_every_step_is_told() -> None:
-    """Planning on the spot again and again is slow, and not silent."""
-    x = torch.randn(4, 5)
-    _, model = fitted(zoo.Outputs(), x)
-    for scale in range(2, 9):
-        model(x, scale=float(scale))
-    with pytest.warns(UserWarning, match=r"more than 8 different steps.*argument 1 is"):
-        model(x, scale=9.0)
-    assert len(model.__dict__["forward"].entries) == 8
-
-
 def test_verify_leaves_the_gradient_of_an_input_alone() -> None:
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh(), torch.nn.Flatten(0), torch.nn.Linear(32, 1))

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from keepless.errors import MeasureError
-from keepless.measure import CostCache, Trial, interposer, measure_ops, ops
+from keepless.measure import CostCache, Trial, interposer, measure_ops, measure_scratch, ops
 
 aten = torch.ops.aten
 Thunk = Callable[[], object]
@@ -99,6 +99,30 @@ def test_scratch_is_sensible_and_stable() -> None:
         assert first[key].scratch < 0.01 * output[key]
     for key in ("_conv2d", "_conv2d_backward", "_conv3d", "_attention", "_dropout"):
         assert first[key].scratch < 8 * output[key]
+
+
+def test_scratch_alone_is_the_same() -> None:
+    """Bytes without seconds are those with seconds: each op runs once, equal keys once, and failures are told."""
+    trials = _trials()
+    costs = measure_ops(trials, cache=None)
+    state = torch.get_rng_state()
+    assert measure_scratch(trials) == {key: cost.scratch for key, cost in costs.items()}
+    assert torch.equal(state, torch.get_rng_state())
+    runs: list[int] = []
+
+    def make() -> Thunk:
+        return lambda: runs.append(1)
+
+    assert measure_scratch([Trial("same", make, 0)] * 3) == {"same": 0}
+    assert len(runs) == 1
+
+    def failing() -> Thunk:
+        raise ValueError("no inputs today")
+
+    with pytest.raises(MeasureError, match=r"bad op.*no inputs today"):
+        measure_scratch([Trial("bad op", failing, 0)])
+    with pytest.raises(MeasureError, match="CPU and CUDA"):
+        measure_scratch([], device="meta")
 
 
 def test_scratch_inside_a_users_profiler() -> None:

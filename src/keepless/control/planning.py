@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,14 +15,14 @@ import torch
 from keepless.capture import FlatInputs, Inputs, flatten_inputs, lower, planned_device, trace_step
 from keepless.control import module_plans, module_steps
 from keepless.control.block_plans import BLOCKS
-from keepless.control.captured import Capture, Captures, Measured, Settings, settings_from, shape_from, whole
+from keepless.control.captured import Capture, Captures, Measured, Settings
 from keepless.control.checks import check_module, check_optimizer
 from keepless.control.region_plans import EAGER
 from keepless.control.reserve import budget_with_reserve, explain_infeasible, with_reserve
 from keepless.control.signature import batch_signature, model_signature
 from keepless.control.takeover import with_takeover
 from keepless.control.templates import Templates
-from keepless.control.trials import cost_model, held_nbytes, measure_costs, measure_loss
+from keepless.control.trials import cost_model, measure_costs, measure_loss
 from keepless.errors import (
     BatchError,
     CaptureError,
@@ -38,7 +37,6 @@ from keepless.ir.text import fingerprint
 from keepless.machine import Baseline, Plan, make_plan
 from keepless.measure import (
     CostCache,
-    OpCost,
     describe_device,
     device_nbytes,
     optimizer_footprint,
@@ -165,28 +163,10 @@ def read_settings(
 
 def make_with(model: torch.nn.Module, batch: Any, settings: Settings, progress: Progress | None = None) -> Plan:
     """A plan for settings that are already read."""
-    return _make(model, batch, settings, progress, None)
-
-
-def make_like(model: torch.nn.Module, inputs: Inputs, plan: Plan) -> Plan:
-    """A plan for another call of a planned model: same settings, and the outputs that received gradients before.
-
-    Where gradients stand already, it is one for accumulation.
-
-    A loss function is not called: its targets may lie outside this call. Its cost is taken as before.
-    """
-    captures = plan.capture
-    assert isinstance(captures, Captures)
-    stand = any(p.is_leaf and p.grad is not None for p in model.parameters())
-    settings = replace(captures.settings, accumulate=captures.settings.accumulate or stand)
-    return _make(model, inputs, settings, None, plan)
-
-
-def _make(model: torch.nn.Module, batch: Any, settings: Settings, progress: Progress | None, like: Plan | None) -> Plan:
     tell = progress or _silent
-    measured = _measure(model, batch, settings, tell, like)
+    measured = measure_step(model, batch, settings, tell)
     tell("solve", 0, 1)
-    plan = _solve(measured, settings)
+    plan = solve_measured(measured, settings)
     tell("solve", 1, 1)
     plan.capture = Captures(measured.capture)
     return plan
@@ -194,47 +174,47 @@ def _make(model: torch.nn.Module, batch: Any, settings: Settings, progress: Prog
 
 def measure_step(model: torch.nn.Module, batch: Any, settings: Settings, progress: Progress | None = None) -> Measured:
     """The captured and measured step for settings that are already read; their budget and solver do not matter."""
-    return _measure(model, batch, settings, progress or _silent, None)
+    tell = progress or _silent
+    flat = flatten_inputs(Inputs.of(batch))
+    with untouched(model):
+        tell("capture", 0, 1)
+        capture, given = capture_call(model, flat, batch, settings, None)
+        tell("capture", 1, 1)
+        binding = capture.binding
+        with measuring():
+            costs = measure_costs(binding, settings.cache, lambda done, total: tell("measure", done, total))
+        loss = measure_loss(binding, settings.loss_fn, batch) if settings.loss_fn is not None else None
+    cost = cost_model(binding, costs, optimizer=settings.optimizer, loss=loss, accumulate=settings.accumulate)
+    return Measured(capture, cost, {**model_signature(model), **batch_signature(flat), **given})
 
 
 def _silent(stage: str, done: int, total: int) -> None:
     pass
 
 
-def _measure(model: torch.nn.Module, batch: Any, settings: Settings, tell: Progress, like: Plan | None) -> Measured:
-    flat = flatten_inputs(Inputs.of(batch))
-    with _untouched(model):
-        tell("capture", 0, 1)
-        before = like.capture if like is not None else None
-        chosen = before.grad_outputs if isinstance(before, Captures) and not settings.own_loss else None
-        templates = before.templates(model) if isinstance(before, Captures) else None
-        capture, given = _capture(model, flat, batch, settings, chosen, templates)
-        tell("capture", 1, 1)
-        binding = capture.binding
-        try:
-            costs = measure_costs(binding, settings.cache, lambda done, total: tell("measure", done, total))
-        except MeasureError as error:  # fake tensors let pass what kernels do not: mixed dtypes, mostly
-            raise BatchError(
-                f"An op of the captured step fails on real tensors of this batch's kind. {error}"
-            ) from error
-        loss = None
-        if like is not None and chosen is not None and like.graph.loss_op is not None:
-            scratch = max(0, like.cost.scratch[like.graph.loss_op] - held_nbytes(binding))
-            loss = OpCost(like.cost.seconds[like.graph.loss_op], scratch, 0.0, 1)
-        elif settings.loss_fn is not None:
-            loss = measure_loss(binding, settings.loss_fn, batch)
-    cost = cost_model(binding, costs, optimizer=settings.optimizer, loss=loss, accumulate=settings.accumulate)
-    return Measured(capture, cost, {**model_signature(model), **batch_signature(flat), **given})
+@contextlib.contextmanager
+def measuring() -> Iterator[None]:
+    """Ops that fail are the batch's fault: fake tensors let pass what kernels do not, mixed dtypes mostly."""
+    try:
+        yield
+    except MeasureError as error:
+        raise BatchError(f"An op of the captured step fails on real tensors of this batch's kind. {error}") from error
 
 
-def _capture(
+def capture_call(
     model: torch.nn.Module,
     flat: FlatInputs,
     batch: Any,
     settings: Settings,
     grad_outputs: tuple[int, ...] | None,
-    templates: Templates | None,
+    templates: Templates | None = None,
 ) -> tuple[Capture, dict[str, object]]:
+    """Captures one call of a model, and what its plan's signature says of it.
+
+    Arguments:
+        grad_outputs: flat positions of the outputs that receive gradients; None to find them by the loss.
+        templates: traces of the model with symbolic sizes, one of which may serve.
+    """
     trace = trace_step if templates is None else templates.trace
     traced = trace(model, flat, batch=batch, loss_fn=settings.loss_fn, grad_outputs=grad_outputs)
     shape = settings.shape
@@ -254,31 +234,21 @@ def _capture(
         "solver": settings.solver if isinstance(settings.solver, str) else type(settings.solver).__name__,
     }
     return Capture(
-        binding, flat.without_tensors(), settings, traced.as_compiled, weakref.ref(model), _refs(model)
+        binding, flat.without_tensors(), settings, traced.as_compiled, weakref.ref(model), refs_of(model)
     ), facts
 
 
-def _refs(model: torch.nn.Module) -> tuple[weakref.ref[torch.nn.Module], ...]:
+def refs_of(model: torch.nn.Module) -> tuple[weakref.ref[torch.nn.Module], ...]:
+    """A model's modules, weakly."""
     return tuple(map(weakref.ref, model.modules()))
 
 
-def recapture(model: torch.nn.Module, flat: FlatInputs, plan: Plan) -> Capture:
-    """Captures a model for a plan from a file, or for one that was made with another instance of the model."""
-    signature, shape = plan.signature, shape_from(plan)
-    positions = signature.get("grad_outputs")
-    chosen = tuple(whole(p) for p in positions) if isinstance(positions, list) else None
-    with _untouched(model):
-        traced = trace_step(model, flat, batch=None, loss_fn=None, grad_outputs=chosen)
-        # Whether an output is the model's own loss, which the caller never releases, only the plan knows.
-        own = signature.get("loss_position")
-        traced = replace(traced, loss_position=own if type(own) is int else None)
-        binding = lower(traced, flat, model, shape)
-    known = plan.capture
-    settings = known.settings if isinstance(known, Captures) else settings_from(plan, own_loss=type(own) is int)
-    return Capture(binding, flat.without_tensors(), settings, traced.as_compiled, weakref.ref(model), _refs(model))
+def solve_measured(measured: Measured, settings: Settings) -> Plan:
+    """The solver's plan for a measured step.
 
-
-def _solve(measured: Measured, settings: Settings) -> Plan:
+    Raises:
+        InfeasibleBudget: nothing fits; says what would.
+    """
     graph, cost = measured.graph, measured.cost
     budget = budget_with_reserve(settings.budget)
     try:
@@ -320,7 +290,7 @@ def plan_of(measured: Measured, found: Solution, budget: Budget) -> Plan:
 
 
 @contextlib.contextmanager
-def _untouched(model: torch.nn.Module) -> Iterator[None]:
+def untouched(model: torch.nn.Module) -> Iterator[None]:
     """Planning leaves gradients and generator states as they were; capture itself looks after the rest."""
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(devices):

@@ -9,3 +9,6 @@ from keepless.cost.graph_text import format_graph as format_graph
 from keepless.cost.model import CostModel as CostModel
 from keepless.cost.model import Link as Link
 from keepless.cost.model import Origin as Origin
+from keepless.cost.transfer import KnownCosts as KnownCosts
+from keepless.cost.transfer import scaled_scratch as scaled_scratch
+from keepless.cost.transfer import transferred_seconds as transferred_seconds

@@ -6,8 +6,10 @@ program; evaluation, `no_grad` and torch.func transforms run the model's own for
 
 from __future__ import annotations
 
+import weakref
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,12 +21,17 @@ from keepless.errors import GuardError, ReplayError
 from keepless.execute.codegen import Compiled, compile_step
 from keepless.execute.guard import Bound, Guard
 from keepless.execute.nodes import Counters, Recipe, Replayed, Step, run_step
+from keepless.execute.shelf import Shelf
 from keepless.ir import Effect, Phase, Program
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Entry:
-    """One captured step that a planned forward can run."""
+    """One captured step that a planned forward can run.
+
+    Arguments:
+        again: what to do when the entry is used a second time; each is called once.
+    """
 
     guard: Guard
     recipe: Recipe
@@ -34,6 +41,7 @@ class Entry:
     output_layout: tuple[tuple[int, Any], ...]
     leaf_arguments: tuple[int, ...]
     replay_blocker: str
+    again: list[Callable[[], None]] = field(default_factory=list)
 
     @property
     def compiled(self) -> Compiled:
@@ -45,6 +53,19 @@ Miss = Callable[["PlannedForward", torch.nn.Module, tuple[Any, ...], dict[str, A
 """What a planned forward does about a call that no entry covers: gives a new entry, None where there is nothing to
 plan, or raises."""
 
+
+@dataclass(frozen=True)
+class News:
+    """A better program for an entry, which the next call of a planned forward takes over.
+
+    Arguments:
+        entry: weakly, as it may be gone by then.
+    """
+
+    entry: weakref.ref[Entry]
+    program: Program
+
+
 _TENSOR, _ARGUMENT, _CONSTANT = 0, 1, 2
 """Where a flat output comes from: the step, its arguments as they are, the capture."""
 
@@ -55,13 +76,15 @@ class PlannedForward(StandingForward):
     Attributes:
         entries: captured steps, the latest used first.
         counters: what happened beside the plan.
+        news: better programs for entries; a thread beside may put them here.
     """
 
     def __init__(self, model: torch.nn.Module, entries: Sequence[Entry], on_miss: Miss | None) -> None:
         super().__init__(model)
         self._for_training = model.training
-        self.entries = list(entries)
+        self.entries = Shelf(entries)
         self.on_miss = on_miss
+        self.news: deque[News] = deque()
         self.counters = Counters()
         for entry in self.entries:
             entry.recipe.counters = self.counters
@@ -78,18 +101,27 @@ class PlannedForward(StandingForward):
             if _compat.dynamo_traces() and torch.is_grad_enabled():
                 return _outside_compiler(self, args, kwargs)
             return self._unplanned(args, kwargs)
+        if self.news:
+            self._take_over()
         reason = ""
-        for entry in self.entries:
+        for entry in self.entries.alike(args, kwargs):
             bound = entry.guard.check(args, kwargs)
             if not isinstance(bound, str):
                 over = entry.guard.standing_gradient() if self.on_miss is not None else ""
                 if not over:
+                    self.entries.use(entry)
+                    self.counters.hits += 1
+                    while entry.again:
+                        entry.again.pop()()
                     return run_entry(self, entry, bound)
                 bound = over
             reason = reason or bound
         model = self._model()
         if model is not None and not model.training and self._for_training:  # evaluation
             return self._unplanned(args, kwargs)
+        if not reason and self.entries:
+            bound = self.entries[0].guard.check(args, kwargs)
+            reason = bound if isinstance(bound, str) else "its arguments are of other types"
         if self.on_miss is None:
             raise GuardError(
                 f"This call is not the step that the model was planned for: {reason}. Plan for it too, or call "
@@ -101,11 +133,20 @@ class PlannedForward(StandingForward):
             return self._unplanned(args, kwargs)
         entry = made
         entry.recipe.counters = self.counters
-        self.entries.insert(0, entry)
+        self.counters.evicted += len(self.entries.add(entry))
         bound = entry.guard.check(args, kwargs)
         if isinstance(bound, str):
             raise GuardError(f"A plan made for this very call does not cover it: {bound}.")
         return run_entry(self, entry, bound)
+
+    def _take_over(self) -> None:
+        """Better programs take the places of those that they were found for; a step that runs goes on with its own."""
+        while self.news:
+            told = self.news.popleft()
+            entry = told.entry()
+            if entry is not None and entry in self.entries:
+                self.entries.swap(entry, reprogrammed(entry, told.program))
+                self.counters.solved += 1
 
     def _unplanned(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.counters.unplanned_calls += 1
@@ -249,6 +290,13 @@ def make_entry(
     leaf_arguments = tuple(argument_of(name) for name, _ in binding.grads)
     ordered = tuple(layout[position] for position in sorted(layout))
     return Entry(guard, recipe, binding, program, flat, ordered, leaf_arguments, blocker)
+
+
+def reprogrammed(entry: Entry, program: Program) -> Entry:
+    """The entry of another verified program for the same captured step: for the same calls, by the same guard."""
+    compiled = compile_step(entry.binding, program)
+    assert compiled.arguments == entry.compiled.arguments
+    return replace(entry, recipe=replace(entry.recipe, compiled=compiled), program=program)
 
 
 def _what_blocks_replay(binding: Binding) -> tuple[str, tuple[int, ...]]:

@@ -42,11 +42,27 @@ ReplayForward = Callable[[bool], Replayed]
 
 @dataclass
 class Counters:
-    """What a planned model did beside its plan, for the report."""
+    """What a planned model did, and what it did beside its plan, for the report.
+
+    Attributes:
+        steps: planned steps that began.
+        replays: forwards that ran again for a second or double backward.
+        unplanned_calls: that ran the model's own forward.
+        hits: steps that a plan was there for.
+        captures: steps that were captured and planned on the spot.
+        transfers: of these, the ones whose program was carried over from a known plan.
+        solved: programs that a search in the background found and that took an entry's place.
+        evicted: captured steps that were forgotten, as there were too many.
+    """
 
     steps: int = 0
     replays: int = 0
     unplanned_calls: int = 0
+    hits: int = 0
+    captures: int = 0
+    transfers: int = 0
+    solved: int = 0
+    evicted: int = 0
 
 
 @dataclass

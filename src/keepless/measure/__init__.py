@@ -8,5 +8,6 @@ from keepless.measure.meter import PeakMeasurement as PeakMeasurement
 from keepless.measure.meter import measure_peak as measure_peak
 from keepless.measure.ops import Trial as Trial
 from keepless.measure.ops import measure_ops as measure_ops
+from keepless.measure.ops import measure_scratch as measure_scratch
 from keepless.measure.optimizer import OptimizerFootprint as OptimizerFootprint
 from keepless.measure.optimizer import optimizer_footprint as optimizer_footprint

@@ -1,0 +1,67 @@
+"""Plans meet models that they have not captured: from a file, or made with another instance."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import replace
+
+import torch
+
+from keepless.capture import FlatInputs, lower, trace_step
+from keepless.control.captured import Capture, Captures, settings_from, shape_from, whole
+from keepless.control.planning import refs_of, untouched
+from keepless.control.signature import batch_signature, check_signature, model_signature
+from keepless.errors import PlanError
+from keepless.ir.text import fingerprint
+from keepless.machine import Plan
+
+
+def capture_of(plan: Plan, model: torch.nn.Module) -> Capture | None:
+    """The plan's capture of this model, if there is one."""
+    return plan.capture.of(model) if isinstance(plan.capture, Captures) else None
+
+
+def bind(model: torch.nn.Module, plan: Plan, flat: FlatInputs) -> Capture:
+    """Captures a model for a plan that has not captured it, and refuses the plan if the captured step is another.
+
+    Raises:
+        PlanError: names what differs.
+    """
+    check_signature(plan.signature, {**model_signature(model), **batch_signature(flat)}, "model or batch")
+    capture = recapture(model, flat, plan)
+    now, planned = fingerprint(capture.binding.graph), fingerprint(plan.graph)
+    if now != planned:
+        raise PlanError(
+            f"The plan was made for another step: the captured graph's fingerprint is {now[:12]} and the plan's is "
+            f"{planned[:12]}, though parameters and batch agree. It differs at {_first_difference(capture, plan)}. "
+            "Another version of torch or of the model's code is the usual cause. Plan again."
+        )
+    if isinstance(plan.capture, Captures):
+        plan.capture.add(capture)
+    else:
+        plan.capture = Captures(capture)
+    return capture
+
+
+def _first_difference(capture: Capture, plan: Plan) -> str:
+    graph = capture.binding.graph
+    for here, there in zip(graph.ops, plan.graph.ops, strict=False):
+        if (here.name, here.inputs, here.outputs, here.key) != (there.name, there.inputs, there.outputs, there.key):
+            return f"op {here.id}: {graph.where(here)} here, {plan.graph.where(there)} in the plan"
+    return f"its length: {len(graph.ops)} ops here, {len(plan.graph.ops)} in the plan"
+
+
+def recapture(model: torch.nn.Module, flat: FlatInputs, plan: Plan) -> Capture:
+    """Captures a model for a plan from a file, or for one that was made with another instance of the model."""
+    signature, shape = plan.signature, shape_from(plan)
+    positions = signature.get("grad_outputs")
+    chosen = tuple(whole(p) for p in positions) if isinstance(positions, list) else None
+    with untouched(model):
+        traced = trace_step(model, flat, batch=None, loss_fn=None, grad_outputs=chosen)
+        # Whether an output is the model's own loss, which the caller never releases, only the plan knows.
+        own = signature.get("loss_position")
+        traced = replace(traced, loss_position=own if type(own) is int else None)
+        binding = lower(traced, flat, model, shape)
+    known = plan.capture
+    settings = known.settings if isinstance(known, Captures) else settings_from(plan, own_loss=type(own) is int)
+    return Capture(binding, flat.without_tensors(), settings, traced.as_compiled, weakref.ref(model), refs_of(model))
