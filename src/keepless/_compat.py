@@ -161,15 +161,29 @@ def as_if_compiling() -> Iterator[None]:
         compiler._is_compiling_flag = before
 
 
+_PLAIN = (bool, int, float, complex, str, bytes, tuple, list, dict, set, torch.dtype, torch.device)
+
+
+def _class_attribute(kind: type, name: str) -> Any:
+    """What a module's class holds under a name, as it stands there; None for what is torch's own."""
+    home = next((base for base in kind.__mro__ if name in base.__dict__), object)
+    return None if home in torch.nn.Module.__mro__ else home.__dict__[name]
+
+
 @contextlib.contextmanager
 def watch_attributes(on_read: Callable[[torch.nn.Module, str, Any], None]) -> Iterator[None]:
-    """Calls `on_read` for each attribute that this thread reads from a module's own `__dict__`."""
+    """Calls `on_read` for each attribute that this thread reads from a module's own `__dict__`, and for each plain one
+    that it reads from the module's class.
+    """
     module_class: Any = torch.nn.Module
     thread = threading.get_ident()
 
     def spy(self: Any, name: str) -> Any:
         value = object.__getattribute__(self, name)
-        if threading.get_ident() == thread and name in object.__getattribute__(self, "__dict__"):
+        if threading.get_ident() == thread and (
+            name in object.__getattribute__(self, "__dict__")
+            or (isinstance(value, _PLAIN) and _class_attribute(type(self), name) is value)
+        ):
             on_read(self, name, value)
         return value
 

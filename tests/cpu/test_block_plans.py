@@ -17,7 +17,8 @@ from any_models import Between, Block, Looks, Net
 from torch import Tensor, nn
 
 import keepless
-from keepless.control.blocks import Library
+from keepless.capture import StandingForward
+from keepless.control.block_plans import Known
 from keepless.control.module_steps import planned_modules
 from keepless.errors import CaptureError, ParameterError, PlanError
 from keepless.ir import Run
@@ -97,10 +98,13 @@ def test_alike_blocks_share_one_capture() -> None:
 
     x = sequences()
     model = made(block=Scaled)
-    assert tight(model, x).capture.library.traced == 3  # the stem, a block, the head
+    plan = tight(model, x)
+    assert isinstance(plan.capture, Known)
+    assert plan.capture.library.traced == 1
     model.blocks[1].scale = 0.5
     plan = tight(model, x)
-    assert plan.capture.library.traced == 4
+    assert isinstance(plan.capture, Known)
+    assert plan.capture.library.traced == 2
     expected = trained(made_like(model), [x, x])
     keepless.apply(model, plan)
     assert same(trained(model, [x, x]), expected)
@@ -241,14 +245,16 @@ def test_grad_scaler(engine: str) -> None:
 def test_a_model_that_torch_compile_wrapped(engine: str) -> None:
     """Planned through the wrapper, run through it."""
     x = sequences()
-    compiled: Any = torch.compile(made(), backend="eager")
-    plan = tight(compiled, x, engine)
-    keepless.apply(compiled, plan)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        got = trained(compiled, [x, x])
-    expected = trained(made(), [x, x])
-    assert [torch.equal(a, b) for a, b in zip(got.values(), expected.values(), strict=True)].count(False) == 0
+    results = []
+    for planned in (False, True):
+        torch._dynamo.reset()
+        compiled: Any = torch.compile(made(), backend="aot_eager")  # "eager" replays other random numbers
+        if planned:
+            keepless.apply(compiled, tight(compiled, x, engine))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            results.append(trained(compiled, [x, x]))
+    assert same(*results)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -309,7 +315,7 @@ def losses_without_dropout(model: nn.Module, x: Tensor) -> list[float]:
         loss = loss_of(model, x)
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     return losses
 
 
@@ -321,7 +327,7 @@ def test_copies_and_pickles(engine: str) -> None:
     plan = tight(model, x, engine)
     keepless.apply(model, plan)
     other = copy.deepcopy(model)
-    assert all("forward" not in module.__dict__ for module in other.modules())
+    assert not any(isinstance(module.__dict__.get("forward"), StandingForward) for module in other.modules())
     assert same(trained(other, [x, x]), trained(made(kind=kind), [x, x]))
     with pytest.raises(PlanError, match="remove"):
         pickle.dumps(model)
@@ -337,7 +343,8 @@ def test_new_shapes_modes_and_a_short_last_batch() -> None:
     """Other lengths are planned on the spot; evaluation, no_grad and inference run the model's own code."""
     model, x = made(), sequences()
     other = made()
-    keepless.apply(model, tight(model, x))
+    budget = 2 * keepless.plan(model, x, 1 << 32, engine="blocks").smallest_budget  # of twice the bytes, too
+    keepless.fit(model, x, budget, engine="blocks")
     batches = [x, sequences(1, 24), sequences(2, 24), x]
     assert same(trained(model, batches), trained(other, batches))
     planned = planned_modules(model)
@@ -468,7 +475,7 @@ def test_a_library_holds_no_model() -> None:
     plan = tight(model, x)
     keepless.apply(model, plan)
     trained(model, [x])
-    assert isinstance(plan.capture.library, Library)
+    assert isinstance(plan.capture, Known)
     there = weakref.ref(model)
     del model
     gc.collect()

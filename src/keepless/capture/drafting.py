@@ -279,6 +279,7 @@ class Drafting:
         outputs: list[tuple[int | None, int]] = []
         for item, part in tensors:
             key = _compat.storage_key(part)
+            part = self.as_computed(call, item, part)
             if key in self.value_of_storage and not fresh[0]:
                 value = self.value_of_storage[key]
                 source = next((slot for slot in slots_of(call) if self.slot_value[slot] == value), None)
@@ -290,10 +291,23 @@ class Drafting:
                 value = self.value_of_storage.get(key, -1)
                 if value < 0:
                     value = self.new_value(node.name if item is None else f"{node.name}.{item}", part, Kind.ACTIVATION)
+                    self.value_of_storage[key] = value
                 slot = self.new_slot(part, value)
                 outputs.append((item, slot))
             self.slot_of[(node, item)] = slot
         return outputs if fresh[0] else None
+
+    def as_computed(self, call: Call, item: int | None, part: torch.Tensor) -> torch.Tensor:
+        """A result as the kernel gives it, where fake tensors are wrong about its dtype.
+
+        On the CPU a norm of half precision with weights in full gives statistics in full, as under autocast.
+        """
+        if item not in (1, 2) or call.target not in known.NORMS or part.device.type != "cpu":
+            return part
+        weights = [self.examples[arg.slot] for arg in call.args[1:] if isinstance(arg, Ref)]
+        if not weights or weights[0].dtype == part.dtype or weights[0].dtype is not torch.float32:
+            return part
+        return torch.empty_strided(part.size(), part.stride(), dtype=torch.float32, device="meta")
 
     def same_bytes(self, node: torch.fx.Node) -> bool:
         """Whether a copy can be its source, which it then is: what autograd saves of an op that works in place.

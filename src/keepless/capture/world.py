@@ -62,7 +62,8 @@ class World:
             return "autocast, the default dtype or another switch of torch is set in another way"
         by_path = dict(now)
         for path, key, value, copy in self._attributes:
-            found = by_path[path].__dict__.get(key, _MISSING)
+            part = by_path[path]
+            found = part.__dict__.get(key, getattr(type(part), key, _MISSING))
             same = same_items(found, copy) if copy is not None and type(found) is type(value) else found is value
             if not same and not (copy is None and equal_constants(found, value)):
                 return f"the attribute {f'{path}.{key}'.lstrip('.')} has changed"

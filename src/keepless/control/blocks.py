@@ -110,9 +110,10 @@ def rebound(binding: Binding, module: torch.nn.Module) -> Binding | None:
     attributes: list[tuple[str, str, Any]] = []
     for path, name, value in binding.attributes:
         part = parts.get(path)
-        if part is None or not _reads_same(part.__dict__.get(name, _MISSING), value):
+        now = _MISSING if part is None else part.__dict__.get(name, getattr(type(part), name, _MISSING))
+        if not _reads_same(now, value):
             return None
-        attributes.append((path, name, part.__dict__[name]))
+        attributes.append((path, name, now))
     if any("forward" in part.__dict__ and not _is_ours(part.__dict__["forward"]) for part in parts.values()):
         return None
     facts = find_facts(module, attributes)

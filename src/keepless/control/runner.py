@@ -75,7 +75,11 @@ class Runner:
         return found
 
     def prepare(self) -> None:
-        """Makes the state that of the first step's start."""
+        """Makes the state that of the first step's start.
+
+        A loop enters autocast anew for each step: weights that were cast in the last one are not there any more.
+        """
+        torch.clear_autocast_cache()
         self.before.without_gradients()
         if self.settings.accumulate:
             for parameter in self.model.parameters():

@@ -57,7 +57,7 @@ class Guard:
         self._hooks = [getattr(m, table) for m in self._modules for table in _HOOKS]
         by_path = dict(model.named_modules())
         self._attributes = [
-            (by_path[path].__dict__ if path else None, name, value, copy_of(value))
+            (by_path[path].__dict__ if path else None, type(by_path[path]), name, value, copy_of(value))
             for path, name, value in binding.attributes
             if path in by_path
         ]
@@ -144,8 +144,10 @@ class Guard:
                 return f"{key}, which was None, is set"
         if any(self._hooks):
             return "a submodule has hooks"
-        for attributes, name, value, copy in self._attributes:
+        for attributes, kind, name, value, copy in self._attributes:
             now = (model.__dict__ if attributes is None else attributes).get(name, _MISSING)
+            if now is _MISSING:
+                now = getattr(kind, name, _MISSING)
             if copy is not None and type(now) is type(value):
                 changed = not same_items(now, copy)
             else:
@@ -203,8 +205,8 @@ class Guard:
             home, key, name = self._state[index] if kind == 0 else ({}, "", "")
             if kind == 0 and home.get(key) is not argument:
                 raise ReplayError(f"{name} has been replaced since the forward, so that it cannot be replayed.")
-        for attributes, name, value, _ in self._attributes:
-            now = (model.__dict__ if attributes is None else attributes).get(name, _MISSING)
+        for attributes, owner, name, value, _ in self._attributes:
+            now = (model.__dict__ if attributes is None else attributes).get(name, getattr(owner, name, _MISSING))
             if now is not value and not equal_constants(now, value):
                 raise ReplayError(f"The attribute {name} has changed since the forward, so that it cannot be replayed.")
         for fact in self._facts:
