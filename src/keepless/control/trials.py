@@ -11,7 +11,7 @@ from keepless import _compat
 from keepless.binding import Binding, Call, OpCode, map_refs, slots_of
 from keepless.capture import DELIVER, LOSS, OPTIMIZER
 from keepless.cost import CostModel, Origin
-from keepless.ir import Effect, Kind, Op, Phase
+from keepless.ir import Effect, Kind, Op
 from keepless.measure import CostCache, OpCost, OptimizerFootprint, Trial, measure_ops
 
 ACCUMULATE_BYTES_PER_S = 4e9
@@ -70,7 +70,7 @@ def cost_model(
             assert cost is not None, f"op {graph.where(op)} was not measured"
             seconds.append(cost.seconds)
             scratch.append(cost.scratch)
-        if op.phase in (Phase.FORWARD, Phase.LOSS) or (binding.aside and op.phase is Phase.BACKWARD):
+        if op.name != OPTIMIZER:
             scratch[-1] += held
     spreads = sorted(cost.spread for cost in costs.values())
     spread = spreads[len(spreads) // 2] if spreads else 0.0
@@ -80,9 +80,8 @@ def cost_model(
 
 
 def held_nbytes(binding: Binding) -> int:
-    """Bytes that the engine itself holds from a step's forward to the begin of its backward: the generator's state, for
-    a second backward, where the step draws random numbers. They count as scratch of the ops until then; where outputs
-    have a backward of their own (`Binding.aside`), until the end.
+    """Bytes that the engine itself holds from a step's forward to the end of its backward: the generator's state, for
+    a second backward, where the step draws random numbers. They count as scratch of every op but the optimizer's.
 
     The states of CUDA's generators are not on the device.
     """

@@ -224,8 +224,6 @@ class Step:
             self.kept = keep
             return False
         self.kept = keep
-        if not keep and not self.recipe.aside_leaves:
-            self.rng = None  # no replay can come any more
         self.tangents = tuple(tangents[position] for position in self.recipe.differentiable)
         return True
 

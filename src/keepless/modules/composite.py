@@ -271,12 +271,13 @@ class _Segment:
             elif not isinstance(name, str):
                 added[inner] = self._nbytes(slot)  # a sum with what others gave, in storage of its own
         first = len(composer.ops)
-        if missing or self.held:
-            composer.rest(Phase.BACKWARD, self.held, missing, self.path)
+        if missing:
+            composer.rest(Phase.BACKWARD, (), missing, self.path)
         for op in binding.graph.ops[self.loss + 1 :]:
             extra = added.get(op.inputs[0], 0) if op.name == DELIVER else 0
             self.copy(op, extra)
-        last = composer.rest(Phase.BACKWARD, composer.reads[number] - taken, makes - made, self.path)
+        held = (composer.reads[number] - taken) | self.held
+        last = composer.rest(Phase.BACKWARD, held, makes - made, self.path)
         composer.segments.append(Segment(self.call.site, (self.first, self.last), (first, last)))
 
     def _nbytes(self, slot: int) -> int:
