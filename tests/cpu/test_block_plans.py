@@ -25,6 +25,7 @@ from keepless.ir import Run
 from keepless.modules.blocks import find_blocks
 from keepless.modules.composite import HAND_OVER, Segment, own_orders
 from keepless.modules.sites import Site
+from keepless.report import decisions
 
 ENGINES = ("graph", "blocks", "eager")
 
@@ -480,3 +481,31 @@ def test_a_library_holds_no_model() -> None:
     del model
     gc.collect()
     assert there() is None
+
+
+def test_indices_that_are_chosen_are_kept() -> None:
+    """A router's top k runs once, whatever is recomputed around it; the decision table says why."""
+
+    class Routed(Block):
+        def __init__(self) -> None:
+            super().__init__()
+            self.router = nn.Linear(64, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            weights, chosen = self.router(x).softmax(-1).topk(2)
+            gates = torch.zeros_like(x[..., :4]).scatter(-1, chosen, weights)
+            return super().forward(x) * gates.sum(-1, keepdim=True)
+
+    x = sequences()
+    for engine, kind in (("graph", Net), ("blocks", Between)):
+        model = made(kind=kind, block=Routed)
+        budget = keepless.plan(model, x, 1 << 32, engine=engine).smallest_budget
+        plan = keepless.plan(model, x, budget, engine=engine)
+        chosen = [op for op in plan.graph.ops if op.name == "aten.topk.default"]
+        assert len(chosen) == 3
+        runs = [instr.op for instr in plan.program if isinstance(instr, Run)]
+        assert all(runs.count(op.id) == 1 for op in chosen)
+        reasons = [d.reason for block in decisions(plan) for d in block.decisions if d.op == "aten.topk.default"]
+        assert any("could pick others" in reason for reason in reasons)
+        keepless.apply(model, plan)
+        assert same(trained(model, [x, x]), trained(made(kind=kind, block=Routed), [x, x]))

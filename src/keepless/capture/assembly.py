@@ -270,6 +270,8 @@ class Assembly:
             raise CaptureError(
                 f"The backward reads {work.values[min(stale & set(inputs))].name}, which the forward changes in place."
             )
+        if draft.phase is Phase.FORWARD and draft.name.split(".")[1] in known.CHOICES:
+            effects.add(Effect.CHOICE)
         state = None
         if Effect.RNG in effects:
             nbytes = CPU_RNG_NBYTES if self.device.type == "cpu" else CUDA_RNG_NBYTES

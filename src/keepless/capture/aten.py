@@ -170,6 +170,8 @@ def draws_random(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 FRESH = (aten.lift_fresh_copy.default, aten.lift_fresh.default)
 """Ops that stand for `torch.tensor(...)` in the forward: their argument is made anew in each step."""
 
+CHOICES = frozenset({"topk", "sort", "argsort", "argmax", "argmin", "kthvalue", "searchsorted", "bucketize"})
+"""Names of ops that pick indices by comparing numbers."""
 NORMS = frozenset({aten.native_layer_norm.default, aten.native_group_norm.default})
 """Norms that return statistics in places 1 and 2."""
 BATCH_NORM_FORWARD = (aten._native_batch_norm_legit_functional.default,)

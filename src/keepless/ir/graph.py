@@ -41,15 +41,20 @@ class Phase(Enum):
 
 
 class Effect(Enum):
-    """What an op does beside computing its outputs (rule R3 says what that forbids)."""
+    """What an op does beside computing its outputs (rule R3 says what that forbids).
+
+    CHOICE: it picks indices by comparing numbers (a router's top k). Made again from numbers that differ in a last bit
+    it could pick others, which no sum forgives: it runs once, and its indices are kept.
+    """
 
     RNG = "rng"
     BUFFER = "buffer"
     COLLECTIVE = "collective"
     OPAQUE = "opaque"
+    CHOICE = "choice"
 
 
-RUNS_ONCE = frozenset({Effect.BUFFER, Effect.COLLECTIVE, Effect.OPAQUE})
+RUNS_ONCE = frozenset({Effect.BUFFER, Effect.COLLECTIVE, Effect.OPAQUE, Effect.CHOICE})
 """Effects of ops that a plan may not replay."""
 
 

@@ -194,6 +194,7 @@ def _why_kept(plan: Plan, seen: _Seen, op: Op, value: int) -> str:
         effects = {
             Effect.BUFFER: "it writes a buffer",
             Effect.COLLECTIVE: "all ranks take part",
+            Effect.CHOICE: "it picks indices, and made again it could pick others",
             Effect.OPAQUE: "no recompute reaches it",
         }
         why = next((text for effect, text in effects.items() if effect in op.effects), "it has side effects")
