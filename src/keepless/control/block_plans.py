@@ -6,7 +6,7 @@ recomputed as a whole.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
@@ -30,13 +30,15 @@ from keepless.measure import OpCost, measure_ops
 from keepless.modules import composite
 from keepless.modules.blocks import Blocks, find_blocks, parts_of
 from keepless.modules.composite import Composer, Composite, Costed
-from keepless.modules.pieces import cut_at
+from keepless.modules.pieces import Cut, cut_at
 from keepless.modules.planned import Chosen
 from keepless.modules.segments import Segment
 from keepless.modules.sites import Site
-from keepless.modules.survey import Noted, saved_nbytes, shared_inputs
+from keepless.modules.survey import Noted, Survey, saved_nbytes, shared_inputs
 from keepless.passes import evaluate, from_order, reuse_storage
-from keepless.solve import smallest, solve
+from keepless.solve import SOLVERS, named_solver, smallest, solve
+from keepless.solve.transfer import Known as Transferred
+from keepless.solve.transfer import transfer
 
 BLOCKS = "blocks"
 
@@ -79,7 +81,9 @@ _DEPTH = 3
 """So many levels below a block that cannot be captured its parts are tried."""
 
 
-def measure(run: Runner, settings: Settings, tell: Any, blocks: Blocks | None) -> list[MeasuredBlocks]:
+def measure(
+    run: Runner, settings: Settings, tell: Any, blocks: Blocks | None, most_repeats: int
+) -> list[MeasuredBlocks]:
     """Surveys a model, captures its blocks, and measures their ops and what stands between them.
 
     Where blocks cannot be captured there are several ways: each of them a region, or what can be captured of their
@@ -92,7 +96,7 @@ def measure(run: Runner, settings: Settings, tell: Any, blocks: Blocks | None) -
     paths = find_blocks(model, blocks)
     if not paths:
         raise CaptureError("The model has no parts: there is no block to capture.")
-    bench = _Bench(run, settings, tell, Library(block_shape(settings.accumulate)))
+    bench = _Bench(run, settings, tell, Library(block_shape(settings.accumulate)), most_repeats)
     found = [bench.measured(paths)]
     for _ in range(_DEPTH if blocks is None else 0):
         failed = {site.path for site in found[-1].reasons}
@@ -117,6 +121,7 @@ class _Bench:
     settings: Settings
     tell: Any
     library: Library
+    most_repeats: int
     known: dict[str, OpCost] = field(default_factory=dict)
 
     def measured(
@@ -128,7 +133,10 @@ class _Bench:
         def told(done: int, total: int) -> None:
             self.tell("measure", done, total)
 
-        pieces = measure_modules(run, settings, told, lambda found, without: cut_at(found, paths, without), set(paths))
+        def choose(found: Survey, without: Container[int]) -> Cut:
+            return cut_at(found, paths, without)
+
+        pieces = measure_modules(run, settings, told, choose, set(paths), self.most_repeats)
         run.prepare()
         bindings: dict[Site, Binding] = {}
         edges: dict[Site, tuple[tuple[int, ...], frozenset[int]]] = {}
@@ -182,8 +190,13 @@ def _flat(noted: Noted | None) -> Any:
     return noted.flat
 
 
-def solved(run: Runner, ways: Sequence[MeasuredBlocks], settings: Settings, over: int) -> Plan:
+def solved(
+    run: Runner, ways: Sequence[MeasuredBlocks], settings: Settings, over: int, like: Plan | None = None
+) -> Plan:
     """The fastest plan of blocks for a budget less `over` bytes, of all ways to take the model apart.
+
+    Arguments:
+        like: a plan of another kind of step, from which decisions are carried over where they fit.
 
     Raises:
         InfeasibleBudget: none was found.
@@ -192,7 +205,7 @@ def solved(run: Runner, ways: Sequence[MeasuredBlocks], settings: Settings, over
     errors: list[InfeasibleBudget] = []
     for measured in ways:
         try:
-            plans.append(_solved(run, measured, settings, over))
+            plans.append(_solved(run, measured, settings, over, like))
         except InfeasibleBudget as error:
             errors.append(error)
     if not plans:
@@ -202,14 +215,19 @@ def solved(run: Runner, ways: Sequence[MeasuredBlocks], settings: Settings, over
     return best
 
 
-def _solved(run: Runner, measured: MeasuredBlocks, settings: Settings, over: int) -> Plan:
+def _solved(run: Runner, measured: MeasuredBlocks, settings: Settings, over: int, like: Plan | None) -> Plan:
     step = measured.step
     graph, cost = step.graph, step.cost
     budget = budget_with_reserve(settings.budget)
     over += measured.unseen_nbytes
     inner = replace(budget, reserve=min(budget.reserve + over, settings.budget - 1))
     try:
-        found = solve(graph, cost, inner, solver=settings.solver, seed=settings.seed)
+        found = None
+        if like is not None and named_solver(settings.solver) is SOLVERS["keepless"]:
+            order = tuple(instr.op for instr in like.program if isinstance(instr, Run))
+            found = transfer(graph, cost, inner.device, [Transferred(like.graph, order)])
+        if found is None or found.peak > inner.device:
+            found = solve(graph, cost, inner, solver=settings.solver, seed=settings.seed)
     except InfeasibleBudget as error:
         low = smallest(graph, cost)
         raise explain_infeasible(graph, cost, settings.budget, low.program, low.peak + over, error.bound) from None

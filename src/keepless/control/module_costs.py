@@ -59,13 +59,19 @@ Choose = Callable[[Survey, Container[int]], Cut]
 
 
 def measure_modules(
-    run: Runner, settings: Settings, tell: Tell, choose: Choose = cut, noted: Container[str] = ()
+    run: Runner,
+    settings: Settings,
+    tell: Tell,
+    choose: Choose = cut,
+    noted: Container[str] = (),
+    most_repeats: int = 5,
 ) -> MeasuredModules:
     """Surveys a model and measures every piece of its step, in steps of which all regions are recomputed.
 
     Arguments:
         choose: the regions.
         noted: paths of modules of whose calls the survey notes how they look.
+        most_repeats: timed steps, at most.
 
     Raises:
         LossError: the step has no scalar loss with a gradient.
@@ -79,7 +85,7 @@ def measure_modules(
     probe, once, failed = _recomputable(run, found, choose)
     pieces = probe.cut
     with probe.regionwise():
-        repeats = next(count for limit, count in _REPEATS if once < limit)
+        repeats = min(most_repeats, next(count for limit, count in _REPEATS if once < limit))
         total = _PASSES + 2 * repeats
         tell(3, total)
         run.prepare()

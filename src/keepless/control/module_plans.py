@@ -55,6 +55,8 @@ _ROUNDS = 3
 """How often a plan whose step rose above its budget is planned again for less."""
 
 
+_REPEATS = 5
+"""Timed steps at most; a kind of step that is planned when it comes is timed once."""
 _ENOUGH_MANAGED = 0.85
 """Where a plan of blocks decides about less than this share of what is saved, one of regions is made beside it."""
 
@@ -65,9 +67,19 @@ def is_by_modules(plan: Plan) -> bool:
 
 
 def make(
-    model: torch.nn.Module, batch: Any, settings: Settings, tell: Any, engine: str = EAGER, blocks: Blocks | None = None
+    model: torch.nn.Module,
+    batch: Any,
+    settings: Settings,
+    tell: Any,
+    engine: str = EAGER,
+    blocks: Blocks | None = None,
+    like: Plan | None = None,
 ) -> Plan:
-    """A plan of module calls. See `keepless.plan`."""
+    """A plan of module calls. See `keepless.plan`.
+
+    Arguments:
+        like: a plan of another kind of step of this model.
+    """
     if engine == EAGER and settings.solver not in ("keepless", NAME):
         raise SolverError(
             f"The eager engine recomputes module calls as a whole and plans with a search of its own; solver="
@@ -84,10 +96,11 @@ def make(
         def told(done: int, total: int) -> None:
             tell("measure", done, total)
 
+        repeats = _REPEATS if like is None else 1
         if engine == BLOCKS:
-            measured = block_plans.measure(run, settings, tell, blocks)
-            return _landed(run, settings, tell, lambda over: block_plans.solved(run, measured, settings, over))
-        pieces = measure_modules(run, settings, told)
+            measured = block_plans.measure(run, settings, tell, blocks, repeats)
+            return _landed(run, settings, tell, lambda over: block_plans.solved(run, measured, settings, over, like))
+        pieces = measure_modules(run, settings, told, most_repeats=repeats)
         return _landed(run, settings, tell, lambda over: region_plans.solved(run, pieces, settings, over))
 
 
@@ -207,7 +220,7 @@ def apply(model: torch.nn.Module, plan: Plan) -> PlannedModules:
         if not settings.own_loss:
             own = replace(own, loss_fn=_any_loss, own_loss=False)
         try:
-            return _chosen(make(model, Inputs(*args, **kwargs), own, _silent, plan.engine))
+            return _chosen(make(model, Inputs(*args, **kwargs), own, _silent, plan.engine, like=plan))
         except InfeasibleBudget as error:
             raise InfeasibleBudget(
                 f"This call is not the step that the model was planned for and needs a plan of its own. {error}",
