@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from keepless import _compat
+from keepless._compat import sizes as sizes_compat
 from keepless.capture.compare import difference, results
 from keepless.capture.inputs import FlatInputs
 from keepless.capture.sizes import Sizes
@@ -36,7 +37,7 @@ from keepless.capture.trace import (
 from keepless.capture.world import World
 from keepless.errors import CaptureError
 
-_BOUNDS = f"templates are for sizes from 2 to {_compat.SymbolicSizes.LARGEST}"
+_BOUNDS = f"templates are for sizes from 2 to {sizes_compat.SymbolicSizes.LARGEST}"
 
 Place = tuple[int, int]
 """A flat position in a call, and a dimension of the tensor there."""
@@ -81,7 +82,7 @@ class _SymbolicFaking(Faking):
 
     def __init__(self, flat: FlatInputs, dynamic: Mapping[Place, int], device: torch.device) -> None:
         super().__init__(device)
-        self.env = _compat.SymbolicSizes()
+        self.env = sizes_compat.SymbolicSizes()
         self.dynamic = dynamic
         self.hints: list[int] = []
         sizes: dict[int, Any] = {}
@@ -106,14 +107,14 @@ class _SymbolicFaking(Faking):
         self.created: list[torch.fx.Node] = []
 
     def mode(self) -> Any:
-        return _compat.SymbolicMode(allow_non_fake_inputs=True, shape_env=self.env)
+        return sizes_compat.SymbolicMode(allow_non_fake_inputs=True, shape_env=self.env)
 
     def all_around(self) -> contextlib.AbstractContextManager[Any]:
         return self.env.watched()
 
     @contextlib.contextmanager
     def around(self) -> Iterator[None]:
-        with _compat.eagers_own_ops(), _compat.enable_python_dispatcher():
+        with _compat.eagers_own_ops(), sizes_compat.enable_python_dispatcher():
             yield
 
     def given(self, mode: Any, position: int, tensor: torch.Tensor) -> torch.Tensor:
@@ -378,7 +379,7 @@ class Template:
             if position not in self._shapes and flat.facts[position] != self._flat.facts[position]:
                 return f"argument {position} has another shape or other strides, and varied in none before"
         sizes = [flat.facts[position][1][dim] for position, dim in self._place_of]
-        if any(not 2 <= size <= _compat.SymbolicSizes.LARGEST for size in sizes):
+        if any(not 2 <= size <= sizes_compat.SymbolicSizes.LARGEST for size in sizes):
             return f"the sizes are {sizes}: {_BOUNDS}"
         table = self._sizes.values(sizes)
         for position, places in self._shapes.items():
@@ -400,7 +401,7 @@ class Template:
         return None
 
     def _plain(self, model: torch.nn.Module, flat: FlatInputs, table: tuple[Any, ...]) -> Traced | str:
-        mode = _compat.uncached_fakes()
+        mode = sizes_compat.uncached_fakes()
         device = planned_device(model)
         arguments = [fake_like(mode, t, device) for _, t in named_state(model)]
         for position in flat.tensor_positions:

@@ -1,4 +1,4 @@
-"""Every private call into torch is here, with keyword arguments, so that a new release breaks one file.
+"""Every private call into torch is in this package, with keyword arguments, so that a new release breaks one place.
 
 Only the meter's own, in `keepless.measure._profiler`, are elsewhere: it shares nothing with what it judges.
 README.md names the releases of torch that all this was run on.
@@ -16,8 +16,6 @@ from typing import Any
 
 import torch
 import torch.utils.checkpoint
-from torch._dispatch.python import enable_python_dispatcher as enable_python_dispatcher
-from torch._dynamo.source import ConstantSource
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 from torch._ops import OpOverload as OpOverload
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
@@ -27,7 +25,6 @@ from torch.fx.experimental import symbolic_shapes
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
-from torch.utils._sympy.value_ranges import ValueRanges
 
 tree_flatten = pytree.tree_flatten
 tree_leaves = pytree.tree_leaves
@@ -37,7 +34,7 @@ tree_unflatten = pytree.tree_unflatten
 BatchNorm = _BatchNorm
 
 _TORCH_DIR = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
-_OWN_DIR = os.path.dirname(os.path.abspath(__file__)) + os.sep
+_OWN_DIR = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 
 
 def data_dependent_errors() -> tuple[type[BaseException], ...]:
@@ -598,64 +595,3 @@ def is_made_since(tensor: torch.Tensor, number: int) -> bool:
     """Whether a tensor's autograd node is of that number or later."""
     node: Any = tensor.grad_fn
     return node is not None and hasattr(node, "_sequence_nr") and int(node._sequence_nr()) >= number
-
-
-class SymbolicSizes(symbolic_shapes.ShapeEnv):
-    """Sizes that stay symbols while a step is traced, and every answer that was given about them."""
-
-    LARGEST = 1 << 20
-
-    def __init__(self) -> None:
-        super().__init__(allow_scalar_outputs=False, allow_dynamic_output_shape_ops=False)
-        self.answers: dict[Any, Any] = {}
-        self.symbols: list[Any] = []
-        self.depth = 0
-
-    def new_size(self, size: int) -> Any:
-        """A size that is this one now, of at least 2 and at most `LARGEST`."""
-        source = ConstantSource(source_name=f"keepless{len(self.symbols)}")
-        bounds = symbolic_shapes.StrictMinMaxConstraint(vr=ValueRanges(lower=2, upper=self.LARGEST), warn_only=False)
-        kind = symbolic_shapes.DimDynamic.DYNAMIC
-        self.symbols.append(self.create_symbol(size, source=source, dynamic_dim=kind, constraint_dim=bounds))
-        return self.create_symintnode(self.symbols[-1], hint=size, source=source)
-
-    def evaluate_expr(self, orig_expr: Any, *args: Any, **kwargs: Any) -> Any:
-        answer = super().evaluate_expr(orig_expr, *args, **kwargs)
-        self.answers.setdefault(orig_expr, answer)
-        return answer
-
-    @contextlib.contextmanager
-    def watched(self) -> Iterator[None]:
-        """Inside, "is it known?" counts as answered no where that depends on the sizes, but for fake kernels."""
-        home: Any = symbolic_shapes
-        known, quick = home._static_eval_sym_bool, getattr(home, "_sym_node_hint_disproves", None)
-
-        def ask(question: Any) -> Any:
-            if (answer := known(question)) is None and question.node.shape_env is self and not self.depth:
-                self.answers.setdefault(question.node.expr, "false" in sys._getframe(1).f_code.co_name)
-            return answer
-
-        home._static_eval_sym_bool, home._sym_node_hint_disproves = ask, lambda node, target: False
-        try:
-            yield
-        finally:
-            home._static_eval_sym_bool, home._sym_node_hint_disproves = known, quick
-
-
-class SymbolicMode(FakeTensorMode):  # type: ignore[no-untyped-call]
-    """Fake tensors that may have symbolic sizes."""
-
-    def dispatch(self, *args: Any, **kwargs: Any) -> Any:
-        sizes: Any = self.shape_env
-        sizes.depth += 1
-        try:
-            return super().dispatch(*args, **kwargs)
-        finally:
-            sizes.depth -= 1
-
-
-def uncached_fakes() -> FakeTensorMode:
-    """A mode that works every result out anew."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    mode.cache_enabled = False
-    return mode
