@@ -1,4 +1,4 @@
-"""Plans of module calls on CUDA: bits, measured peaks, predictions."""
+"""Plans of blocks and of module calls on CUDA: bits, measured peaks, predictions."""
 
 from __future__ import annotations
 
@@ -36,15 +36,16 @@ class Blocks(torch.nn.Module):
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5])
-def test_a_plan_of_module_calls_keeps_its_budget(share: float) -> None:
+@pytest.mark.parametrize("engine", ["blocks", "eager"])
+def test_a_plan_of_module_calls_keeps_its_budget(engine: str, share: float) -> None:
     import keepless
 
     torch.manual_seed(0)
     model = Blocks(8, 512).cuda()
     x = torch.randn(2048, 512, device="cuda")
-    everything = keepless.plan(model, x, "8GiB", engine="eager")
+    everything = keepless.plan(model, x, "8GiB", engine=engine)
     low, high = everything.smallest_budget, everything.baseline_peak
-    plan = keepless.plan(model, x, int(low + share * (high - low)), engine="eager")
+    plan = keepless.plan(model, x, int(low + share * (high - low)), engine=engine)
     found = keepless.verify(model, x, plan, repeats=1)
     assert found.equal, found.differences
     assert found.reference == "plain eager"

@@ -16,6 +16,7 @@ import torch
 from keepless import _compat
 from keepless.binding import Binding
 from keepless.capture import FlatInputs, StepShape, equal_constants, find_facts, lower, planned_device, trace_step
+from keepless.control.trials import untouched
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Library:
                 own = rebound(binding, module)
                 if own is not None:
                     return own
-        with torch.random.fork_rng([]):
+        with untouched(module):
             traced = trace_step(module, flat, batch=None, loss_fn=None, grad_outputs=received)
             binding = lower(traced, flat, module, replace(self.shape, shared_inputs=shared))
         self.traced += 1

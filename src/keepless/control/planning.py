@@ -22,7 +22,7 @@ from keepless.control.reserve import budget_with_reserve, explain_infeasible, wi
 from keepless.control.signature import batch_signature, model_signature
 from keepless.control.takeover import with_takeover
 from keepless.control.templates import Templates
-from keepless.control.trials import cost_model, measure_costs, measure_loss
+from keepless.control.trials import cost_model, measure_costs, measure_loss, untouched
 from keepless.errors import (
     BatchError,
     CaptureError,
@@ -287,11 +287,3 @@ def plan_of(measured: Measured, found: Solution, budget: Budget) -> Plan:
         smallest_budget=with_reserve(found.smallest_nbytes),
         smallest_bound=found.smallest_bound,
     )
-
-
-@contextlib.contextmanager
-def untouched(model: torch.nn.Module) -> Iterator[None]:
-    """Planning leaves gradients and generator states as they were; capture itself looks after the rest."""
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices):
-        yield

@@ -9,8 +9,9 @@ import torch
 
 from keepless.capture import FlatInputs, lower, trace_step
 from keepless.control.captured import Capture, Captures, settings_from, shape_from, whole
-from keepless.control.planning import refs_of, untouched
+from keepless.control.planning import refs_of
 from keepless.control.signature import batch_signature, check_signature, model_signature
+from keepless.control.trials import untouched
 from keepless.errors import PlanError
 from keepless.ir.text import fingerprint
 from keepless.machine import Plan

@@ -12,9 +12,9 @@ import torch
 
 from keepless.capture import Inputs, flatten_inputs
 from keepless.control.captured import Captures, Measured, Settings
-from keepless.control.planning import capture_call, measuring, untouched
+from keepless.control.planning import capture_call, measuring
 from keepless.control.signature import batch_signature, model_signature
-from keepless.control.trials import cost_model, held_nbytes, op_trials
+from keepless.control.trials import cost_model, held_nbytes, op_trials, untouched
 from keepless.cost import KnownCosts, Origin, scaled_scratch, transferred_seconds
 from keepless.machine import Plan
 from keepless.measure import OpCost, measure_scratch

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -147,3 +148,11 @@ def measure_loss(binding: Binding, loss_fn: Any, batch: Any) -> OpCost:
     tangents = sum(graph.values[binding.slot_value[slot]].nbytes for slot in binding.tangents)
     trial = Trial("keepless.loss", lambda: run, tangents)
     return measure_ops([trial], device=binding.device)[trial.key]
+
+
+@contextlib.contextmanager
+def untouched(model: torch.nn.Module) -> Iterator[None]:
+    """Planning leaves gradients and generator states as they were; capture itself looks after the rest."""
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices):
+        yield
