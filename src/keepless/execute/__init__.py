@@ -2,12 +2,12 @@
 
 from keepless.execute.codegen import Compiled as Compiled
 from keepless.execute.codegen import compile_step as compile_step
-from keepless.execute.engine import Entry as Entry
 from keepless.execute.engine import Miss as Miss
 from keepless.execute.engine import News as News
 from keepless.execute.engine import PlannedForward as PlannedForward
-from keepless.execute.engine import make_entry as make_entry
-from keepless.execute.engine import reprogrammed as reprogrammed
-from keepless.execute.engine import run_entry as run_entry
+from keepless.execute.entry import Entry as Entry
+from keepless.execute.entry import make_entry as make_entry
+from keepless.execute.entry import reprogrammed as reprogrammed
+from keepless.execute.entry import run_entry as run_entry
 from keepless.execute.nodes import Counters as Counters
 from keepless.execute.shelf import Shelf as Shelf

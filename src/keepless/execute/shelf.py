@@ -7,14 +7,12 @@ so that a model with fifty captured lengths asks one or two guards per call, not
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, overload
+from typing import Any, overload
 
 import torch
 
 from keepless import _compat
-
-if TYPE_CHECKING:
-    from keepless.execute.engine import Entry
+from keepless.execute.entry import Entry
 
 MAX_ENTRIES = 64
 """Captured steps that one model keeps."""
@@ -26,7 +24,7 @@ _NBYTES_PER_SLOT = 1000
 Look = tuple[Any, ...]
 
 
-class Shelf(Sequence["Entry"]):
+class Shelf(Sequence[Entry]):
     """Entries, the latest used first, bounded in number and in bytes.
 
     A step that runs holds its own entry: taking one from the shelf never disturbs it.
