@@ -85,15 +85,15 @@ class _Step(torch.nn.Module):
     def __init__(self, model: torch.nn.Module, flat: FlatInputs, grad_outputs: tuple[int, ...]) -> None:
         super().__init__()
         self._hidden = (_Holder(model),)
-        self._names = [f"model.{name}" for name, _ in named_state(model)]
+        self._count = len(named_state(model))
+        self._places = places_of_state(model)
         self._flat = flat
         self._grad_outputs = frozenset(grad_outputs)
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        count = len(self._names)
-        state = dict(zip(self._names, tensors[:count], strict=True))
-        args, kwargs = self._flat.rebuild(tensors[count:])
-        output = torch.func.functional_call(self._hidden[0], state, args, kwargs, tie_weights=True)
+        state = {f"model.{name}": tensors[index] for name, index in self._places}
+        args, kwargs = self._flat.rebuild(tensors[self._count :])
+        output = torch.func.functional_call(self._hidden[0], state, args, kwargs, tie_weights=False)
         leaves, _ = _compat.tree_flatten(output)
         return tuple(
             leaf if position in self._grad_outputs else leaf.detach()
@@ -295,9 +295,9 @@ def _dry_run(
     with faking.around(), mode:
         try:
             with _watched(model) as attributes:
-                output = torch.func.functional_call(
-                    holder, {f"model.{name}": t for name, t in state.items()}, args, kwargs, tie_weights=True
-                )
+                held = list(state.values())
+                swapped = {f"model.{name}": held[index] for name, index in places_of_state(model)}
+                output = torch.func.functional_call(holder, swapped, args, kwargs, tie_weights=False)
         except Exception as error:  # whatever the user's forward raises is named, with its type, in ours
             raise _forward_error(error, "The model's forward") from error
         leaves, spec = _compat.tree_flatten(output)
@@ -432,6 +432,22 @@ def named_state(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
     """Parameters and buffers by the paths of their modules: wrappers may show them by other names."""
     module = torch.nn.Module
     return [*module.named_parameters(model), *module.named_buffers(model)]
+
+
+def places_of_state(model: torch.nn.Module) -> list[tuple[str, int]]:
+    """Every place in which a parameter or buffer stands, and which of `named_state` it is.
+
+    Each module counts once, by its first path. torch's own way to swap tied tensors goes through a module that has two
+    paths twice, and torch 2.11 then puts back what it had put in.
+    """
+    number = {id(tensor): index for index, (_, tensor) in enumerate(named_state(model))}
+    return [
+        (f"{path}.{key}".lstrip("."), number[id(tensor)])
+        for path, module in model.named_modules()
+        for table in (module._parameters, module._buffers)
+        for key, tensor in table.items()
+        if tensor is not None
+    ]
 
 
 def _own_loss(output: Any, leaves: list[Any]) -> int:
