@@ -133,6 +133,9 @@ class Plans:
         for engine in ENGINES:
             self.table.add(self.name, f"{engine}, {budget}", "budget", "bytes", nbytes)
             self.table.add(self.name, f"{engine}, {budget}", "planning", "s", seconds[engine])
+            known = self.plans[f"{engine}, {budget}"].capture  # the traces of another model come on top when it runs
+            traced = known.library.traced if isinstance(known, Known) else 1
+            self.table.add(self.name, f"{engine}, {budget}", "traces", "count", traced)
 
 
 def describe(table: Table, name: str, one: Contender) -> None:
@@ -146,14 +149,11 @@ def describe(table: Table, name: str, one: Contender) -> None:
     bound = plan.certificate.bound_seconds
     add(name, one.name, "gap", "ratio", max(0.0, plan.predicted_seconds / bound - 1) if bound else 0.0)
     add(name, one.name, "replays", "count", plan.num_replays)
-    known = plan.capture
     segments, failed = plan.signature.get("segments", ()), plan.signature.get("reasons", ())
     assert isinstance(segments, list | tuple)
     assert isinstance(failed, list | tuple)
-    is_blocks = isinstance(known, Known)
-    add(name, one.name, "captured_calls", "count", len(segments) if is_blocks else 1)
+    add(name, one.name, "captured_calls", "count", len(segments) if isinstance(plan.capture, Known) else 1)
     add(name, one.name, "calls_not_captured", "count", len(failed))
-    add(name, one.name, "traces", "count", known.library.traced if isinstance(known, Known) else 1)
 
 
 def run(name: str, table: Table, rounds: int, seed: int) -> bool:
