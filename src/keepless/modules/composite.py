@@ -276,7 +276,9 @@ class _Segment:
         for op in binding.graph.ops[self.loss + 1 :]:
             extra = added.get(op.inputs[0], 0) if op.name == DELIVER else 0
             self.copy(op, extra)
-        last = composer.rest(Phase.BACKWARD, composer.reads[number] - taken, makes - made, self.path)
+        # Inputs stand until the segment's end; what it gave out, until the last of its own ops that reads it.
+        held = composer.reads[number] - taken - set(self.outer.values())
+        last = composer.rest(Phase.BACKWARD, held, makes - made, self.path)
         composer.segments.append(Segment(self.call.site, (self.first, self.last), (first, last)))
 
     def _nbytes(self, slot: int) -> int:
