@@ -215,7 +215,7 @@ def bench(
 
 
 def _counts(table: Table, counters: Counters, prefix: str) -> None:
-    for name in ("captures", "transfers", "solved", "evicted", "hits"):
+    for name in ("captures", "specialised", "transfers", "solved", "evicted", "hits"):
         table.add(NAME, "keepless", prefix + name, "count", getattr(counters, name))
 
 

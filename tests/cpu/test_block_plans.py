@@ -415,6 +415,26 @@ def test_one_cell_many_times_with_an_output_that_gets_no_gradient() -> None:
     assert replays(model) == 0
 
 
+def test_outputs_stand_until_their_last_reader() -> None:
+    """An output that its own block reads again (a ReLU's) is not planned to stand until the block's backward ends."""
+
+    class Ends(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).relu()
+
+    model, x = made(block=Ends), sequences()
+    plan = keepless.plan(model, x, 1 << 32, engine="blocks")
+    ops, read_again = plan.graph.ops, 0
+    for path, number, first, last, begin, end, *_ in plan.signature["segments"]:  # type: ignore[attr-defined]
+        given = {v for op in ops[first : last + 1] if op.name == HAND_OVER for v in op.outputs}
+        assert given, (path, number)
+        assert not given.intersection(ops[end].inputs)
+        read_again += any(given.intersection(op.inputs) for op in ops[begin:end])
+    assert read_again >= 3
+    assert plan.measured_peak is not None
+    assert plan.measured_peak <= plan.predicted_peak
+
+
 def test_blocks_are_found_and_can_be_named() -> None:
     model, x = made(), sequences()
     assert find_blocks(model) == ("stem", "blocks.0", "blocks.1", "blocks.2", "head")

@@ -92,6 +92,8 @@ class Book:
         if len(self._scratch) > _MOST_SCRATCH:
             self._scratch.clear()
         measured = measure_like(model, inputs, settings, self.plan, self._scratch)
+        templates = captures.templates(model)
+        planned.counters.specialised += templates is not None and not templates.reason
         try:
             found = self._carried(measured, settings)
             program = found.program if found is not None else solve_measured(measured, settings).program

@@ -50,7 +50,8 @@ class Counters:
         unplanned_calls: that ran the model's own forward.
         hits: steps that a plan was there for.
         captures: steps that were captured and planned on the spot.
-        transfers: of these, the ones whose program was carried over from a known plan.
+        specialised: of these, the ones that came from a trace with symbolic sizes and were not traced in full.
+        transfers: captured steps whose program was carried over from a known plan.
         solved: programs that a search in the background found and that took an entry's place.
         evicted: captured steps that were forgotten, as there were too many.
     """
@@ -60,6 +61,7 @@ class Counters:
     unplanned_calls: int = 0
     hits: int = 0
     captures: int = 0
+    specialised: int = 0
     transfers: int = 0
     solved: int = 0
     evicted: int = 0

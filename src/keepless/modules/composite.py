@@ -276,7 +276,8 @@ class _Segment:
         for op in binding.graph.ops[self.loss + 1 :]:
             extra = added.get(op.inputs[0], 0) if op.name == DELIVER else 0
             self.copy(op, extra)
-        held = (composer.reads[number] - taken) | self.held
+        # Inputs stand until the segment's end; what it gave out, until the last of its own ops that reads it.
+        held = (composer.reads[number] - taken - set(self.outer.values())) | self.held
         last = composer.rest(Phase.BACKWARD, held, makes - made, self.path)
         composer.segments.append(Segment(self.call.site, (self.first, self.last), (first, last)))
 
