@@ -529,3 +529,18 @@ def test_indices_that_are_chosen_are_kept() -> None:
         assert any("could pick others" in reason for reason in reasons)
         keepless.apply(model, plan)
         assert same(trained(model, [x, x]), trained(made(kind=kind, block=Routed), [x, x]))
+
+
+def test_gradients_appear_block_by_block() -> None:
+    """The last block's gradients are there before the first block's backward begins: they may be stepped and freed."""
+    model, x = made(), sequences()
+    keepless.apply(model, tight(model, x))
+    came: list[str] = []
+    for name, parameter in model.named_parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p, name=name: came.append(name))  # type: ignore[no-untyped-call]
+    torch.manual_seed(1)
+    loss_of(model, x).backward()
+    blocks = [int(name.split(".")[1]) for name in came if name.startswith("blocks.")]
+    assert blocks == sorted(blocks, reverse=True)
+    assert set(blocks) == {0, 1, 2}
+    assert came[-1].startswith("stem")
