@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -598,6 +598,25 @@ def is_made_since(tensor: torch.Tensor, number: int) -> bool:
     """Whether a tensor's autograd node is of that number or later."""
     node: Any = tensor.grad_fn
     return node is not None and hasattr(node, "_sequence_nr") and int(node._sequence_nr()) >= number
+
+
+def last_readers(tensors: Iterable[torch.Tensor]) -> dict[tuple[Any, int], int]:
+    """Where gradients go in the graph behind these tensors (a node, and which of its gradients) -> the highest number
+    of the nodes from which they come.
+    """
+    found: dict[tuple[Any, int], int] = {}
+    left: list[Any] = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
+    seen = set(left)
+    while left:
+        node = left.pop()
+        number = int(node._sequence_nr()) if hasattr(node, "_sequence_nr") else -1
+        for edge in node.next_functions:
+            if edge[0] is not None:
+                found[edge] = max(number, found.get(edge, -1))
+                if edge[0] not in seen:
+                    seen.add(edge[0])
+                    left.append(edge[0])
+    return found
 
 
 class SymbolicSizes(symbolic_shapes.ShapeEnv):

@@ -35,6 +35,7 @@ class StepShape:
         outside_nbytes: bytes on the device beside model, batch and optimizer.
         shared_inputs: flat positions of inputs that code behind this step reads, too. Autograd adds the parts of such a
             gradient one by one to what came before, so that they are delivered one by one.
+        shared_parameters: so may its parameters be, all of them.
     """
 
     accumulate: bool = False
@@ -43,6 +44,7 @@ class StepShape:
     state_nbytes: int = 0
     outside_nbytes: int = 0
     shared_inputs: frozenset[int] = frozenset()
+    shared_parameters: bool = False
 
 
 @dataclass

@@ -172,8 +172,8 @@ class _Bench:
 
 
 def block_shape(accumulate: bool) -> StepShape:
-    """A block's part of a step: what it gives out is others' to hold."""
-    return StepShape(accumulate=accumulate, release_outputs=True)
+    """A block's part of a step: what it gives out is others' to hold, and others may read its parameters."""
+    return StepShape(accumulate=accumulate, release_outputs=True, shared_parameters=True)
 
 
 def _flat(noted: Noted | None) -> Any:

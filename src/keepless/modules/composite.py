@@ -258,6 +258,7 @@ class _Segment:
             taken.add(flow)
         made: set[int] = set()
         added: dict[int, int] = {}
+        again: set[str] = set()
         for name, slot in binding.grads:
             inner = binding.slot_value[slot]
             if isinstance(name, str):
@@ -268,8 +269,10 @@ class _Segment:
                 self._resize(outer, binding.graph.values[inner].nbytes)
                 self.value_of[inner] = outer
                 made.add(outer)
-            elif not isinstance(name, str):
-                added[inner] = self._nbytes(slot)  # a sum with what others gave, in storage of its own
+            elif not isinstance(name, str) or name in again:
+                added[inner] = self._nbytes(slot)  # a sum with what came before, in storage of its own
+            if isinstance(name, str):
+                again.add(name)
         first = len(composer.ops)
         if missing or self.held:
             composer.rest(Phase.BACKWARD, self.held, missing, self.path)

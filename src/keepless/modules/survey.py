@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from keepless import _compat
 from keepless._compat import tree_leaves
 from keepless.capture import FlatInputs, Inputs, flatten_inputs, standing_in
 from keepless.errors import BatchError
@@ -38,7 +39,7 @@ class Call:
     noted: Noted | None = None
 
 
-@dataclass(frozen=True)
+@dataclass
 class Noted:
     """How a call looked, for capturing it: no tensor of it is held.
 
@@ -46,6 +47,9 @@ class Noted:
         flat: the call, with tensors on the meta device in the places of its own; None where it cannot be told.
         reason: why it cannot.
         given: flat position -> storage, of its distinct tensors.
+        edges: flat position -> where the gradient of such a tensor goes. Gone when the survey ends.
+        last: the number that autograd gave to the first node behind the call.
+        read_later: flat positions of tensors that code behind the call reads, too.
         returned: flat position of the output -> storage.
     """
 
@@ -53,6 +57,9 @@ class Noted:
     reason: str = ""
     given: dict[int, int] = field(default_factory=dict)
     returned: dict[int, int] = field(default_factory=dict)
+    edges: dict[int, tuple[Any, int]] = field(default_factory=dict)
+    last: int = 0
+    read_later: set[int] = field(default_factory=set)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +159,7 @@ class _Survey:
                 call.noted.returned.update(
                     (i, self.number_of(leaf)) for i, leaf in leaves if isinstance(leaf, torch.Tensor)
                 )
+                call.noted.last = _compat.next_node_number()
             self.tick()
             call.end = self.moment
             return result
@@ -164,7 +172,8 @@ class _Survey:
         except BatchError as error:
             return Noted(None, str(error))
         given = {position: self.number_of(flat.leaves[position]) for position in flat.tensor_positions}
-        return Noted(standing_in(flat), given=given)
+        edges = {i: _edge_of(flat.leaves[i]) for i in given if flat.leaves[i].requires_grad}
+        return Noted(standing_in(flat), given=given, edges=edges)
 
     def begin(self, path: str, forward: Callable[..., Any], given: Any) -> int:
         inputs = self.numbers(given)
@@ -183,7 +192,7 @@ def shared_inputs(found: Survey, call: Call) -> frozenset[int]:
     assert call.noted is not None
     later = {item.storage for item in found.saved if item.moment >= call.end}
     later.update(number for other in found.calls if other.begin >= call.end for number in other.inputs)
-    positions: set[int] = set()
+    positions = set(call.noted.read_later)
     for position, number in call.noted.given.items():
         freed = found.freed.get(number)
         if number in found.flows and (number in later or freed is None or freed > call.end):
@@ -195,6 +204,11 @@ def saved_nbytes(found: Survey, call: Call) -> int:
     """Bytes of what a call makes and saves."""
     own = {item.storage for item in found.saved if call.begin <= item.moment < call.end}
     return found.nbytes({storage for storage in own if found.made[storage] >= call.begin})
+
+
+def _edge_of(tensor: torch.Tensor) -> tuple[Any, int]:
+    edge = torch.autograd.graph.get_gradient_edge(tensor)
+    return edge.node, edge.output_nr
 
 
 def described(forward: Callable[..., Any]) -> tuple[str, str]:
@@ -250,6 +264,10 @@ def _surveyed(
     ):
         output = model(*args, **kwargs)
     found.outputs = run.numbers(output)
+    readers = _compat.last_readers(tensors_in(output))
+    for look in (call.noted for call in found.calls if call.noted is not None):
+        look.read_later.update(i for i, edge in look.edges.items() if readers.get(edge, -1) >= look.last)
+        look.edges.clear()
     run.tick()
     found.end = run.moment
     found.kept_everything = keeps
