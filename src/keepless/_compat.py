@@ -18,6 +18,7 @@ import torch
 import torch.utils.checkpoint
 from torch._dispatch.python import enable_python_dispatcher as enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
+from torch._functorch import config as functorch_config
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 from torch._ops import OpOverload as OpOverload
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
@@ -54,9 +55,11 @@ def data_dependent_errors() -> tuple[type[BaseException], ...]:
 def export_joint(model: torch.nn.Module, args: tuple[Any, ...]) -> torch.fx.GraphModule:
     """The joint forward and backward graph of a module in aten ops, functional but for writes to its inputs.
 
-    Placeholders and the output node carry `meta["desc"]`, read by `describe_input` and `describe_output`.
+    Placeholders and the output node carry `meta["desc"]`, read by `describe_input` and `describe_output`. Loops run the
+    backward outside of autocast: its ops have the dtypes of the forward's, also where that was traced under autocast.
     """
-    with contextlib.ExitStack() as stack, eagers_own_ops():
+    backward = functorch_config.patch(backward_pass_autocast="off")
+    with contextlib.ExitStack() as stack, eagers_own_ops(), backward:
         joint = aot_export_joint_with_descriptors(
             stack, model, args, decompositions={}, keep_inference_input_mutations=True
         )
@@ -600,23 +603,38 @@ def is_made_since(tensor: torch.Tensor, number: int) -> bool:
     return node is not None and hasattr(node, "_sequence_nr") and int(node._sequence_nr()) >= number
 
 
-def last_readers(tensors: Iterable[torch.Tensor]) -> dict[tuple[Any, int], int]:
-    """Where gradients go in the graph behind these tensors (a node, and which of its gradients) -> the highest number
-    of the nodes from which they come.
+def graph_behind(tensors: Iterable[torch.Tensor]) -> dict[tuple[Any, int], set[Any]]:
+    """Where gradients go in autograd's graph behind these tensors (a node, and which of its gradients) -> the nodes
+    from which they come.
     """
-    found: dict[tuple[Any, int], int] = {}
+    found: dict[tuple[Any, int], set[Any]] = {}
     left: list[Any] = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
     seen = set(left)
     while left:
         node = left.pop()
-        number = int(node._sequence_nr()) if hasattr(node, "_sequence_nr") else -1
         for edge in node.next_functions:
             if edge[0] is not None:
-                found[edge] = max(number, found.get(edge, -1))
+                found.setdefault(edge, set()).add(node)
                 if edge[0] not in seen:
                     seen.add(edge[0])
                     left.append(edge[0])
     return found
+
+
+def node_number(node: Any) -> int:
+    """The number of a node of autograd's graph; -1 where it has none."""
+    return int(node._sequence_nr()) if hasattr(node, "_sequence_nr") else -1
+
+
+def is_cast_for_several(found: dict[tuple[Any, int], set[Any]], parameter: torch.Tensor) -> bool:
+    """Whether one cast of a parameter is read by several nodes of a graph, as autocast makes them.
+
+    Arguments:
+        found: edges of the graph -> the nodes behind them.
+    """
+    edge = torch.autograd.graph.get_gradient_edge(parameter)
+    casts = found.get((edge.node, edge.output_nr), ())
+    return any(node.name().startswith("ToCopyBackward") and len(found.get((node, 0), ())) > 1 for node in casts)
 
 
 class SymbolicSizes(symbolic_shapes.ShapeEnv):

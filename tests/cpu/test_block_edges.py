@@ -277,3 +277,92 @@ def test_a_model_that_changes_its_batch_is_not_captured() -> None:
 
     with pytest.raises(CaptureError, match="list or dict"):
         keepless.plan(Popping(), keepless.Inputs({"x": batch_of(0)}), 1 << 30, engine="graph")
+
+
+class Whole(Net):
+    """The same without the break."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.middle(self.first(x)))
+
+
+class InFull(Block):
+    def forward(self, x: Tensor) -> Any:
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(x.float())
+
+
+def autocast_step(model: nn.Module) -> list[Tensor | None]:
+    """Gradients of a step whose forward alone is under autocast."""
+    torch.manual_seed(1)
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = loss_fn(model(batch_of(0)), None)
+    loss.backward()
+    return [p.grad for p in model.parameters()]
+
+
+@pytest.mark.parametrize(("kind", "engine"), [(Whole, "graph"), (Net, "blocks")])
+def test_parts_in_full_precision_have_their_backward_in_full(kind: type[Net], engine: str) -> None:
+    """Autocast is off in parts of the forward, and where the loop calls backward."""
+    expected = autocast_step(built(lambda: kind(InFull)))
+    model = built(lambda: kind(InFull))
+    with torch.autocast("cpu", torch.bfloat16):
+        plan = keepless.plan(model, batch_of(0), 1 << 30, loss_fn=loss_fn, engine=engine)
+        assert "plain eager" in str(keepless.verify(model, batch_of(0), plan, loss_fn=loss_fn))
+    keepless.apply(model, plan)
+    assert all(torch.equal(a, b) for a, b in zip(expected, autocast_step(model), strict=True))
+
+
+class WithAutocast(nn.Module):
+    """Enters autocast itself."""
+
+    def __init__(self, kind: type[Net], block: type[nn.Module]) -> None:
+        super().__init__()
+        self.net = kind(block)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.net(x)
+
+
+@pytest.mark.parametrize("block", [Block, InFull])
+def test_blocks_are_captured_under_the_autocast_that_they_run_under(block: type[nn.Module]) -> None:
+    expected = trained(built(lambda: WithAutocast(Net, block)))
+    model = built(lambda: WithAutocast(Net, block))
+    keepless.fit(model, batch_of(0), 1 << 30, loss_fn=loss_fn, engine="blocks")
+    got = trained(model)
+    assert [name for name in expected if not torch.equal(expected[name], got[name])] == []
+    segments = [segment for entry in model.forward.entries.values() for segment in entry.segments.values()]  # type: ignore[attr-defined]
+    assert segments
+    assert all(segment.entry is not None and segment.missed is None for segment in segments)
+
+
+class WholeTwice(Whole):
+    def middle(self, h: Tensor) -> Tensor:
+        return super().middle(super().middle(h))
+
+
+def test_weights_that_autocast_casts_once_for_several_uses() -> None:
+    """Their gradients are added up in the lower precision: no captured part does that."""
+    model = built(WholeTwice)
+    expected = autocast_step(built(WholeTwice))
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(CaptureError, match="cache_enabled=False"):
+            keepless.plan(model, batch_of(0), 1 << 30, loss_fn=loss_fn, engine="graph")
+        keepless.fit(model, batch_of(0), 1 << 30, loss_fn=loss_fn)
+    assert all(torch.equal(a, b) for a, b in zip(expected, autocast_step(model), strict=True))
+
+
+def test_weights_that_autocast_casts_for_each_use_are_captured() -> None:
+    grads = []
+    for planned in (False, True):
+        model = built(WholeTwice)
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            if planned:
+                keepless.fit(model, batch_of(0), 1 << 30, loss_fn=loss_fn, engine="graph")
+            torch.manual_seed(1)
+            loss = loss_fn(model(batch_of(0)), None)
+        loss.backward()
+        grads.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))

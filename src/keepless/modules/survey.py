@@ -49,6 +49,7 @@ class Noted:
         given: flat position -> storage, of its distinct tensors.
         edges: flat position -> where the gradient of such a tensor goes. Gone when the survey ends.
         last: the number that autograd gave to the first node behind the call.
+        autocast: what autocast was like: on or off, its dtype, whether it keeps casts.
         read_later: flat positions of tensors that code behind the call reads, too.
         returned: flat position of the output -> storage.
     """
@@ -59,6 +60,7 @@ class Noted:
     returned: dict[int, int] = field(default_factory=dict)
     edges: dict[int, tuple[Any, int]] = field(default_factory=dict)
     last: int = 0
+    autocast: tuple[bool, torch.dtype, bool] = (False, torch.bfloat16, True)
     read_later: set[int] = field(default_factory=set)
 
 
@@ -84,6 +86,7 @@ class Survey:
         loss: the storage of its own loss, where it has one.
         end: moment at which the forward ended.
         kept_everything: it could not do without its saved tensors.
+        cast_once: names of parameters that autocast casts once for several uses.
     """
 
     book: StorageBook
@@ -96,6 +99,7 @@ class Survey:
     loss: int | None = None
     end: int = 0
     kept_everything: bool = False
+    cast_once: frozenset[str] = frozenset()
 
     def nbytes(self, storages: set[int]) -> int:
         """Bytes of so many storages together."""
@@ -109,8 +113,9 @@ class _NeededAtOnce(Exception):
 class _Survey:
     """A survey on its way."""
 
-    def __init__(self, keeps: bool, noted: Container[str]) -> None:
+    def __init__(self, keeps: bool, noted: Container[str], device: str) -> None:
         self.found = Survey(StorageBook())
+        self.device = device
         self.keeps = keeps
         self.noted = noted
         self.moment = 0
@@ -173,7 +178,8 @@ class _Survey:
             return Noted(None, str(error))
         given = {position: self.number_of(flat.leaves[position]) for position in flat.tensor_positions}
         edges = {i: _edge_of(flat.leaves[i]) for i in given if flat.leaves[i].requires_grad}
-        return Noted(standing_in(flat), given=given, edges=edges)
+        autocast = _compat.ambient_state(self.device)[:3]
+        return Noted(standing_in(flat), given=given, edges=edges, autocast=autocast)
 
     def begin(self, path: str, forward: Callable[..., Any], given: Any) -> int:
         inputs = self.numbers(given)
@@ -251,7 +257,7 @@ def _surveyed(
     *,
     keeps: bool,
 ) -> Survey:
-    run = _Survey(keeps, noted)
+    run = _Survey(keeps, noted, next((p.device.type for p in model.parameters()), "cpu"))
     found = run.found
     for tensor in (*model.parameters(), *model.buffers(), *tree_leaves((args, kwargs))):
         if isinstance(tensor, torch.Tensor):
@@ -264,10 +270,15 @@ def _surveyed(
     ):
         output = model(*args, **kwargs)
     found.outputs = run.numbers(output)
-    readers = _compat.last_readers(tensors_in(output))
+    readers = _compat.graph_behind(tensors_in(output))
     for look in (call.noted for call in found.calls if call.noted is not None):
-        look.read_later.update(i for i, edge in look.edges.items() if readers.get(edge, -1) >= look.last)
+        for position, edge in look.edges.items():
+            if any(_compat.node_number(node) >= look.last for node in readers.get(edge, ())):
+                look.read_later.add(position)
         look.edges.clear()
+    if torch.is_autocast_cache_enabled():
+        trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+        found.cast_once = frozenset(name for name, p in trained if _compat.is_cast_for_several(readers, p))
     run.tick()
     found.end = run.moment
     found.kept_everything = keeps
