@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import keepless
-from keepless.errors import CaptureError
+from keepless.errors import CaptureError, ParameterError
 
 WIDTH = 32
 
@@ -366,3 +366,9 @@ def test_weights_that_autocast_casts_for_each_use_are_captured() -> None:
         loss.backward()
         grads.append([p.grad for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize("blocks", [3, [], "", [""], int, [3], "nowhere.*"])
+def test_blocks_that_name_nothing(blocks: Any) -> None:
+    with pytest.raises(ParameterError, match="blocks="):
+        keepless.plan(built(Net), batch_of(0), 1 << 30, loss_fn=loss_fn, blocks=blocks)
