@@ -372,3 +372,8 @@ def test_weights_that_autocast_casts_for_each_use_are_captured() -> None:
 def test_blocks_that_name_nothing(blocks: Any) -> None:
     with pytest.raises(ParameterError, match="blocks="):
         keepless.plan(built(Net), batch_of(0), 1 << 30, loss_fn=loss_fn, blocks=blocks)
+
+
+def test_parts_are_named_in_the_models_order() -> None:
+    plan = keepless.plan(built(Net), batch_of(0), 1 << 30, loss_fn=loss_fn)
+    assert plan.parts[0].paths == ("blocks.0", "blocks.1", "blocks.2")

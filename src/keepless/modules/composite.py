@@ -120,7 +120,8 @@ class Composer(StepGraph):
             self.seconds.append(self.pieces.seconds[-1])
             self.scratch.append(self.pieces.scratch[-1])
         cost = CostModel(tuple(self.seconds), tuple(self.scratch), {}, self.pieces.origin, self.pieces.spread)
-        return Composite(graph, cost, tuple(self.segments), self.regions)
+        segments = tuple(sorted(self.segments, key=lambda segment: segment.forward))
+        return Composite(graph, cost, segments, self.regions)
 
     def add(self, op: Op, seconds: float = 0.0, scratch: int = 0) -> int:
         """Appends an op under the next id."""
