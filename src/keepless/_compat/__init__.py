@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.utils.checkpoint
+from torch._functorch import config as functorch_config
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 from torch._ops import OpOverload as OpOverload
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
@@ -51,9 +52,11 @@ def data_dependent_errors() -> tuple[type[BaseException], ...]:
 def export_joint(model: torch.nn.Module, args: tuple[Any, ...]) -> torch.fx.GraphModule:
     """The joint forward and backward graph of a module in aten ops, functional but for writes to its inputs.
 
-    Placeholders and the output node carry `meta["desc"]`, read by `describe_input` and `describe_output`.
+    Placeholders and the output node carry `meta["desc"]`, read by `describe_input` and `describe_output`. Loops run the
+    backward outside of autocast: its ops have the dtypes of the forward's, also where that was traced under autocast.
     """
-    with contextlib.ExitStack() as stack, eagers_own_ops():
+    backward = functorch_config.patch(backward_pass_autocast="off")
+    with contextlib.ExitStack() as stack, eagers_own_ops(), backward:
         joint = aot_export_joint_with_descriptors(
             stack, model, args, decompositions={}, keep_inference_input_mutations=True
         )
@@ -583,15 +586,3 @@ def user_saved_tensor_hooks() -> Any:
     """The saved-tensor hooks around this call that are not a checkpoint's; None where there are none."""
     find = getattr(torch.utils.checkpoint, "_current_user_saved_tensors_hooks", None)
     return None if find is None else find()
-
-
-def next_node_number() -> int:
-    """The number that the next autograd node of this thread gets."""
-    home: Any = torch.autograd
-    return int(home._get_sequence_nr())
-
-
-def is_made_since(tensor: torch.Tensor, number: int) -> bool:
-    """Whether a tensor's autograd node is of that number or later."""
-    node: Any = tensor.grad_fn
-    return node is not None and hasattr(node, "_sequence_nr") and int(node._sequence_nr()) >= number

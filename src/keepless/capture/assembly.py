@@ -56,7 +56,9 @@ class Assembly:
             elif role == "grad" and item is not None:
                 kind, name = work.role(*what)
                 if (kind == "param" and name in trainable) or kind == "input":
-                    parts = self.parts_of(item) if kind == "input" and name in self.shape.shared_inputs else [item]
+                    shape = self.shape
+                    shared = name in shape.shared_inputs if kind == "input" else shape.shared_parameters
+                    parts = self.parts_of(item) if shared else [item]
                     self.grads.extend((name, work.slot_of[(part, None)]) for part in parts)
             elif role == "unknown":
                 raise CaptureError(f"The captured step returns something that this engine does not know ({what}).")
@@ -208,6 +210,11 @@ class Assembly:
         ops = _chosen_reuse(ops)
         graph = Graph(tuple(ops), tuple(work.values), frozenset(static), frozenset(pinned))
         leaves = work.traced.output_leaves
+        if set(work.traced.grad_outputs) - set(work.tangent_of):
+            raise CaptureError(
+                "Outputs that get gradients are views of one another or of an input, and a captured step would give "
+                "them a gradient of their own. Return one of them, and make the others from it outside."
+            )
         return Binding(
             graph=graph,
             ops=tuple(codes),

@@ -35,6 +35,7 @@ class StepShape:
         outside_nbytes: bytes on the device beside model, batch and optimizer.
         shared_inputs: flat positions of inputs that code behind this step reads, too. Autograd adds the parts of such a
             gradient one by one to what came before, so that they are delivered one by one.
+        shared_parameters: so may its parameters be, all of them.
     """
 
     accumulate: bool = False
@@ -43,6 +44,24 @@ class StepShape:
     state_nbytes: int = 0
     outside_nbytes: int = 0
     shared_inputs: frozenset[int] = frozenset()
+    shared_parameters: bool = False
+
+
+CAST_ONCE = (
+    "Autocast casts the parameter {} once for several uses, and adds up its gradient in the lower precision: a "
+    "captured step would cast it for each use, and round otherwise. Train under torch.autocast(..., "
+    "cache_enabled=False), which casts it each time, too."
+)
+
+
+def _casts(node: torch.fx.Node) -> int:
+    """How often the forward casts an argument to a lower precision."""
+    return sum(
+        user.target is torch.ops.aten._to_copy.default and user.kwargs.get("dtype") in LOWER for user in node.users
+    )
+
+
+LOWER = (torch.bfloat16, torch.float16)
 
 
 @dataclass
@@ -73,6 +92,7 @@ class Drafting:
         self.traced = traced
         self.names = [name for name, _ in named_state(model)]
         self.param_names = {name for name, _ in torch.nn.Module.named_parameters(model)}
+        self.trained = {name for name, p in torch.nn.Module.named_parameters(model) if p.requires_grad}
         self.flat = flat
         self.shape = shape
         self.device = planned_device(model)
@@ -154,6 +174,8 @@ class Drafting:
             raise CaptureError(f"The captured step takes a {type(example).__name__} as an argument: {node.name}.")
         key = _compat.storage_key(example)
         if role in ("param", "buffer"):
+            if _casts(node) > 1 and what in self.trained and torch.is_autocast_cache_enabled():
+                raise CaptureError(CAST_ONCE.format(what))
             value = self.value_of_storage.get(key, -1)
             if value < 0:
                 value = self.new_value(what, example, Kind.PARAM if role == "param" else Kind.BUFFER)

@@ -292,6 +292,7 @@ def _dry_run(
     arguments: dict[int, tuple[str, str | int]] = {id(t): ("state", name) for name, t in state.items()}
     arguments |= {id(fakes[id(flat.leaves[i])]): ("input", i) for i in flat.tensor_positions}
     holder = _Holder(model)
+    given = _compat.tree_flatten((args, kwargs))
     with faking.around(), mode:
         try:
             with _watched(model) as attributes:
@@ -300,6 +301,7 @@ def _dry_run(
                 output = torch.func.functional_call(holder, swapped, args, kwargs, tie_weights=False)
         except Exception as error:  # whatever the user's forward raises is named, with its type, in ours
             raise _forward_error(error, "The model's forward") from error
+        _check_containers(given, _compat.tree_flatten((args, kwargs)))
         leaves, spec = _compat.tree_flatten(output)
         found = _DryRun(leaves, spec, attributes=attributes)
         first: dict[int, int] = {}
@@ -334,6 +336,14 @@ def _dry_run(
         raise CaptureError("The forward's outputs are not those of the step that the plan was made for.")
     _find_aside(found, arguments)
     return found
+
+
+def _check_containers(before: tuple[list[Any], Any], after: tuple[list[Any], Any]) -> None:
+    """Refuses a forward that changes lists or dicts that it is given: a captured step gets only what is in them."""
+    if before[1] != after[1] or any(a is not b for a, b in zip(before[0], after[0], strict=True)):
+        raise CaptureError(
+            "The forward changes a list or dict that it is given; a captured step would not. Return the new ones."
+        )
 
 
 def _reached_by_loss(found: _DryRun, fakes: dict[int, torch.Tensor], batch: Any, loss_fn: LossFn) -> tuple[int, ...]:

@@ -6,13 +6,16 @@ recomputed as a whole.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
+import torch
+
 from keepless.binding import Binding
-from keepless.capture import Inputs, StandingForward, StepShape, flatten_inputs
+from keepless.capture import CAST_ONCE, Inputs, StandingForward, StepShape, flatten_inputs
 from keepless.control.blocks import Library
 from keepless.control.captured import Settings
 from keepless.control.module_costs import measure_modules
@@ -34,7 +37,7 @@ from keepless.modules.pieces import Cut, cut_at
 from keepless.modules.planned import Chosen
 from keepless.modules.segments import Segment
 from keepless.modules.sites import Site
-from keepless.modules.survey import Noted, Survey, saved_nbytes, shared_inputs
+from keepless.modules.survey import Call, Noted, Survey, saved_nbytes, shared_inputs
 from keepless.passes import evaluate, from_order, reuse_storage
 from keepless.solve import SOLVERS, named_solver, smallest, solve
 from keepless.solve.transfer import Known as Transferred
@@ -144,14 +147,18 @@ class _Bench:
         captured: dict[int, Costed] = {}
         survey = pieces.cut.survey
         calls = [survey.calls[number] for number in pieces.cut.regions]
+        cast_once = {name: p for name, p in model.named_parameters() if name in survey.cast_once}
         for number, call in enumerate(calls):
             self.tell("capture", number, len(calls))
             try:
+                module, flat = model.get_submodule(call.site.path), _flat(call.noted)
+                once = next((n for n, p in cast_once.items() if any(p is own for own in module.parameters())), None)
+                if once is not None:
+                    raise CaptureError(CAST_ONCE.format(once))
                 positions = tuple(sorted(pieces.received.get(number, ())))
                 shared = shared_inputs(survey, call)
-                binding = self.library.binding(
-                    model.get_submodule(call.site.path), _flat(call.noted), positions, shared
-                )
+                with autocast_of(call, run.device.type):
+                    binding = self.library.binding(module, flat, positions, shared)
                 captured[number] = Costed(binding, self._cost(binding))
             except (CaptureError, BatchError, ParameterError, MeasureError) as error:
                 reasons[call.site] = str(error)
@@ -180,8 +187,15 @@ class _Bench:
 
 
 def block_shape(accumulate: bool) -> StepShape:
-    """A block's part of a step: what it gives out is others' to hold."""
-    return StepShape(accumulate=accumulate, release_outputs=True)
+    """A block's part of a step: what it gives out is others' to hold, and others may read its parameters."""
+    return StepShape(accumulate=accumulate, release_outputs=True, shared_parameters=True)
+
+
+def autocast_of(call: Call, device: str) -> contextlib.AbstractContextManager[Any]:
+    """Autocast as it was around a call."""
+    assert call.noted is not None
+    enabled, dtype, cached = call.noted.autocast
+    return torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cached)
 
 
 def _flat(noted: Noted | None) -> Any:

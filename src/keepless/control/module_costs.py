@@ -153,7 +153,8 @@ def _step(run: Runner, probe: Probe) -> None:
     check_loss(loss)
     if run.settings.release_outputs:
         del output
-    loss.backward()  # type: ignore[no-untyped-call]
+    with torch.autocast(run.device.type, enabled=False):
+        loss.backward()  # type: ignore[no-untyped-call]
 
 
 def _forward(run: Runner, probe: Probe) -> None:

@@ -87,12 +87,13 @@ class Runner:
         self.before.again()
 
     def forward_backward(self) -> torch.Tensor:
-        """The part of a step that is measured; gives the loss."""
+        """The measured part of a step; gives the loss. As in a loop, autocast is not for the backward."""
         output = self.model(*self.inputs.args, **self.inputs.kwargs)
         loss = self.loss_of(output)
         if self.settings.release_outputs:
             del output
-        loss.backward()  # type: ignore[no-untyped-call]
+        with torch.autocast(self.device.type, enabled=False):
+            loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
     def step(self) -> Outcome:

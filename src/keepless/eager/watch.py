@@ -12,6 +12,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from keepless import _compat
+from keepless._compat import graphs
 from keepless.eager import containers, hooks, memory, randomness, world
 from keepless.eager.calls import draws_of, fills_late, reads_values, storage_of, tensors_in, writes_of
 from keepless.eager.world import Variable
@@ -67,7 +68,7 @@ class Unseen(TorchFunctionMode):
         self.made = {storage_of(tensor) for tensor, _ in state} | {storage_of(inputs[position]) for position in clones}
         self.streams = {stream.key for stream, _ in random}
         self.error = error
-        self.start = _compat.next_node_number()
+        self.start = graphs.next_node_number()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -75,7 +76,7 @@ class Unseen(TorchFunctionMode):
         if isinstance(drawn, torch.Generator) and id(drawn) not in self.streams:
             raise self.error("drew from a torch.Generator that it had not used")
         for tensor in writes_of(func, args, kwargs):
-            if storage_of(tensor) not in self.made and not _compat.is_made_since(tensor, self.start):
+            if storage_of(tensor) not in self.made and not graphs.is_made_since(tensor, self.start):
                 raise self.error(f"changed a tensor of shape {list(tensor.shape)} in place")
         result = func(*args, **kwargs)
         self.made.update(storage_of(tensor) for tensor in tensors_in((result,)))
@@ -114,7 +115,7 @@ class Watch(TorchFunctionMode):
         itself = weakref.proxy(self)  # a ring would hold the inputs where an early stop ends the call
         self.judge = hooks.Judge(lambda: (itself.effects, count()))
         self.made: set[Any] = set()
-        self.start = _compat.next_node_number()
+        self.start = graphs.next_node_number()
         self.lost = ""
         self.fills_late = False
         self.owners: dict[Any, torch.Tensor] = {}
@@ -161,7 +162,7 @@ class Watch(TorchFunctionMode):
             if key in self.made:
                 continue
             if key not in self.given and key not in self.owners:
-                if _compat.is_made_since(tensor, self.start):  # by a custom function
+                if graphs.is_made_since(tensor, self.start):  # by a custom function
                     self.made.add(key)
                     continue
                 self.owners[key] = tensor

@@ -8,7 +8,7 @@ themselves: stems, heads, the middle of a U-Net.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
 import torch
@@ -53,6 +53,8 @@ def _is_own_layer(module: torch.nn.Module) -> bool:
 
 
 def _named(model: torch.nn.Module, blocks: Blocks) -> tuple[str, ...]:
+    if not isinstance(blocks, (str, type, Iterable)) or not (isinstance(blocks, type) or blocks):
+        raise ParameterError(f"blocks={blocks!r} names no blocks; give classes of modules, their names or paths.")
     wanted = [blocks] if isinstance(blocks, (str, type)) else list(blocks)
     found: set[str] = set()
     for item in wanted:

@@ -120,7 +120,8 @@ class Composer(StepGraph):
             self.seconds.append(self.pieces.seconds[-1])
             self.scratch.append(self.pieces.scratch[-1])
         cost = CostModel(tuple(self.seconds), tuple(self.scratch), {}, self.pieces.origin, self.pieces.spread)
-        return Composite(graph, cost, tuple(self.segments), self.regions)
+        segments = tuple(sorted(self.segments, key=lambda segment: segment.forward))
+        return Composite(graph, cost, segments, self.regions)
 
     def add(self, op: Op, seconds: float = 0.0, scratch: int = 0) -> int:
         """Appends an op under the next id."""
@@ -258,6 +259,7 @@ class _Segment:
             taken.add(flow)
         made: set[int] = set()
         added: dict[int, int] = {}
+        again: set[str] = set()
         for name, slot in binding.grads:
             inner = binding.slot_value[slot]
             if isinstance(name, str):
@@ -268,8 +270,10 @@ class _Segment:
                 self._resize(outer, binding.graph.values[inner].nbytes)
                 self.value_of[inner] = outer
                 made.add(outer)
-            elif not isinstance(name, str):
-                added[inner] = self._nbytes(slot)  # a sum with what others gave, in storage of its own
+            elif not isinstance(name, str) or name in again:
+                added[inner] = self._nbytes(slot)  # a sum with what came before, in storage of its own
+            if isinstance(name, str):
+                again.add(name)
         first = len(composer.ops)
         if missing:
             composer.rest(Phase.BACKWARD, (), missing, self.path)

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from keepless._compat import tree_leaves
+from keepless import _compat
+from keepless._compat import graphs, tree_leaves
 from keepless.capture import FlatInputs, Inputs, flatten_inputs, standing_in
 from keepless.errors import BatchError
 from keepless.modules.sites import Calls, Site, StorageBook, forwards_replaced, tensors_in, without_caches
@@ -38,7 +39,7 @@ class Call:
     noted: Noted | None = None
 
 
-@dataclass(frozen=True)
+@dataclass
 class Noted:
     """How a call looked, for capturing it: no tensor of it is held.
 
@@ -46,6 +47,10 @@ class Noted:
         flat: the call, with tensors on the meta device in the places of its own; None where it cannot be told.
         reason: why it cannot.
         given: flat position -> storage, of its distinct tensors.
+        edges: flat position -> where the gradient of such a tensor goes. Gone when the survey ends.
+        last: the number that autograd gave to the first node behind the call.
+        autocast: what autocast was like: on or off, its dtype, whether it keeps casts.
+        read_later: flat positions of tensors that code behind the call reads, too.
         returned: flat position of the output -> storage.
     """
 
@@ -53,6 +58,10 @@ class Noted:
     reason: str = ""
     given: dict[int, int] = field(default_factory=dict)
     returned: dict[int, int] = field(default_factory=dict)
+    edges: dict[int, tuple[Any, int]] = field(default_factory=dict)
+    last: int = 0
+    autocast: tuple[bool, torch.dtype, bool] = (False, torch.bfloat16, True)
+    read_later: set[int] = field(default_factory=set)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +86,7 @@ class Survey:
         loss: the storage of its own loss, where it has one.
         end: moment at which the forward ended.
         kept_everything: it could not do without its saved tensors.
+        cast_once: names of parameters that autocast casts once for several uses.
     """
 
     book: StorageBook
@@ -89,6 +99,7 @@ class Survey:
     loss: int | None = None
     end: int = 0
     kept_everything: bool = False
+    cast_once: frozenset[str] = frozenset()
 
     def nbytes(self, storages: set[int]) -> int:
         """Bytes of so many storages together."""
@@ -102,8 +113,9 @@ class _NeededAtOnce(Exception):
 class _Survey:
     """A survey on its way."""
 
-    def __init__(self, keeps: bool, noted: Container[str]) -> None:
+    def __init__(self, keeps: bool, noted: Container[str], device: str) -> None:
         self.found = Survey(StorageBook())
+        self.device = device
         self.keeps = keeps
         self.noted = noted
         self.moment = 0
@@ -152,6 +164,7 @@ class _Survey:
                 call.noted.returned.update(
                     (i, self.number_of(leaf)) for i, leaf in leaves if isinstance(leaf, torch.Tensor)
                 )
+                call.noted.last = graphs.next_node_number()
             self.tick()
             call.end = self.moment
             return result
@@ -164,7 +177,9 @@ class _Survey:
         except BatchError as error:
             return Noted(None, str(error))
         given = {position: self.number_of(flat.leaves[position]) for position in flat.tensor_positions}
-        return Noted(standing_in(flat), given=given)
+        edges = {i: _edge_of(flat.leaves[i]) for i in given if flat.leaves[i].requires_grad}
+        autocast = _compat.ambient_state(self.device)[:3]
+        return Noted(standing_in(flat), given=given, edges=edges, autocast=autocast)
 
     def begin(self, path: str, forward: Callable[..., Any], given: Any) -> int:
         inputs = self.numbers(given)
@@ -183,7 +198,7 @@ def shared_inputs(found: Survey, call: Call) -> frozenset[int]:
     assert call.noted is not None
     later = {item.storage for item in found.saved if item.moment >= call.end}
     later.update(number for other in found.calls if other.begin >= call.end for number in other.inputs)
-    positions: set[int] = set()
+    positions = set(call.noted.read_later)
     for position, number in call.noted.given.items():
         freed = found.freed.get(number)
         if number in found.flows and (number in later or freed is None or freed > call.end):
@@ -195,6 +210,11 @@ def saved_nbytes(found: Survey, call: Call) -> int:
     """Bytes of what a call makes and saves."""
     own = {item.storage for item in found.saved if call.begin <= item.moment < call.end}
     return found.nbytes({storage for storage in own if found.made[storage] >= call.begin})
+
+
+def _edge_of(tensor: torch.Tensor) -> tuple[Any, int]:
+    edge = torch.autograd.graph.get_gradient_edge(tensor)
+    return edge.node, edge.output_nr
 
 
 def described(forward: Callable[..., Any]) -> tuple[str, str]:
@@ -237,7 +257,7 @@ def _surveyed(
     *,
     keeps: bool,
 ) -> Survey:
-    run = _Survey(keeps, noted)
+    run = _Survey(keeps, noted, next((p.device.type for p in model.parameters()), "cpu"))
     found = run.found
     for tensor in (*model.parameters(), *model.buffers(), *tree_leaves((args, kwargs))):
         if isinstance(tensor, torch.Tensor):
@@ -250,6 +270,15 @@ def _surveyed(
     ):
         output = model(*args, **kwargs)
     found.outputs = run.numbers(output)
+    readers = graphs.graph_behind(tensors_in(output))
+    for look in (call.noted for call in found.calls if call.noted is not None):
+        for position, edge in look.edges.items():
+            if any(graphs.node_number(node) >= look.last for node in readers.get(edge, ())):
+                look.read_later.add(position)
+        look.edges.clear()
+    if torch.is_autocast_cache_enabled():
+        trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+        found.cast_once = frozenset(name for name, p in trained if graphs.is_cast_for_several(readers, p))
     run.tick()
     found.end = run.moment
     found.kept_everything = keeps

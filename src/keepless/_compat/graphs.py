@@ -1,0 +1,54 @@
+"""Autograd's graph behind tensors, as far as it is seen from Python."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+
+def graph_behind(tensors: Iterable[torch.Tensor]) -> dict[tuple[Any, int], set[Any]]:
+    """Where gradients go in autograd's graph behind these tensors (a node, and which of its gradients) -> the nodes
+    from which they come.
+    """
+    found: dict[tuple[Any, int], set[Any]] = {}
+    left: list[Any] = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
+    seen = set(left)
+    while left:
+        node = left.pop()
+        for edge in node.next_functions:
+            if edge[0] is not None:
+                found.setdefault(edge, set()).add(node)
+                if edge[0] not in seen:
+                    seen.add(edge[0])
+                    left.append(edge[0])
+    return found
+
+
+def node_number(node: Any) -> int:
+    """The number of a node of autograd's graph; -1 where it has none."""
+    return int(node._sequence_nr()) if hasattr(node, "_sequence_nr") else -1
+
+
+def is_cast_for_several(found: dict[tuple[Any, int], set[Any]], parameter: torch.Tensor) -> bool:
+    """Whether one cast of a parameter is read by several nodes of a graph, as autocast makes them.
+
+    Arguments:
+        found: edges of the graph -> the nodes behind them.
+    """
+    edge = torch.autograd.graph.get_gradient_edge(parameter)
+    casts = found.get((edge.node, edge.output_nr), ())
+    return any(node.name().startswith("ToCopyBackward") and len(found.get((node, 0), ())) > 1 for node in casts)
+
+
+def next_node_number() -> int:
+    """The number that the next autograd node of this thread gets."""
+    home: Any = torch.autograd
+    return int(home._get_sequence_nr())
+
+
+def is_made_since(tensor: torch.Tensor, number: int) -> bool:
+    """Whether a tensor's autograd node is of that number or later."""
+    node: Any = tensor.grad_fn
+    return node is not None and hasattr(node, "_sequence_nr") and int(node._sequence_nr()) >= number
