@@ -37,6 +37,18 @@ def tiny():
     return Net(), torch.randn(512, 64)
 
 
+class Looks(Net):
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+            assert x.sum().item() < 1e9
+        return (x ** 2).mean()
+
+
+def looks():
+    return Looks(), torch.randn(512, 64)
+
+
 def own_loss():
     return torch.nn.Linear(8, 8), torch.randn(4, 8), loss_of
 

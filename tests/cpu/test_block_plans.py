@@ -544,3 +544,35 @@ def test_gradients_appear_block_by_block() -> None:
     assert blocks == sorted(blocks, reverse=True)
     assert set(blocks) == {0, 1, 2}
     assert came[-1].startswith("stem")
+
+
+def test_experts_that_a_router_sends_rows_to_are_not_captured() -> None:
+    """Their number of rows is another one in each step: they are recomputed as a whole, within the budget."""
+
+    class Moe(Block):
+        def __init__(self) -> None:
+            super().__init__()
+            self.router = nn.Linear(64, 3)
+            self.experts = nn.ModuleList(
+                nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 64)) for _ in range(3)
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            flat = super().forward(x).flatten(0, 1)
+            gates = self.router(flat).softmax(-1)
+            chosen = gates.argmax(-1)
+            out = torch.zeros_like(flat)
+            for number, expert in enumerate(self.experts):
+                rows = torch.where(chosen == number)[0]
+                out = out.index_add(0, rows, expert(flat[rows]) * gates[rows, number, None])
+            return x + out.view_as(x)
+
+    model, x = made(block=Moe), sequences()
+    other = copy.deepcopy(model)
+    everything = keepless.plan(model, x, 1 << 32)
+    plan = keepless.plan(model, x, everything.smallest_budget)
+    captured = [path for part in plan.parts if part.engine == "blocks" for path in part.paths]
+    assert not any("experts" in path for path in captured)
+    keepless.apply(model, plan)
+    assert same(trained(model, [x, sequences(1), sequences(2)]), trained(other, [x, sequences(1), sequences(2)]))
+    assert replays(model) == 0

@@ -298,3 +298,18 @@ def test_the_demo_command_gives_one_json_object(invoke: Invoke, monkeypatch: pyt
 def test_budgets_on_the_command_line() -> None:
     """Whole numbers are bytes, others shares of the device, and text has a unit."""
     assert [read_budget(text) for text in ("123", "0.5", "8GiB")] == [123, 0.5, "8GiB"]
+
+
+def test_a_model_with_a_break_is_planned_by_its_blocks(invoke: Any) -> None:
+    """The engine of each part and the line of the break are shown; `--blocks` names what is captured."""
+    done = invoke("plan", "factories:looks", "-b", "6MiB", "-o", "step.plan", "--json")
+    assert done.exit_code == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert answer["engine"] == "blocks"
+    assert "factories.py" in answer["parts"][-1]["reason"]
+    assert "factories.py" in invoke("show", "step.plan").stdout
+    done = invoke("plan", "factories:looks", "-b", "16MiB", "--blocks", "blocks.1", "--json")
+    assert [part["paths"] for part in json.loads(done.stdout)["parts"]] == [["blocks.1"], []]
+    done = invoke("verify", "factories:looks", "--plan", "step.plan", "--no-meter", "--json")
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout)["equal"]

@@ -15,6 +15,7 @@ from keepless.cli.curves import curve_command
 from keepless.cli.options import (
     Accumulates,
     BatchSize,
+    BlocksOption,
     BudgetOption,
     Caches,
     Debug,
@@ -80,6 +81,7 @@ def plan_command(
     seed: Seed = 0,
     solver: SolverOption = "keepless",
     engine: EngineOption = "auto",
+    blocks: BlocksOption = None,
     takeover: TakeoverOption = False,
     accumulate: Accumulates = False,
     release_outputs: Releases = False,
@@ -95,6 +97,7 @@ def plan_command(
         options = {
             "solver": solver,
             "engine": engine,
+            "blocks": blocks,
             "takeover": takeover,
             "accumulate": accumulate,
             "release_outputs": release_outputs,
@@ -132,6 +135,7 @@ def train(
     seed: Seed = 0,
     solver: SolverOption = "keepless",
     engine: EngineOption = "auto",
+    blocks: BlocksOption = None,
     takeover: TakeoverOption = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -142,7 +146,7 @@ def train(
         _refuse_meta(recipe)
         check_target(save)
         built = _build(recipe)
-        options = {"solver": solver, "engine": engine, "takeover": takeover, "release_outputs": True}
+        options = {"solver": solver, "engine": engine, "blocks": blocks, "takeover": takeover, "release_outputs": True}
         found = _plan_of(built, plan, budget, options)
         from keepless import api
         from keepless.cli.training import train_step
@@ -182,6 +186,7 @@ def verify(
     seed: Seed = 0,
     solver: SolverOption = "keepless",
     engine: EngineOption = "auto",
+    blocks: BlocksOption = None,
     takeover: TakeoverOption = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -191,7 +196,7 @@ def verify(
         recipe = _recipe(model, batch_size, seq_len, dtype, optimizer, device, 1e-3, seed)
         _refuse_meta(recipe)
         built = _build(recipe)
-        options = {"solver": solver, "engine": engine, "takeover": takeover, "release_outputs": True}
+        options = {"solver": solver, "engine": engine, "blocks": blocks, "takeover": takeover, "release_outputs": True}
         found = _plan_of(built, plan, budget, options)
         from keepless import api
 

@@ -28,6 +28,10 @@ EngineOption = Annotated[
         "first that can."
     ),
 ]
+BlocksOption = Annotated[
+    list[str] | None,
+    typer.Option(help="What the block engine captures: a class name or a path (transformer.h.*); may be repeated."),
+]
 TakeoverOption = Annotated[
     bool, typer.Option("--takeover", help="Turn off the model's own checkpointing for the plan.")
 ]

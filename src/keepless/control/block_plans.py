@@ -16,7 +16,7 @@ import torch
 
 from keepless.binding import Binding
 from keepless.capture import CAST_ONCE, Inputs, StandingForward, StepShape, flatten_inputs
-from keepless.control.blocks import Library
+from keepless.control.blocks import Library, kind_of
 from keepless.control.captured import Settings
 from keepless.control.module_costs import measure_modules
 from keepless.control.reserve import budget_with_reserve, explain_infeasible, with_reserve
@@ -147,11 +147,14 @@ class _Bench:
         captured: dict[int, Costed] = {}
         survey = pieces.cut.survey
         calls = [survey.calls[number] for number in pieces.cut.regions]
+        routed = _routed(model, calls)
         cast_once = {name: p for name, p in model.named_parameters() if name in survey.cast_once}
         for number, call in enumerate(calls):
             self.tell("capture", number, len(calls))
             try:
                 module, flat = model.get_submodule(call.site.path), _flat(call.noted)
+                if call.site in routed:
+                    raise CaptureError(ROUTED)
                 once = next((n for n, p in cast_once.items() if any(p is own for own in module.parameters())), None)
                 if once is not None:
                     raise CaptureError(CAST_ONCE.format(once))
@@ -174,7 +177,8 @@ class _Bench:
         extra = 0
         if unseen:
             given = [survey.nbytes({s for s in call.inputs if survey.made[s] >= 0}) for call in calls]
-            extra = len(unseen) * max(given) + max(saved_nbytes(survey, call) for call in calls)
+            largest = max((saved_nbytes(survey, call) for call in calls), default=0)
+            extra = len(unseen) * max(given, default=0) + largest
         return MeasuredBlocks(step, self.library, bindings, edges, reasons, around, unseen, extra)
 
     def _cost(self, binding: Binding) -> CostModel:
@@ -184,6 +188,25 @@ class _Bench:
         own = {op.key: known[op.key] for op in binding.graph.ops if op.key in known}
         accumulate = self.settings.accumulate
         return cost_model(binding, own, optimizer=None, loss=None, accumulate=accumulate, holds_state=False)
+
+
+ROUTED = (
+    "It gets another number of rows than modules alike beside it, as experts do to which a router sends rows: the next "
+    "step's number will be another one."
+)
+
+
+def _routed(model: torch.nn.Module, calls: Sequence[Call]) -> set[Site]:
+    """Calls of modules that are alike and stand side by side, and get matrices of different heights."""
+    groups: dict[Any, dict[Site, tuple[int, ...]]] = {}
+    for call in calls:
+        flat = call.noted.flat if call.noted is not None else None
+        parent, _, name = call.site.path.rpartition(".")
+        if flat is not None and name.isdigit():
+            heights = tuple(facts[1][0] for facts in flat.facts.values() if len(facts[1]) == 2)
+            kind = kind_of(model.get_submodule(call.site.path))
+            groups.setdefault((parent, kind), {})[call.site] = heights
+    return {site for sites in groups.values() if len(set(sites.values())) > 1 for site in sites}
 
 
 def block_shape(accumulate: bool) -> StepShape:
