@@ -13,7 +13,7 @@ import torch
 from keepless.control.captured import Settings
 from keepless.control.runner import Runner
 from keepless.cost import CostModel, Origin
-from keepless.eager import checkpoint_counters
+from keepless.eager import checkpoint_counters, forget_regions
 from keepless.errors import LossError
 from keepless.ir import Graph, Phase
 from keepless.measure.parts import Part, memory_parts
@@ -78,6 +78,7 @@ def measure_modules(
         MeasureError: the forward makes other calls from one time to the next.
     """
     model = run.model
+    forget_regions()  # known from other sets of regions around them, they are recomputed with more care, and bytes
     tell(0, 1)
     run.prepare()
     own_loss = run.loss_of if run.loss_fn is None else None
