@@ -63,12 +63,15 @@ imports: $(VENV)/.ready
 test-pure: $(PURE)/.ready
 	PYTHONPATH=src $(PURE)/bin/python -m pytest -q tests/pure
 
-# The pure half runs beside the rest, on a core of its own; its output comes after.
+# On two cores: the pure half and then whole models beside the rest; their output comes after.
+MODELS := tests/cpu/test_zoo.py tests/cpu/test_checkpoint_zoo.py tests/cpu/test_any_model.py
+
 test: check $(PURE)/.ready
 	@mkdir -p out; \
-	OMP_NUM_THREADS=1 PYTHONPATH=src $(PURE)/bin/python -m pytest -q tests/pure > out/test-pure.log 2>&1 & pure=$$!; \
-	$(BIN)/python -m pytest -q tests/cpu tests/gpu; rest=$$?; \
-	wait $$pure; half=$$?; cat out/test-pure.log; \
+	( OMP_NUM_THREADS=1 PYTHONPATH=src $(PURE)/bin/python -m pytest -q tests/pure; half=$$?; \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=10 $(MODELS) && exit $$half ) > out/test-beside.log 2>&1 & beside=$$!; \
+	$(BIN)/python -m pytest -q --durations=10 tests/cpu tests/gpu $(addprefix --ignore=,$(MODELS)); rest=$$?; \
+	wait $$beside; half=$$?; cat out/test-beside.log; \
 	test $$half -eq 0 && exit $$rest
 
 test-fast: $(VENV)/.ready
