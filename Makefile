@@ -64,7 +64,7 @@ test-pure: $(PURE)/.ready
 	PYTHONPATH=src $(PURE)/bin/python -m pytest -q tests/pure
 
 # On two cores: the pure half and then whole models beside the rest; their output comes after.
-MODELS := tests/cpu/test_zoo.py tests/cpu/test_checkpoint_zoo.py tests/cpu/test_any_model.py
+MODELS := tests/cpu/test_zoo.py tests/cpu/test_checkpoint_zoo.py
 
 test: check $(PURE)/.ready
 	@mkdir -p out; \
