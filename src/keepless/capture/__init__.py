@@ -5,6 +5,8 @@ from keepless.capture.assembly import LOSS as LOSS
 from keepless.capture.assembly import OPTIMIZER as OPTIMIZER
 from keepless.capture.drafting import CAST_ONCE as CAST_ONCE
 from keepless.capture.drafting import StepShape as StepShape
+from keepless.capture.facts import MISSING as MISSING
+from keepless.capture.facts import attribute_of as attribute_of
 from keepless.capture.facts import equal_constants as equal_constants
 from keepless.capture.facts import find_facts as find_facts
 from keepless.capture.inputs import FlatInputs as FlatInputs

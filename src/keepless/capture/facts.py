@@ -183,6 +183,14 @@ def equal_constants(now: Any, planned: Any) -> bool:
     return isinstance(now, _PLAIN) and bool(now == planned)
 
 
+MISSING = object()
+
+
+def attribute_of(own: dict[str, Any], kind: type, name: str) -> Any:
+    """What a module's attribute is now, its own or its class's; MISSING where there is none."""
+    return own.get(name, getattr(kind, name, MISSING))
+
+
 def copy_of(value: Any) -> list[Any] | None:
     """The items of a list, dict or set, by which a later change of it is seen."""
     if type(value) is dict:

@@ -9,11 +9,9 @@ import torch
 
 from keepless import _compat
 from keepless.capture.constants import find_home
-from keepless.capture.facts import copy_of, equal_constants, find_facts, same_items
+from keepless.capture.facts import attribute_of, copy_of, equal_constants, find_facts, same_items
 from keepless.capture.inputs import tensor_facts
 from keepless.capture.trace import forward_of, named_state, planned_device
-
-_MISSING = object()
 
 
 class World:
@@ -63,7 +61,7 @@ class World:
         by_path = dict(now)
         for path, key, value, copy in self._attributes:
             part = by_path[path]
-            found = part.__dict__.get(key, getattr(type(part), key, _MISSING))
+            found = attribute_of(part.__dict__, type(part), key)
             same = same_items(found, copy) if copy is not None and type(found) is type(value) else found is value
             if not same and not (copy is None and equal_constants(found, value)):
                 return f"the attribute {f'{path}.{key}'.lstrip('.')} has changed"

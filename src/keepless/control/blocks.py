@@ -15,7 +15,17 @@ import torch
 
 from keepless import _compat
 from keepless.binding import Binding
-from keepless.capture import FlatInputs, StepShape, equal_constants, find_facts, lower, planned_device, trace_step
+from keepless.capture import (
+    MISSING,
+    FlatInputs,
+    StepShape,
+    attribute_of,
+    equal_constants,
+    find_facts,
+    lower,
+    planned_device,
+    trace_step,
+)
 from keepless.control.trials import untouched
 
 
@@ -111,7 +121,7 @@ def rebound(binding: Binding, module: torch.nn.Module) -> Binding | None:
     attributes: list[tuple[str, str, Any]] = []
     for path, name, value in binding.attributes:
         part = parts.get(path)
-        now = _MISSING if part is None else part.__dict__.get(name, getattr(type(part), name, _MISSING))
+        now = MISSING if part is None else attribute_of(part.__dict__, type(part), name)
         if not _reads_same(now, value):
             return None
         attributes.append((path, name, now))
@@ -141,9 +151,6 @@ def _reads_same(now: Any, planned: Any) -> bool:
     if isinstance(now, dict):
         return list(now) == list(planned) and all(_reads_same(now[key], planned[key]) for key in now)
     return False
-
-
-_MISSING = object()
 
 
 def _same_call(a: FlatInputs, b: FlatInputs) -> bool:

@@ -13,7 +13,7 @@ import torch
 from keepless import _compat
 from keepless.binding import Binding
 from keepless.capture import FlatInputs
-from keepless.capture.facts import copy_of, equal_constants, same_items
+from keepless.capture.facts import MISSING, attribute_of, copy_of, equal_constants, same_items
 from keepless.capture.inputs import tensor_facts
 from keepless.errors import ReplayError
 
@@ -145,9 +145,9 @@ class Guard:
         if any(self._hooks):
             return "a submodule has hooks"
         for attributes, kind, name, value, copy in self._attributes:
-            now = (model.__dict__ if attributes is None else attributes).get(name, _MISSING)
-            if now is _MISSING:
-                now = getattr(kind, name, _MISSING)
+            now = (model.__dict__ if attributes is None else attributes).get(name, MISSING)
+            if now is MISSING:
+                now = getattr(kind, name, MISSING)
             if copy is not None and type(now) is type(value):
                 changed = not same_items(now, copy)
             else:
@@ -206,7 +206,7 @@ class Guard:
             if kind == 0 and home.get(key) is not argument:
                 raise ReplayError(f"{name} has been replaced since the forward, so that it cannot be replayed.")
         for attributes, owner, name, value, _ in self._attributes:
-            now = (model.__dict__ if attributes is None else attributes).get(name, getattr(owner, name, _MISSING))
+            now = attribute_of(model.__dict__ if attributes is None else attributes, owner, name)
             if now is not value and not equal_constants(now, value):
                 raise ReplayError(f"The attribute {name} has changed since the forward, so that it cannot be replayed.")
         for fact in self._facts:
@@ -232,7 +232,6 @@ class Guard:
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _LEAVES = frozenset({torch.Tensor, torch.nn.Parameter, bool, int, float, str, type(None)})
-_MISSING = object()
 
 
 def _homes(model: torch.nn.Module, table: str) -> dict[str, tuple[dict[str, Any], str]]:

@@ -130,18 +130,41 @@ class Probe:
             self.mark(piece)
 
     def _telling(self, path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
-        def told(*args: Any, **kwargs: Any) -> Any:
+        return self._watched(path, forward, lambda number, args, kwargs: forward(*args, **kwargs))
+
+    def _recomputing(self, path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            options = Options(CHECKS["default"], True, None, False, True, None, _Region(self, number))
+            try:
+                return regions.run(forward, args, kwargs, options)
+            except CheckpointError:
+                self.failed = number if self.failed is None else self.failed
+                raise
+
+        return self._watched(path, forward, run, self._received)
+
+    def _watched(
+        self, path: str, forward: Callable[..., Any], run: Callable[..., Any], after: Callable[..., Any] | None = None
+    ) -> Callable[..., Any]:
+        """A forward whose calls that are regions run by `run(number, args, kwargs)`, told where they begin and end.
+
+        Arguments:
+            after: what becomes of the result of a call that may become a segment.
+        """
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
             number = self.numbers.get(self.calls.next(path))
             if number is None:
                 return forward(*args, **kwargs)
-            if self.noted(number):
+            noted = self.noted(number)
+            if noted:
                 args, kwargs = without_caches(args, kwargs)
             self._enter(number)
-            result = forward(*args, **kwargs)
+            result = run(number, args, kwargs)
             self._exit(number)
-            return result
+            return after(number, (args, kwargs), result) if noted and after is not None else result
 
-        return told
+        return watched
 
     def noted(self, number: int) -> bool:
         """Whether a region's call may become a segment."""
@@ -167,25 +190,6 @@ class Probe:
         for position in own.values():
             leaves[position].register_hook(_Noting(found, position))
         return result
-
-    def _recomputing(self, path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
-        def recomputed(*args: Any, **kwargs: Any) -> Any:
-            number = self.numbers.get(self.calls.next(path))
-            if number is None:
-                return forward(*args, **kwargs)
-            if self.noted(number):
-                args, kwargs = without_caches(args, kwargs)
-            self._enter(number)
-            options = Options(CHECKS["default"], True, None, False, True, None, _Region(self, number))
-            try:
-                result = regions.run(forward, args, kwargs, options)
-            except CheckpointError:
-                self.failed = number if self.failed is None else self.failed
-                raise
-            self._exit(number)
-            return self._received(number, (args, kwargs), result) if self.noted(number) else result
-
-        return recomputed
 
     def _pack(self, tensor: torch.Tensor) -> tuple[torch.Tensor, int, int]:
         return tensor.detach(), self._cursor, _version(tensor)
