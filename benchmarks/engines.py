@@ -31,7 +31,7 @@ from rich.table import Table as RichTable
 
 import keepless
 from benchmarks.common import RESULTS, Row, Table
-from keepless.control.block_plans import Known
+from keepless.control.parts.block_plans import Known
 from keepless.errors import InfeasibleBudget
 from keepless.measure.steps import increments
 

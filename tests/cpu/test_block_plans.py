@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 import keepless
 from keepless.capture import StandingForward
-from keepless.control.block_plans import Known
-from keepless.control.module_steps import planned_modules
+from keepless.control.parts.block_plans import Known
+from keepless.control.parts.module_steps import planned_modules
 from keepless.errors import CaptureError, ParameterError, PlanError
 from keepless.ir import Run
 from keepless.modules.blocks import find_blocks

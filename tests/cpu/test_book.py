@@ -18,8 +18,8 @@ from torch import nn
 
 import keepless
 from keepless.capture import Inputs
-from keepless.control import worker
-from keepless.control.book import Book
+from keepless.control.plan_book import worker
+from keepless.control.plan_book.book import Book
 from keepless.control.reserve import budget_with_reserve
 from keepless.cost import format_graph
 from keepless.errors import InfeasibleBudget

@@ -22,7 +22,7 @@ from keepless.capture.compare import difference
 from keepless.capture.sizes import Sizes
 from keepless.capture.symbolic import Template, trace_symbolic, varying_dims
 from keepless.capture.trace import Traced
-from keepless.control import templates
+from keepless.control.plan_book import templates
 from keepless.errors import CaptureError
 from keepless.ir.text import fingerprint
 

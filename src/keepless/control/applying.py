@@ -6,10 +6,10 @@ from typing import TypeVar
 
 import torch
 
-from keepless.control import module_plans, module_steps
-from keepless.control.book import Book
 from keepless.control.checks import check_module, check_plan
-from keepless.control.recapturing import capture_of
+from keepless.control.parts import module_plans, module_steps
+from keepless.control.plan_book.book import Book
+from keepless.control.plan_book.recapturing import capture_of
 from keepless.control.signature import check_signature, model_signature
 from keepless.control.takeover import check_checkpointing, give_back, is_allowed, take
 from keepless.execute import PlannedForward, make_entry

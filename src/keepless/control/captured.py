@@ -10,7 +10,7 @@ import torch
 
 from keepless.binding import Binding
 from keepless.capture import FlatInputs, StepShape
-from keepless.control.templates import Templates
+from keepless.control.plan_book.templates import Templates
 from keepless.cost import CostModel
 from keepless.ir import Graph, Phase
 from keepless.machine import Plan

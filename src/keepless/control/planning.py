@@ -13,15 +13,15 @@ from typing import Any
 import torch
 
 from keepless.capture import FlatInputs, Inputs, flatten_inputs, lower, planned_device, trace_step
-from keepless.control import module_plans, module_steps
-from keepless.control.block_plans import BLOCKS
 from keepless.control.captured import Capture, Captures, Measured, Settings
 from keepless.control.checks import check_module, check_optimizer
-from keepless.control.region_plans import EAGER
+from keepless.control.parts import module_plans, module_steps
+from keepless.control.parts.block_plans import BLOCKS
+from keepless.control.parts.region_plans import EAGER
+from keepless.control.plan_book.templates import Templates
 from keepless.control.reserve import budget_with_reserve, explain_infeasible, with_reserve
 from keepless.control.signature import batch_signature, model_signature
 from keepless.control.takeover import with_takeover
-from keepless.control.templates import Templates
 from keepless.control.trials import cost_model, measure_costs, measure_loss, untouched
 from keepless.errors import (
     BatchError,

@@ -23,7 +23,7 @@ from keepless.capture.checkpointed import (
     refuse_checkpointing,
 )
 from keepless.control.checks import check_module
-from keepless.control.module_steps import uncompiled
+from keepless.control.parts.module_steps import uncompiled
 from keepless.errors import CheckpointingError
 from keepless.machine import Plan
 

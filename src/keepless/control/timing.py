@@ -18,9 +18,9 @@ import torch
 from keepless.capture import Inputs, flatten_inputs, planned_device
 from keepless.control.applying import planned_forward, remove
 from keepless.control.checks import check_module, check_plan
-from keepless.control.module_plans import is_by_modules
-from keepless.control.module_steps import tensors_of
-from keepless.control.recapturing import bind, capture_of
+from keepless.control.parts.module_plans import is_by_modules
+from keepless.control.parts.module_steps import tensors_of
+from keepless.control.plan_book.recapturing import bind, capture_of
 from keepless.control.runner import Runner
 from keepless.control.takeover import is_allowed, turned_off
 from keepless.control.verifying import check_ambient, with_program

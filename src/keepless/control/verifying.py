@@ -17,10 +17,10 @@ from keepless.capture import Inputs, flatten_inputs, planned_device
 from keepless.control.applying import apply, planned_forward, remove
 from keepless.control.captured import Capture
 from keepless.control.checks import check_module, check_plan
-from keepless.control.module_plans import apply as apply_modules
-from keepless.control.module_plans import is_by_modules, settings_of
-from keepless.control.module_steps import recording, standing_alone, tensors_of, uncompiled, without_plan
-from keepless.control.recapturing import bind, capture_of
+from keepless.control.parts.module_plans import apply as apply_modules
+from keepless.control.parts.module_plans import is_by_modules, settings_of
+from keepless.control.parts.module_steps import recording, standing_alone, tensors_of, uncompiled, without_plan
+from keepless.control.plan_book.recapturing import bind, capture_of
 from keepless.control.runner import Outcome, Runner, differing, noise_of
 from keepless.control.signature import batch_signature, check_signature, model_signature
 from keepless.control.takeover import is_allowed, turned_off

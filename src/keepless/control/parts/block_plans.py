@@ -16,9 +16,9 @@ import torch
 
 from keepless.binding import Binding
 from keepless.capture import CAST_ONCE, Inputs, StandingForward, StepShape, flatten_inputs
-from keepless.control.blocks import Library, kind_of
 from keepless.control.captured import Settings
-from keepless.control.module_costs import measure_modules
+from keepless.control.parts.blocks import Library, kind_of
+from keepless.control.parts.module_costs import measure_modules
 from keepless.control.reserve import budget_with_reserve, explain_infeasible, with_reserve
 from keepless.control.runner import Runner
 from keepless.control.signature import batch_signature, model_signature, module_facts

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 from keepless.capture import Inputs, planned_device
-from keepless.control import block_plans, region_plans
-from keepless.control.block_plans import BLOCKS
 from keepless.control.captured import Settings, settings_from
-from keepless.control.module_costs import measure_modules
-from keepless.control.module_steps import (
+from keepless.control.parts import block_plans, region_plans
+from keepless.control.parts.block_plans import BLOCKS
+from keepless.control.parts.module_costs import measure_modules
+from keepless.control.parts.module_steps import (
     as_written,
     check,
     check_alone,
@@ -29,7 +29,7 @@ from keepless.control.module_steps import (
     uncompiled,
     without_plan,
 )
-from keepless.control.region_plans import EAGER
+from keepless.control.parts.region_plans import EAGER
 from keepless.control.runner import Runner
 from keepless.control.signature import check_signature, model_signature
 from keepless.errors import (

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from keepless.capture import flatten_inputs
 from keepless.control.captured import Settings
-from keepless.control.module_costs import MeasuredModules
+from keepless.control.parts.module_costs import MeasuredModules
 from keepless.control.reserve import budget_with_reserve, explain_infeasible, with_reserve
 from keepless.control.runner import Runner
 from keepless.control.signature import batch_signature, model_signature, module_facts

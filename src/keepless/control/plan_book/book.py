@@ -19,12 +19,12 @@ import torch
 
 from keepless._compat import tree_flatten
 from keepless.capture import Inputs, flatten_inputs
-from keepless.control import worker
 from keepless.control.captured import Captures, Measured, Settings
+from keepless.control.plan_book import worker
+from keepless.control.plan_book.recapturing import bind
+from keepless.control.plan_book.similar import measure_like, settings_like
 from keepless.control.planning import solve_measured
-from keepless.control.recapturing import bind
 from keepless.control.reserve import budget_with_reserve
-from keepless.control.similar import measure_like, settings_like
 from keepless.errors import InfeasibleBudget
 from keepless.execute import Entry, News, PlannedForward, make_entry
 from keepless.ir import Graph, Program, Run, Status, format_bytes
