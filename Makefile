@@ -102,6 +102,7 @@ bench-planner: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.order
 
 bench-gpu: $(VENV)/.ready
+	$(BIN)/python -m benchmarks.gpu $(if $(SECONDS),--seconds $(SECONDS))
 	$(BIN)/python -m benchmarks.step --device cuda
 
 clean:
