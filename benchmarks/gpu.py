@@ -29,7 +29,6 @@ from typing import Any
 import torch
 from rich.console import Console
 
-import keepless
 from benchmarks.common import RESULTS, Table, read_rows
 from keepless.errors import MeasureError
 from keepless.measure import device_nbytes, measure_peak

@@ -46,6 +46,7 @@ def test_whole_steps_stay_within_the_budget(name: str) -> None:
 
 def test_plain_runs_out_of_memory_where_the_plan_trains() -> None:
     from benchmarks import gpu
+
     from keepless.errors import MeasureError
     from keepless.measure import device_nbytes, measure_peak
 
