@@ -19,6 +19,7 @@
     |   `-- RecomputeError   a checkpointed region cannot be run again as it ran
     |-- PlanError            a plan file that cannot be read, or was made for something else
     |-- ProgramError         a program breaks a rule of the machine; carries `.rule` and `.index`
+    |-- AllocatorError       the modelled allocator cannot do what is asked; carries `.nbytes` and `.reserved`
     |-- MeasureError         a measurement failed
     `-- SolverError          an unknown solver, or a solver that broke its contract
 
@@ -124,6 +125,20 @@ class ProgramError(KeeplessError):
         super().__init__(message)
         self.rule = rule
         self.index = index
+
+
+class AllocatorError(KeeplessError):
+    """The model of CUDA's caching allocator runs out of memory, or is asked to free what it does not hold.
+
+    Attributes:
+        nbytes: of the request.
+        reserved: bytes that it holds from the card.
+    """
+
+    def __init__(self, message: str, *, nbytes: int, reserved: int) -> None:
+        super().__init__(message)
+        self.nbytes = nbytes
+        self.reserved = reserved
 
 
 class MeasureError(KeeplessError):

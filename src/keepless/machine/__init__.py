@@ -1,5 +1,8 @@
 """The machine: its rules, what they make of a program, and the plan that keeps it."""
 
+from keepless.machine.allocation import Allocation as Allocation
+from keepless.machine.allocation import model_allocation as model_allocation
+from keepless.machine.allocator import CachingAllocator as CachingAllocator
 from keepless.machine.parts import Part as Part
 from keepless.machine.parts import managed_share as managed_share
 from keepless.machine.plan import Baseline as Baseline
