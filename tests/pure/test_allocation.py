@@ -125,7 +125,7 @@ def test_events_hold_what_the_machine_counts(seed: int, num_ops: int, expandable
         highest = max(highest, level)
     peak = simulate(case.graph, case.program, case.cost).peak
     states = sum(value.nbytes for value in case.graph.values if value.kind is Kind.RNG)
-    assert peak - states <= highest <= peak
+    assert peak - 2 * states <= highest <= peak  # a replay charges the state that it does not keep once more
     found = model_allocation(case.graph, case.program, case.cost, steps=3, expandable=expandable)
     assert found.requested == highest
     assert found.requested <= found.allocated <= found.reserved

@@ -194,7 +194,8 @@ def test_any_sequence(data: st.DataObject, expandable: bool, limit: int | None) 
         assert usage.allocated == sum(sizes.values())
         assert usage.reserved >= usage.allocated
         assert usage.reserved % SMALL_SEGMENT == 0
-        assert limit is None or usage.reserved <= limit
+        page = LARGE_SEGMENT if expandable else 0  # torch compares the request with the limit, and maps whole pages
+        assert limit is None or usage.reserved < limit + max(page, 1)
         highest = max(highest, usage.reserved)
     assert allocator.peaks.reserved >= highest
     for address in held:

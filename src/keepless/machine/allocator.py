@@ -104,7 +104,8 @@ class CachingAllocator:
 
     Arguments:
         limit: bytes that it may hold from the driver (the card's free memory, or what
-            `torch.cuda.set_per_process_memory_fraction` allows); None for no limit.
+            `torch.cuda.set_per_process_memory_fraction` allows); None for no limit. As in torch, an expandable
+            segment may go over it by less than a page.
         expandable: `expandable_segments:True`: segments grow and shrink by pages, of 2 MiB for small blocks and 20 MiB
             for large ones.
 
