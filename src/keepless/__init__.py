@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from keepless.errors import BudgetError as BudgetError
     from keepless.errors import CaptureError as CaptureError
     from keepless.errors import CheckpointingError as CheckpointingError
+    from keepless.errors import DeviceError as DeviceError
     from keepless.errors import GuardError as GuardError
     from keepless.errors import InfeasibleBudget as InfeasibleBudget
     from keepless.errors import KeeplessError as KeeplessError
@@ -70,6 +71,7 @@ _HOMES = {
         "BudgetError",
         "CaptureError",
         "CheckpointingError",
+        "DeviceError",
         "GuardError",
         "InfeasibleBudget",
         "KeeplessError",

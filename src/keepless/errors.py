@@ -11,6 +11,7 @@
     |   |-- DataDependentError  the forward needs a tensor's data in Python
     |   |-- LossError        the loss is not a scalar, or has no gradient
     |   `-- ParameterError   nothing to train, or parameters that cannot be planned for
+    |-- DeviceError          a device that is not in the table, or a file of one that cannot be used
     |-- GraphError           a graph file that cannot be read, or a graph that cannot be run
     |-- GuardError           a planned model was called in a way that its plan does not cover
     |-- StepError            a training step cannot go on (used twice, changed in between)
@@ -83,6 +84,10 @@ class LossError(CaptureError):
 
 class ParameterError(CaptureError):
     """Nothing to train, or parameters that cannot be planned for."""
+
+
+class DeviceError(KeeplessError, ValueError):
+    """A device that is not known, or a device file that cannot be used; says the place in the file."""
 
 
 class GraphError(KeeplessError, ValueError):

@@ -11,3 +11,4 @@ from keepless.measure.ops import measure_ops as measure_ops
 from keepless.measure.ops import measure_scratch as measure_scratch
 from keepless.measure.optimizer import OptimizerFootprint as OptimizerFootprint
 from keepless.measure.optimizer import optimizer_footprint as optimizer_footprint
+from keepless.measure.probe import probed_device as probed_device
