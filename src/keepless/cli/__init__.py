@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib.util
 import sys
 
+from keepless.files import remove_abandoned
+from keepless.processes import end_in_order
+
 
 def main() -> None:
     """The entry point `keepless`."""
@@ -16,4 +19,6 @@ def main() -> None:
         raise SystemExit(2)
     from keepless.cli.app import app
 
+    remove_abandoned()
+    end_in_order()
     app(prog_name="keepless")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -49,6 +48,7 @@ from keepless.cli.session import (
     session,
 )
 from keepless.cost import format_graph
+from keepless.files import temporary_folder, write_whole
 from keepless.ir import format_bytes
 from keepless.machine import Plan, load_plan
 from keepless.report.tables import blocks_table, format_percent, parts_table, peak_table, plan_dict, verdict
@@ -109,7 +109,7 @@ def plan_command(
         check_target(export)
         found = _planned(_build(recipe), budget, options)
         if export is not None:
-            export.write_text(format_graph(found.graph, found.cost), encoding="ascii")
+            write_whole(export, format_graph(found.graph, found.cost).encode("ascii"))
         _describe(current, found, values=values, save=save, picture=picture)
         if export is not None:
             current.answer["graph_file"] = str(export)
@@ -319,8 +319,8 @@ def _plan_of(built: Built, file: Path | None, budget: str | None, options: dict[
 def _meter(recipe: Recipe, plan: Plan, steps: int, device: str) -> int:
     from keepless.measure import measure_peak
 
-    with tempfile.TemporaryDirectory(prefix="keepless-verify-") as folder:
-        path = str(Path(folder) / "step.plan")
+    with temporary_folder("verify") as folder:
+        path = str(folder / "step.plan")
         plan.save(path)
         arguments = {"recipe": asdict(recipe), "plan_path": path}
         return measure_peak("keepless.cli.training:metered", arguments, steps=steps, device=device).peak

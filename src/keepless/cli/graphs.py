@@ -12,6 +12,7 @@ from keepless.cli.searching import ended_by_ctrl_c, searching
 from keepless.cli.session import Session, UsageError, check_target, read_budget, session
 from keepless.cost import CostModel, GraphFile, read_graph
 from keepless.errors import BudgetError, GraphError, InfeasibleBudget, PlanError, ProgramError
+from keepless.files import write_whole
 from keepless.ir import DEVICE, Budget, Graph, Program, Run, Status, Timeline, format_bytes, parse_bytes
 from keepless.ir.budget import MAX_NBYTES
 from keepless.ir.order_text import format_order, looks_like_program, parse_order
@@ -83,9 +84,9 @@ def solve_command(
                 error.args = (f"{error} The search was {search.ending}; a longer one may find less.",)
             raise
         if output is not None:
-            output.write_text(format_program(found.program), encoding="utf-8")
+            write_whole(output, format_program(found.program).encode())
         if order is not None:
-            order.write_text(format_order(found.order, file.op_ids), encoding="utf-8")
+            write_whole(order, format_order(found.order, file.op_ids).encode())
         if save is not None:
             _plan(file, found, given, limit).save(save)
         _describe(current, found, given, limit, search)

@@ -32,6 +32,7 @@ from keepless.errors import (
     MeasureError,
     ParameterError,
 )
+from keepless.files import remove_abandoned
 from keepless.ir import Budget, parse_bytes
 from keepless.ir.text import fingerprint
 from keepless.machine import Baseline, Plan, make_plan
@@ -143,6 +144,7 @@ def read_settings(
         ParameterError: the optimizer steps something else.
         BudgetError: `outside` cannot be read.
     """
+    remove_abandoned()
     footprint = None
     if optimizer is not None:
         check_optimizer(optimizer, model)

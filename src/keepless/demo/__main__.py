@@ -6,6 +6,8 @@ import argparse
 import sys
 
 from keepless.demo import not_installed
+from keepless.files import remove_abandoned
+from keepless.processes import end_in_order
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -20,6 +22,8 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     from keepless.demo.run import run
 
+    remove_abandoned()
+    end_in_order()
     return run(given.out, rounds=given.rounds, as_json=given.json)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -19,6 +18,7 @@ from keepless.control import planned_forward
 from keepless.demo.contenders import BUDGET, CHECKPOINT, CONTENDERS, KEPT, PLAIN, TIGHT, Contender
 from keepless.demo.task import Task, batches, build_model, hash_parameters, quiet_transformers
 from keepless.errors import InfeasibleBudget
+from keepless.files import temporary_folder
 from keepless.machine import Plan
 from keepless.measure import PeakMeasurement, measure_peak
 
@@ -162,8 +162,8 @@ def _plans(task: Task, budget: int, tight: int, tell: Tell) -> dict[str, Plan]:
 @contextlib.contextmanager
 def _fresh_costs() -> Iterator[None]:
     before = os.environ.get("KEEPLESS_CACHE_DIR")
-    with tempfile.TemporaryDirectory(prefix="keepless-demo-") as folder:
-        os.environ["KEEPLESS_CACHE_DIR"] = folder
+    with temporary_folder("demo") as folder:
+        os.environ["KEEPLESS_CACHE_DIR"] = str(folder)
         try:
             yield
         finally:

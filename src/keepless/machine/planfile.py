@@ -12,17 +12,16 @@ is wrong with a file is a `PlanError`.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
 import os
-import secrets
 from collections.abc import Sequence
 from typing import Any, NoReturn, TypeVar
 
 from keepless.cost import CostModel, Link, Origin
 from keepless.errors import PlanError, ProgramError
+from keepless.files import write_whole
 from keepless.ir.budget import MAX_NBYTES, Budget
 from keepless.ir.certificate import Certificate, Status
 from keepless.ir.graph import Graph
@@ -59,18 +58,7 @@ def dump_plan(plan: Plan, path: str | os.PathLike[str]) -> None:
         _plan(payload)  # what is written can be read
     except (PlanError, ProgramError) as error:
         raise PlanError(f"The plan cannot be written, because it could not be read again: {error}") from error
-    target = os.path.realpath(os.fspath(path))
-    temporary = f"{target}.{secrets.token_hex(8)}.tmp"
-    try:
-        with open(temporary, "x", encoding="ascii") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
+    write_whole(path, text.encode("ascii"))
 
 
 def load_plan(path: str | os.PathLike[str]) -> Plan:

@@ -10,13 +10,13 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from keepless.measure import interposer
 from keepless.measure._profiler import profiled_memory_events
+from keepless.processes import end_with
 
 _MARK = "keepless.meter"
 
@@ -161,16 +161,20 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def main(path: str) -> None:
-    """Read the request from stdin, write the answer to the path."""
+def main() -> None:
+    """Read the request from stdin, write the answer to stdout; what the target prints goes to stderr."""
+    answer = os.dup(1)
+    os.dup2(2, 1)
     os.environ.pop("LD_PRELOAD", None)  # processes that the target starts are not measured
     request = json.loads(sys.stdin.read())
+    end_with(int(request["parent"]))
     try:
         text = json.dumps(measure(request))
     except Exception:
         text = json.dumps({"error": traceback.format_exc()[-8000:]})
-    Path(path).write_text(text)
+    with open(answer, "w", encoding="utf-8") as file:
+        file.write(text)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main()

@@ -13,11 +13,11 @@ import platform
 import shutil
 import subprocess
 import sys
-import tempfile
 from functools import cache
 from pathlib import Path
 
 from keepless.errors import MeasureError
+from keepless.files import remove_abandoned, temporary_folder
 from keepless.measure.cache import cache_folder
 
 _SOURCE = Path(__file__).with_name("interposer.c")
@@ -46,9 +46,15 @@ def library() -> Path:
     source = _SOURCE.read_bytes()
     marks = source + " ".join((*_FLAGS, platform.machine(), *platform.libc_ver())).encode()
     target = cache_folder() / f"interposer-{hashlib.sha256(marks).hexdigest()[:16]}.so"
+    remove_abandoned(_building())
     if not target.exists():
         _build(target)
     return target
+
+
+def _building() -> Path:
+    """Where it is built: beside its place, to be moved there in one go."""
+    return cache_folder() / "building"
 
 
 def _build(target: Path) -> None:
@@ -58,8 +64,8 @@ def _build(target: Path) -> None:
         raise MeasureError("The interposer needs a C compiler (cc, gcc, clang or $CC), and none was found.")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            fresh = Path(folder) / "interposer.so"
+        with temporary_folder("interposer", _building()) as folder:
+            fresh = folder / "interposer.so"
             command = [compiler, *_FLAGS, "-o", str(fresh), str(_SOURCE), "-ldl"]
             done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
             if done.returncode != 0:

@@ -27,7 +27,6 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -116,6 +115,7 @@ def measure_peak(
         "steps": steps,
         "num_threads": torch.get_num_threads(),
         "sys_path": [path for path in sys.path if path],
+        "parent": os.getpid(),
     }
     answer = _run(request, environment, timeout)
     if "error" in answer:
@@ -133,15 +133,14 @@ def measure_peak(
 
 
 def _run(request: Mapping[str, Any], environment: Mapping[str, str], timeout: float) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory(prefix="keepless-meter-") as folder:
-        answer = Path(folder) / "answer.json"
-        command = [sys.executable, "-m", "keepless.measure._child", str(answer)]
+    with tempfile.TemporaryFile() as answer:  # it has no name: nothing is left of it, whatever happens
         try:
             done = subprocess.run(
-                command,
+                [sys.executable, "-m", "keepless.measure._child"],
                 input=json.dumps(request),
                 env=environment,
-                capture_output=True,
+                stdout=answer,
+                stderr=subprocess.PIPE,
                 text=True,
                 errors="replace",
                 timeout=timeout,
@@ -149,9 +148,11 @@ def _run(request: Mapping[str, Any], environment: Mapping[str, str], timeout: fl
             )
         except subprocess.TimeoutExpired as error:
             raise MeasureError(f"The target {request['target']} took more than {timeout:g} seconds.") from error
-        if done.returncode != 0 or not answer.exists():
-            raise MeasureError(
-                f"The meter's process for {request['target']} ended with code {done.returncode}:\n{done.stderr[-4000:]}"
-            )
-        found: dict[str, Any] = json.loads(answer.read_text())
-        return found
+        answer.seek(0)
+        text = answer.read()
+    if done.returncode != 0 or not text:
+        raise MeasureError(
+            f"The meter's process for {request['target']} ended with code {done.returncode}:\n{done.stderr[-4000:]}"
+        )
+    found: dict[str, Any] = json.loads(text)
+    return found

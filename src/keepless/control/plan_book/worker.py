@@ -75,7 +75,7 @@ class Job:
 
 def _in_process(job: Job) -> tuple[int, ...] | None:
     """The order that a process of its own finds; None where that does not work, or the job is to end."""
-    task = json.dumps({"limit": job.budget.device, "seed": job.seed})
+    task = json.dumps({"limit": job.budget.device, "seed": job.seed, "parent": os.getpid()})
     home = str(Path(__file__).resolve().parents[2])
     known = os.environ.get("PYTHONPATH")
     place = {"PYTHONPATH": os.pathsep.join([home, known] if known else [home]), "OMP_NUM_THREADS": "1"}
