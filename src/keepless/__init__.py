@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from keepless.api import Plan as Plan
     from keepless.api import StepCurve as StepCurve
     from keepless.api import Verification as Verification
+    from keepless.api import account as account
     from keepless.api import apply as apply
     from keepless.api import curve as curve
     from keepless.api import fit as fit
@@ -51,6 +52,7 @@ _HOMES = {
         "Plan",
         "StepCurve",
         "Verification",
+        "account",
         "apply",
         "curve",
         "fit",

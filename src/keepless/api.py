@@ -1,4 +1,4 @@
-"""The public functions: plan, curve, apply, remove, fit, load, verify, timeline, with_loss."""
+"""The public functions: plan, curve, apply, remove, fit, load, verify, timeline, account, with_loss."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from keepless.control import Progress, StepCurve, Verification
 from keepless.ir import Timeline
 from keepless.machine import Plan, load_plan
 from keepless.modules.blocks import Blocks
+from keepless.report import MeasuredAccount, measured_account
 from keepless.solve import Solver
 
 M = TypeVar("M", bound=torch.nn.Module)
@@ -202,16 +203,37 @@ def verify(
 def timeline(
     model: torch.nn.Module, batch: Any, plan: Plan, *, loss_fn: LossFn | None = None, repeats: int = 5
 ) -> Timeline:
-    """What each instruction of the planned step takes on this batch: medians over some steps, without the optimizer's.
+    """What each instruction of the planned step takes on this batch: seconds and bytes, without the optimizer's step.
 
-    The same type as `plan.predicted`, with the same bytes; what the caller's loss takes counts for the LOSS op.
-    `keepless.solve.replan` makes a better cost model of it. The model is left as by `verify`.
+    The same type as `plan.predicted`. Seconds are medians over some steps; bytes are measured in one step more, above
+    what the plan says is resident before it. What the caller's loss takes counts for the LOSS op. A plan of module
+    calls (block and eager engine) has three events: forward, loss and backward. `keepless.solve.replan` makes a better
+    cost model of it. The model is left as by `verify`.
 
     Raises:
         PlanError: the plan was made for another model or batch.
         ParameterError: `repeats` is not a number of steps.
+        MeasureError: a profiler of the caller's is running (CPU).
     """
     return control.measure_timeline(model, batch, plan, loss_fn=loss_fn, repeats=repeats)
+
+
+def account(model: torch.nn.Module, batch: Any, plan: Plan, *, loss_fn: LossFn | None = None) -> MeasuredAccount:
+    """What the measured peak of the planned step is made of: bytes by category and by module, and the residue.
+
+    The residue is what was measured beyond the predicted bytes at that instruction. The optimizer's step is not run:
+    where its predicted bytes are the highest, the account is of them, and says so. The model is left as by `verify`.
+
+    ::
+
+        account = keepless.account(model, batch, plan)
+        print(account)
+        account.account.modules["transformer.h.3"]["activations"]
+
+    Raises:
+        PlanError, MeasureError: as in `timeline`.
+    """
+    return measured_account(plan, timeline(model, batch, plan, loss_fn=loss_fn, repeats=1))
 
 
 class WithLoss(torch.nn.Module):
@@ -243,9 +265,11 @@ def with_loss(model: torch.nn.Module, loss_fn: LossFn, num_targets: int = 0) -> 
 
 __all__ = [
     "Inputs",
+    "MeasuredAccount",
     "Plan",
     "StepCurve",
     "Verification",
+    "account",
     "apply",
     "curve",
     "fit",

@@ -614,9 +614,6 @@ def test_what_cannot_be_planned_is_refused() -> None:
 
     with pytest.raises(MeasureError, match="same module calls"):
         keepless.plan(made(Fickle), batch, "1GiB", engine="eager")
-    plan = keepless.plan(model, batch, "1GiB", engine="eager")
-    with pytest.raises(PlanError, match="graph engine"):
-        keepless.timeline(model, batch, plan)
 
 
 def test_an_error_in_the_forward_leaves_the_model_as_it_was() -> None:

@@ -10,14 +10,37 @@ from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from strategies import Case, cases
 
 from keepless.cost import CostModel
-from keepless.ir import Budget, Certificate, Effect, Graph, Kind, Op, Phase, Program, Run, Status, Value
+from keepless.ir import (
+    Budget,
+    Certificate,
+    Effect,
+    Event,
+    Graph,
+    Kind,
+    Op,
+    Phase,
+    Program,
+    Run,
+    Status,
+    Timeline,
+    Value,
+)
 from keepless.machine import Baseline, Plan, make_plan, simulate
 from keepless.passes import from_order, reuse_storage
-from keepless.report.account import block_of, holdings, peak_account, phase_spans
+from keepless.report.account import (
+    block_of,
+    holdings,
+    peak_account,
+    phase_instructions,
+    phase_spans,
+    shared_out,
+)
 from keepless.report.decisions import Choice, decisions, format_seconds
+from keepless.report.measured_account import measured_account
 from keepless.report.picture import curve_of, everything_kept, picture_dict
 from keepless.report.tables import fits, fold, format_percent, plan_dict, verdict
 
@@ -140,6 +163,92 @@ def test_account_names_categories_and_blocks(plan: Plan) -> None:
     assert set(account.blocks) <= {"model.h.0", "model.h.1", ""}
     assert account.static == 70
     assert account.where
+
+
+@given(cases())
+@settings(max_examples=60, deadline=None)
+def test_modules_sum_to_the_peak(case: Case) -> None:
+    """By block and by category, whatever the program does, at every instruction."""
+    plan = plan_of(case.graph, case.program, case.cost)
+    for event in plan.predicted.events:
+        account = peak_account(plan, event.index)
+        sums = dict.fromkeys(account.categories, 0)
+        for row in account.modules.values():
+            for kind, nbytes in row.items():
+                sums[kind] += nbytes
+        assert sums == account.categories
+        assert account.peak == event.peak
+
+
+def test_static_bytes_have_modules(plan: Plan) -> None:
+    """Parameters and gradients are their module's, state as the signature says, scratch the running op's."""
+    account = peak_account(plan, 3)
+    assert account.modules["h.0"] == {"parameters": 20}
+    assert account.modules["model.h.1"]["scratch"] == 7
+    assert account.modules[""]["optimizer state"] == 40
+    plan.signature["state_by_block"] = {"h.0": 3, "h.1": 1, "bad": "x"}
+    account = peak_account(plan, 3)
+    assert account.modules["h.0"] == {"parameters": 20, "optimizer state": 30}
+    assert account.modules["h.1"] == {"optimizer state": 10}
+    assert json.loads(json.dumps(account.as_dict()))["modules"]["h.0"]["parameters"] == 20
+
+
+@given(st.integers(0, 10**12), st.dictionaries(st.text(max_size=3), st.integers(1, 10**9), max_size=6))
+def test_bytes_are_shared_out_to_the_last(nbytes: int, weights: dict[str, int]) -> None:
+    """Whole numbers, within one of the proportion, that sum to the bytes."""
+    found = shared_out(nbytes, weights)
+    assert sum(found.values()) == nbytes
+    for name, weight in weights.items():
+        assert abs(found[name] - nbytes * weight / sum(weights.values())) <= 1
+
+
+def test_a_measured_peak_has_a_residue(plan: Plan) -> None:
+    """What was measured beyond the predicted bytes of that instruction; where the optimizer is higher, it is named."""
+    events = [replace(event, peak=event.peak + 5) for event in plan.predicted.events[:-1]]
+    high = max(range(4), key=lambda i: events[i].peak)
+    events[high] = replace(events[high], peak=10_000)
+    account = measured_account(plan, Timeline(tuple(events), {}, "measured"))
+    assert (account.measured, account.account.index, account.is_measured) == (10_000, high, True)
+    assert account.residue == account.worst == 10_000 - plan.predicted.events[high].peak
+    assert account.account.peak == plan.predicted.events[high].peak
+    low = Timeline((replace(events[0], peak=1),), {}, "measured")
+    account = measured_account(plan, low)
+    assert (account.account.phase, account.is_measured, account.residue) == ("optimizer", False, 0)
+    json.dumps(account.as_dict(), allow_nan=False)
+    assert measured_account(plan, Timeline((), {}, "measured")).worst == 0
+
+
+def test_a_measured_phase_is_set_against_its_highest_instruction(plan: Plan) -> None:
+    """Events without an instruction have a phase's name."""
+    spans = phase_instructions(plan)
+    assert list(spans) == ["forward", "loss", "backward", "optimizer"]
+    assert [spans[a][1] + 1 for a in ("forward", "loss", "backward")] == [
+        spans[a][0] for a in ("loss", "backward", "optimizer")
+    ]
+    first, last = spans["backward"]
+    highest = max(event.peak for event in plan.predicted.events[first : last + 1])
+    account = measured_account(plan, Timeline((Event(-1, 0.0, 1.0, 0.0, 0, highest + 9, "backward"),), {}, "measured"))
+    assert (account.residue, account.worst) == (9, 9)
+    assert first <= account.account.index <= last
+
+
+def test_accounts_are_drawn(plan: Plan) -> None:
+    """As text and as a table that ends with the residue; blocks beyond a number are one row."""
+    rich_console = pytest.importorskip("rich.console")
+    from keepless.report.account_table import account_rows, account_table
+
+    account = measured_account(plan, Timeline(plan.predicted.events, {}, "measured"))
+    console = rich_console.Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    with console.file:
+        console.print(account_table(account))
+        console.print(account_table(account.account))
+    text = console.export_text()
+    assert "residue" in text
+    assert "+0 B" in text
+    assert "optimizer state" in str(account)
+    rows = account_rows(account.account, most=2)
+    assert len(rows) == 2
+    assert sum(sum(row.values()) for _, row in rows) == account.account.peak
 
 
 def test_blocks_are_named_up_to_their_number() -> None:

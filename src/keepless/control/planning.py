@@ -20,7 +20,7 @@ from keepless.control.parts.block_plans import BLOCKS
 from keepless.control.parts.region_plans import EAGER
 from keepless.control.plan_book.templates import Templates
 from keepless.control.reserve import budget_with_reserve, explain_infeasible, with_reserve
-from keepless.control.signature import batch_signature, model_signature
+from keepless.control.signature import batch_signature, model_signature, optimizer_facts
 from keepless.control.takeover import with_takeover
 from keepless.control.trials import cost_model, measure_costs, measure_loss, untouched
 from keepless.errors import (
@@ -234,6 +234,7 @@ def capture_call(
         "outside_nbytes": shape.outside_nbytes,
         "has_optimizer": shape.has_optimizer,
         "solver": settings.solver if isinstance(settings.solver, str) else type(settings.solver).__name__,
+        **optimizer_facts(model, settings),
     }
     return Capture(
         binding, flat.without_tensors(), settings, traced.as_compiled, weakref.ref(model), refs_of(model)

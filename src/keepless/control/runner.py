@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from keepless.capture import Inputs
 from keepless.control.captured import Settings
 from keepless.errors import LossError
+from keepless.ir import Phase
 from keepless.measure.steps import increments
 from keepless.modules.untouched import Before
 
@@ -86,14 +87,24 @@ class Runner:
                 parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
         self.before.again()
 
-    def forward_backward(self) -> torch.Tensor:
-        """The measured part of a step; gives the loss. As in a loop, autocast is not for the backward."""
+    def forward_backward(self, mark: Callable[[str], None] | None = None) -> torch.Tensor:
+        """The measured part of a step; gives the loss. As in a loop, autocast is not for the backward.
+
+        Arguments:
+            mark: called with each phase's name where it has ended, while outputs that the caller holds stand.
+        """
         output = self.model(*self.inputs.args, **self.inputs.kwargs)
+        if mark is not None:
+            mark(Phase.FORWARD.value)
         loss = self.loss_of(output)
         if self.settings.release_outputs:
             del output
+        if mark is not None:
+            mark(Phase.LOSS.value)
         with torch.autocast(self.device.type, enabled=False):
             loss.backward()  # type: ignore[no-untyped-call]
+        if mark is not None:
+            mark(Phase.BACKWARD.value)
         return loss.detach()
 
     def step(self) -> Outcome:

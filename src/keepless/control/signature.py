@@ -15,6 +15,7 @@ from keepless.ir import Graph
 from keepless.ir.text import fingerprint
 from keepless.measure import describe_device
 from keepless.modules.planned import autocast_now
+from keepless.report.account import block_of
 
 
 def model_signature(model: torch.nn.Module) -> dict[str, object]:
@@ -47,7 +48,26 @@ def module_facts(model: torch.nn.Module, device: torch.device, settings: Setting
         "outside_nbytes": settings.outside,
         "has_optimizer": settings.optimizer is not None,
         "own_loss": settings.own_loss,
+        **optimizer_facts(model, settings),
     }
+
+
+def optimizer_facts(model: torch.nn.Module, settings: Settings) -> dict[str, object]:
+    """What accounts say of an optimizer beyond the bytes of its state: whose they are, and its first step's."""
+    footprint = settings.optimizer
+    facts: dict[str, object] = {}
+    if footprint is None:
+        return facts
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    if len(names) == len(footprint.by_parameter):
+        blocks: dict[str, int] = {}
+        for name, nbytes in zip(names, footprint.by_parameter, strict=True):
+            block = block_of(name.rpartition(".")[0])
+            blocks[block] = blocks.get(block, 0) + nbytes
+        facts["state_by_block"] = {block: nbytes for block, nbytes in blocks.items() if nbytes}
+    if footprint.first_scratch_nbytes is not None:
+        facts["first_scratch_nbytes"] = footprint.first_scratch_nbytes
+    return facts
 
 
 def batch_signature(flat: FlatInputs) -> dict[str, object]:

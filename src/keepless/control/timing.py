@@ -1,99 +1,176 @@
-"""The timeline of one planned step, measured instruction by instruction.
+"""The timeline of one planned step, measured: seconds and bytes, instruction by instruction.
 
-The generated step tells when each instruction ends. Seconds are medians over some steps; bytes are those of the
-machine's rules, since memory is measured elsewhere (`verify`). What the caller and autograd do between segments counts
-for the instruction at which the step hands over: the LOSS op, or the delivery of gradients.
+The generated step tells when each instruction ends. Seconds are medians over some steps; one more step tells bytes: on
+the CPU from the allocations and frees between two marks, by torch's profiler, on CUDA from the allocator's statistics.
+Levels count from what the plan says is resident before the step (parameters, batch, optimizer state), since that is
+what a step begins with, and no allocation tells of it. What the caller and autograd do between segments counts for the
+instruction at which the step hands over: the LOSS op, or the delivery of gradients.
+
+Plans of module calls have no instructions that a step could tell of: their events are the step's phases.
 """
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from keepless.capture import Inputs, flatten_inputs, planned_device
+from keepless.capture import DELIVER, Inputs, flatten_inputs, planned_device
 from keepless.control.applying import planned_forward, remove
 from keepless.control.checks import check_module, check_plan
-from keepless.control.parts.module_plans import is_by_modules
-from keepless.control.parts.module_steps import tensors_of
+from keepless.control.parts.module_plans import apply as apply_modules
+from keepless.control.parts.module_plans import is_by_modules, settings_of
+from keepless.control.parts.module_steps import recording, standing_alone, tensors_of, uncompiled, without_plan
 from keepless.control.plan_book.recapturing import bind, capture_of
 from keepless.control.runner import Runner
+from keepless.control.signature import batch_signature, check_signature, model_signature
 from keepless.control.takeover import is_allowed, turned_off
 from keepless.control.verifying import check_ambient, with_program
-from keepless.errors import ParameterError, PlanError
-from keepless.ir import Event, Timeline
+from keepless.errors import LossError, ParameterError, PlanError
+from keepless.ir import DEVICE, Event, Phase, Run, Timeline
 from keepless.machine import Plan
+from keepless.measure.parts import Part, memory_parts
+from keepless.modules.planned import autocast_now
 from keepless.modules.untouched import untouched
 
 MAX_REPEATS = 1000
+PHASES = (Phase.FORWARD.value, Phase.LOSS.value, Phase.BACKWARD.value)
+
+_Note = Callable[[int], None]
 
 
 def measure_timeline(model: torch.nn.Module, batch: Any, plan: Plan, *, loss_fn: Any, repeats: int) -> Timeline:
     """See `keepless.timeline`."""
     check_module(model)
     check_plan(plan)
-    if is_by_modules(plan):
-        raise PlanError(
-            "A timeline tells what each instruction of a captured step takes: this plan is one of module calls. Plan "
-            "with the graph engine."
-        )
     if isinstance(repeats, bool) or not isinstance(repeats, int) or not 1 <= repeats <= MAX_REPEATS:
         raise ParameterError(f"repeats={repeats!r} is not a number of steps from 1 to {MAX_REPEATS}.")
+    if is_by_modules(plan):
+        return _by_phases(uncompiled(model), batch, plan, loss_fn, repeats)
     inputs = Inputs.of(batch)
     standing = planned_forward(model)
-    taken: list[dict[int, float]] = []
-    marks: list[tuple[int, float]] = []
+    last = _last_delivery(plan)
     with turned_off(model, is_allowed(plan)), untouched(model, planned_device(model), tensors_of(batch)) as before:
         remove(model)
         try:
             capture = capture_of(plan, model) or bind(model, plan, flatten_inputs(inputs))
             check_ambient(capture, "timeline")
-            run = Runner(
-                model,
-                inputs,
-                batch,
-                loss_fn or capture.settings.loss_fn,
-                capture.settings,
-                capture.binding.device,
-                before,
-            )
-            with with_program(model, capture, plan.program, _marker(marks, capture.binding.device)):
-                for _ in range(repeats + 1):  # the first warms up
-                    marks.clear()
-                    run.prepare()
-                    run.forward_backward()
-                    taken.append({marks[i][0]: marks[i][1] - marks[i - 1][1] for i in range(1, len(marks))})
+            settings, device = capture.settings, capture.binding.device
+            run = Runner(model, inputs, batch, loss_fn or settings.loss_fn, settings, device, before)
+            hands: list[_Note] = []
+
+            def note(index: int) -> None:
+                hands[0](index)
+
+            def step(mark: _Note) -> None:
+                hands[:] = [mark]
+                run.forward_backward(lambda phase: mark(last) if phase == PHASES[-1] else None)
+
+            with with_program(model, capture, plan.program, note):
+                taken = _timed(run, step, repeats)
+                run.prepare()
+                parts = memory_parts(step, device)
         finally:
             remove(model)
             if standing is not None:
                 model.__dict__["forward"] = standing
-    return _joined(plan.predicted, taken[1:])
+    order = [(index, index, "") for index in range(len(plan.program))]
+    return _joined(plan, order, taken, parts)
 
 
-def _marker(marks: list[tuple[int, float]], device: torch.device) -> Callable[[int], None]:
-    clock, append = time.perf_counter, marks.append
-    if device.type != "cuda":
-        return lambda index: append((index, clock()))
+def _by_phases(model: torch.nn.Module, batch: Any, plan: Plan, loss_fn: Any, repeats: int) -> Timeline:
+    """Events of forward, loss and backward of a plan of module calls."""
+    settings = settings_of(plan)
+    loss_fn = loss_fn or settings.loss_fn
+    if loss_fn is None and not settings.own_loss:
+        raise LossError("The plan was made with a loss function, which a file does not hold: give loss_fn=.")
+    check_signature(plan.signature, model_signature(model), "model")
+    check_signature(plan.signature, batch_signature(flatten_inputs(Inputs.of(batch))), "batch")
+    if plan.signature.get("autocast", autocast_now(model)) != autocast_now(model):
+        raise PlanError("The plan was made under another autocast than stands around timeline: call it under the same.")
+    device = planned_device(model)
+    inputs, batch = standing_alone(batch)
+    with (
+        turned_off(model, is_allowed(plan)),
+        recording(),
+        untouched(model, device, tensors_of(inputs)) as before,
+        without_plan(model),
+    ):
+        run = Runner(model, inputs, batch, loss_fn, settings, device, before)
+
+        def step(mark: _Note) -> None:
+            mark(-1)
+            run.forward_backward(lambda phase: mark(PHASES.index(phase)))
+
+        planned = apply_modules(model, plan)
+        try:
+            run.prepare()
+            run.forward_backward()  # regions are watched the first time
+            taken = _timed(run, step, repeats)
+            run.prepare()
+            parts = memory_parts(step, device)
+        finally:
+            planned.take_out()
+    return _joined(plan, [(number, -1, phase) for number, phase in enumerate(PHASES)], taken, parts)
+
+
+def _last_delivery(plan: Plan) -> int:
+    """The instruction at whose hand-over the backward ends, after which the step tells of nothing."""
+    runs = (i for i, instr in enumerate(plan.program) if isinstance(instr, Run))
+    found = [i for i in runs if plan.graph.ops[plan.program[i].op].name == DELIVER]  # type: ignore[union-attr]
+    return found[-1] if found else -1
+
+
+def _timed(run: Runner, step: Callable[[_Note], None], repeats: int) -> list[dict[int, float]]:
+    """Seconds by mark, of each step; a mark that is met twice counts for both times."""
+    taken: list[dict[int, float]] = []
+    marks: list[tuple[int, float]] = []
+    clock = time.perf_counter
+    is_cuda = run.device.type == "cuda"
 
     def mark(index: int) -> None:
-        torch.cuda.synchronize(device)
-        append((index, clock()))
+        if is_cuda:
+            torch.cuda.synchronize(run.device)
+        marks.append((index, clock()))
 
-    return mark
+    for _ in range(repeats + 1):  # the first warms up
+        marks.clear()
+        run.prepare()
+        step(mark)
+        found: dict[int, float] = {}
+        for (_, begin), (index, end) in itertools.pairwise(marks):
+            found[index] = found.get(index, 0.0) + end - begin
+        taken.append(found)
+    return taken[1:]
 
 
-def _joined(predicted: Timeline, taken: list[dict[int, float]]) -> Timeline:
-    """One timeline of the steps' medians, with the predicted bytes; instructions that no step told of are left out."""
+def _joined(
+    plan: Plan, order: Sequence[tuple[int, int, str]], taken: Sequence[Mapping[int, float]], parts: Sequence[Part]
+) -> Timeline:
+    """One timeline of the steps' medians and one step's bytes; what no step told of is left out.
+
+    Arguments:
+        order: of the marks: the mark, and its event's index and label.
+        parts: each but the first ends at the mark that the next one begins with.
+    """
+    base = sum(plan.graph.values[v].nbytes for v in plan.graph.inputs)
+    levels: dict[int, Part] = {}
+    for part, following in itertools.pairwise(parts):
+        before = levels.get(following.label)
+        peak = max(part.peak, before.peak) if before else part.peak
+        levels[following.label] = Part(following.label, peak, part.level)
+    start = levels.get(-1)
     events: list[Event] = []
     now = 0.0
-    for event in predicted.events:
-        seconds = [step[event.index] for step in taken if event.index in step]
-        if seconds:
+    for mark, index, label in order:
+        seconds = [step[mark] for step in taken if mark in step]
+        if seconds and mark in levels:
             end = now + statistics.median(seconds)
-            events.append(replace(event, start=now, end=end, stall=0.0))
+            peak = max(levels[mark].peak, start.peak if start is not None and not events else 0)
+            events.append(Event(index, now, end, 0.0, base + levels[mark].level, base + peak, label))
             now = end
-    return Timeline(tuple(events), predicted.peaks, "measured")
+    return Timeline(tuple(events), {DEVICE: max((event.peak for event in events), default=base)}, "measured")

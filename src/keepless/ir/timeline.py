@@ -16,6 +16,7 @@ class Event:
         stall: seconds of `end - start` spent waiting for a copy.
         resident: bytes on the device after the instruction.
         peak: highest bytes on the device while it runs, scratch included.
+        label: what ran, where that is more than one instruction: a phase of the step.
     """
 
     index: int
@@ -24,6 +25,7 @@ class Event:
     stall: float
     resident: int
     peak: int
+    label: str = ""
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Timeline:
     """Events in order.
 
     Arguments:
-        events: one per instruction.
+        events: one per instruction. Measured ones may be missing, or be of whole phases (index -1, and a label).
         peaks: highest bytes per tier over the step.
         origin: "predicted" or "measured".
     """

@@ -47,12 +47,17 @@ class OptimizerFootprint:
         scratch_nbytes: highest bytes of temporaries inside a step, the first one included, beyond the whole state.
         seconds_estimate: of one step; None where a trial was not possible.
         form: "for-loop", "foreach" or "fused".
+        first_scratch_nbytes: of the first step alone, in which the state is made; None where it is not known.
+        by_parameter: bytes of state of each parameter, in the order in which they were given; what belongs to none is
+            left out. Empty where it is not known.
     """
 
     state_nbytes: int
     scratch_nbytes: int
     seconds_estimate: float | None
     form: str = "for-loop"
+    first_scratch_nbytes: int | None = None
+    by_parameter: tuple[int, ...] = ()
 
 
 def optimizer_footprint(
@@ -69,6 +74,7 @@ def optimizer_footprint(
             options do not tell.
     """
     optimizer = _innermost(optimizer)
+    params = None if params is None else list(params)
     wanted = None if params is None else {id(param) for param in params}
     groups: list[list[torch.Tensor]] = [
         [p for p in group["params"] if (p.requires_grad if wanted is None else id(p) in wanted)]
@@ -83,7 +89,7 @@ def optimizer_footprint(
             recipe = _Recipe(optimizer)
             form = _pilot(recipe, groups)
             with FakeTensorMode():
-                state_nbytes, scratch = _shadow_run(recipe, groups, form, _Storages(data_dependent_errors()))
+                state_nbytes, scratches = _shadow_run(recipe, groups, form, _Storages(data_dependent_errors()))
             seconds = _timed(recipe, groups, form)
         except Exception as error:
             name = type(optimizer).__name__
@@ -92,12 +98,19 @@ def optimizer_footprint(
             ) from error
     flat = [param for group in groups for param in group]
     trying = {id(param) for param in flat}
-    total = 0
+    own: dict[int, int] = {}
     for param, predicted in zip(flat, state_nbytes, strict=True):
         present = optimizer.state.get(param)
-        total += _state_nbytes([present]) if present else predicted
-    total += _state_nbytes(state for param, state in optimizer.state.items() if id(param) not in trying)
-    return OptimizerFootprint(total, scratch + _NUMBERS, seconds, form)
+        own[id(param)] = _state_nbytes([present]) if present else predicted
+    others = _state_nbytes(state for param, state in optimizer.state.items() if id(param) not in trying)
+    return OptimizerFootprint(
+        sum(own.values()) + others,
+        max(scratches) + _NUMBERS,
+        seconds,
+        form,
+        scratches[0] + _NUMBERS,
+        tuple(own.get(id(param), 0) for param in (flat if params is None else params)),
+    )
 
 
 def _innermost(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
@@ -245,21 +258,21 @@ def _state_nbytes(states: Iterable[object]) -> int:
     return sum({id(t.untyped_storage()): _nbytes(t) for t in counted}.values())
 
 
-def _shadow_run(recipe: _Recipe, groups: _Groups, form: str, storages: _Storages) -> tuple[list[int], int]:
-    """State bytes per parameter, and the highest temporaries of two steps."""
+def _shadow_run(recipe: _Recipe, groups: _Groups, form: str, storages: _Storages) -> tuple[list[int], list[int]]:
+    """State bytes per parameter, and the highest temporaries of each of two steps, beyond the whole state."""
 
     def fake(param: torch.Tensor) -> torch.Tensor:
         return torch.empty_strided(param.size(), param.stride(), dtype=param.dtype, device=param.device)
 
     shadow, shadows = recipe.shadow(groups, fake, foreach=form == "foreach")
-    scratch = 0
+    scratches: list[int] = []
     with storages:
         for _ in range(2):
             storages.peak = storages.resident
             _step(shadow)
-            scratch = max(scratch, storages.peak - storages.resident)
+            scratches.append(storages.peak - storages.resident)
     flat = [param for group in shadows for param in group]
-    return [_state_nbytes([shadow.state.get(param, {})]) for param in flat], scratch
+    return [_state_nbytes([shadow.state.get(param, {})]) for param in flat], scratches
 
 
 def _timed(recipe: _Recipe, groups: _Groups, form: str) -> float | None:

@@ -21,10 +21,12 @@ class Part:
     Arguments:
         label: of the mark at its beginning.
         peak: highest level.
+        level: at its end.
     """
 
     label: int
     peak: int
+    level: int
 
 
 def memory_parts(call: Callable[[Mark], object], device: torch.device) -> list[Part]:
@@ -46,12 +48,12 @@ def memory_parts(call: Callable[[Mark], object], device: torch.device) -> list[P
     label = -1
     for event in events:
         if isinstance(event, str):
-            parts.append(Part(label, highest))
+            parts.append(Part(label, highest, level))
             label, highest = int(event), level
         else:
             level += event
             highest = max(highest, level)
-    parts.append(Part(label, highest))
+    parts.append(Part(label, highest, level))
     return parts
 
 
@@ -63,7 +65,8 @@ def _by_allocator(call: Callable[[Mark], object], device: torch.device) -> list[
     start = torch.cuda.memory_allocated(device)
 
     def end() -> None:
-        parts.append(Part(last, torch.cuda.max_memory_allocated(device) - start))
+        level = torch.cuda.memory_allocated(device) - start
+        parts.append(Part(last, torch.cuda.max_memory_allocated(device) - start, level))
         torch.cuda.reset_peak_memory_stats(device)
 
     def mark(label: int) -> None:

@@ -10,6 +10,8 @@ from keepless.report.decisions import Block as Block
 from keepless.report.decisions import Choice as Choice
 from keepless.report.decisions import Decision as Decision
 from keepless.report.decisions import decisions as decisions
+from keepless.report.measured_account import MeasuredAccount as MeasuredAccount
+from keepless.report.measured_account import measured_account as measured_account
 from keepless.report.picture import draw as draw
 from keepless.report.picture import picture_dict as picture_dict
 from keepless.report.tables import plan_dict as plan_dict
