@@ -14,6 +14,7 @@ from keepless.capture import DELIVER, LOSS, OPTIMIZER
 from keepless.cost import CostModel, Origin
 from keepless.ir import Effect, Kind, Op
 from keepless.measure import CostCache, OpCost, OptimizerFootprint, Trial, measure_ops
+from keepless.measure.delivery import hand_over_seconds
 
 ACCUMULATE_BYTES_PER_S = 4e9
 """Rate of `grad += new` before it is measured: three passes over memory at a modest 12 GB/s."""
@@ -62,7 +63,7 @@ def cost_model(
             scratch.append(loss.scratch if loss else 0)
         elif op.name == DELIVER:
             nbytes = sum(graph.values[value].nbytes for value in op.inputs)
-            seconds.append(nbytes / ACCUMULATE_BYTES_PER_S if accumulate else 0.0)
+            seconds.append(hand_over_seconds() + (nbytes / ACCUMULATE_BYTES_PER_S if accumulate else 0.0))
             scratch.append(0)
         elif op.name == OPTIMIZER:
             seconds.append((optimizer.seconds_estimate or 0.0) if optimizer else 0.0)

@@ -17,7 +17,7 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from math import isqrt
+from math import prod
 from time import perf_counter
 from typing import Any
 
@@ -28,8 +28,12 @@ from keepless.errors import MeasureError
 
 _CUDA_BLOCK = 512
 """Bytes to which CUDA's caching allocator rounds."""
-_TIMED_SIDE = 1024
-"""Rows and columns of the one parameter whose update is timed: 4 MiB in float32, beyond the inner caches."""
+_TIMED_ELEMENTS = 4 * 2**20
+"""Of the parameters whose update is timed: 16 MiB in float32 and thrice as much beside it, beyond the inner caches."""
+_TIMED_PARAMS = 64
+_TIMED_STEPS = 5
+_GOLDEN = 0.6180339887498949
+"""Multiples of it, less their whole parts, spread evenly however many there are."""
 
 _NUMBERS = 64
 """Bytes of the one-element tensors into which torch wraps Python numbers: seen by no dispatch mode, 20 at most."""
@@ -276,25 +280,68 @@ def _shadow_run(recipe: _Recipe, groups: _Groups, form: str, storages: _Storages
 
 
 def _timed(recipe: _Recipe, groups: _Groups, form: str) -> float | None:
-    """Seconds of a whole step: one parameter's update, real, scaled by elements (single launches are ignored)."""
-    flat = [(index, p) for index, group in enumerate(groups) for p in group]
-    index, sample = max(flat, key=lambda item: item[1].numel())
-    num_elements = sum(p.numel() for _, p in flat)
-    side = min(_TIMED_SIDE, max(1, isqrt(num_elements // 4)))  # a quarter of the model: less than its own step holds
-    shape = (side, side) if sample.dim() != 1 else (side * side,)
+    """Seconds of a whole step, from a shadow step over some of the parameters, real.
+
+    A step takes so long per parameter and so long per element: the first is that of parameters of one element, and
+    the second what the sample takes beyond that.
+    """
+    chosen, shapes = _sample(groups)
+    num_sampled = sum(len(group) for group in chosen)
+    num_elements = sum(p.numel() for group in groups for p in group)
+    sampled_elements = sum(prod(shape) for shape in shapes.values())
 
     def real(param: torch.Tensor) -> torch.Tensor:
-        return torch.zeros(shape, dtype=param.dtype, device=param.device)
+        return torch.full(shapes.get(id(param), param.shape), 0.5, dtype=param.dtype, device=param.device)
 
-    chosen = [[sample] if i == index else [] for i in range(len(groups))]
-    shadow, _ = recipe.shadow(chosen, real, foreach=form == "foreach")
-    on_cuda = sample.device.type == "cuda"
+    def tiny(param: torch.Tensor) -> torch.Tensor:
+        return torch.full((1,) * param.dim(), 0.5, dtype=param.dtype, device=param.device)
+
+    per_param = _median_step(recipe, chosen, tiny, form) / num_sampled
+    per_element = max(0.0, _median_step(recipe, chosen, real, form) - per_param * num_sampled) / sampled_elements
+    return per_param * sum(len(group) for group in groups) + per_element * num_elements
+
+
+def _sample(groups: _Groups) -> tuple[list[list[torch.Tensor]], dict[int, tuple[int, ...]]]:
+    """Some of the parameters, spread over all of them, and the shapes of what stands for them: at most a quarter of
+    the model, which is less than its own step holds, and `_TIMED_ELEMENTS` in all.
+
+    A parameter that is larger than this alone is cut to it.
+    """
+    flat = [p for group in groups for p in group]
+    room = min(_TIMED_ELEMENTS, max(1, sum(p.numel() for p in flat) // 4))
+    order = sorted(range(len(flat)), key=lambda i: (i * _GOLDEN) % 1.0)
+    shapes: dict[int, tuple[int, ...]] = {}
+    for index in order[:_TIMED_PARAMS]:
+        param = flat[index]
+        if 0 < param.numel() <= room:
+            shapes[id(param)] = tuple(param.shape)
+            room -= param.numel()
+    if not shapes:
+        param = max(flat, key=lambda p: p.numel())
+        shapes[id(param)] = _cut(tuple(param.shape), room)
+    return [[p for p in group if id(p) in shapes] for group in groups], shapes
+
+
+def _cut(shape: tuple[int, ...], room: int) -> tuple[int, ...]:
+    """A shape of as many dimensions and at most about so many elements: its longest sides are halved."""
+    sides = list(shape)
+    while prod(sides) > room and max(sides) > 1:
+        longest = sides.index(max(sides))
+        sides[longest] = -(-sides[longest] // 2)
+    return tuple(sides)
+
+
+def _median_step(recipe: _Recipe, groups: _Groups, make: Factory, form: str) -> float:
+    """Seconds of a step over made parameters; the first, which makes the state, does not count."""
+    shadow, _ = recipe.shadow(groups, make, foreach=form == "foreach")
+    device = next(p.device for group in groups for p in group)
+    on_cuda = device.type == "cuda"
     seconds: list[float] = []
-    with torch.cuda.device(sample.device) if on_cuda else nullcontext():
-        for _ in range(4):
+    with torch.cuda.device(device) if on_cuda else nullcontext():
+        for _ in range(_TIMED_STEPS):
             start = perf_counter()
             _step(shadow)
             if on_cuda:
                 torch.cuda.synchronize()
             seconds.append(perf_counter() - start)
-    return statistics.median(seconds[1:]) * num_elements / (side * side)
+    return statistics.median(seconds[1:])
