@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from keepless.api import apply as apply
     from keepless.api import curve as curve
     from keepless.api import fit as fit
+    from keepless.api import land as land
     from keepless.api import load as load
     from keepless.api import plan as plan
     from keepless.api import remove as remove
@@ -56,6 +57,7 @@ _HOMES = {
         "apply",
         "curve",
         "fit",
+        "land",
         "load",
         "plan",
         "remove",

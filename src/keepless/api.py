@@ -1,4 +1,4 @@
-"""The public functions: plan, curve, apply, remove, fit, load, verify, timeline, account, with_loss."""
+"""The public functions: plan, land, curve, apply, remove, fit, load, verify, timeline, account, with_loss."""
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ def plan(
     engine: str = "auto",
     blocks: Blocks | None = None,
     takeover: bool = False,
+    land: bool = False,
 ) -> Plan:
     """The fastest plan found for training this model on batches like this one within a budget.
 
@@ -68,6 +69,7 @@ def plan(
         takeover: a model that checkpoints already (by a switch of transformers, timm or diffusers, or torch's
             `checkpoint_wrapper`) is planned without that; it is off while the plan stands in the model, and on again,
             as it was, after `remove`.
+        land: run the plan's step a few times and plan again for what it was seen to need (`keepless.land`).
 
     Raises:
         BudgetError: the budget cannot be read.
@@ -75,7 +77,7 @@ def plan(
         CheckpointingError: the model checkpoints already, without `takeover`; carries the places.
         CaptureError: the model cannot be captured as one graph; BatchError, LossError and ParameterError say more.
     """
-    return control.make(
+    found = control.make(
         model,
         batch,
         budget,
@@ -92,6 +94,41 @@ def plan(
         blocks=blocks,
         takeover=takeover,
     )
+    return control.land(model, batch, found, loss_fn=loss_fn, optimizer=None, rounds=3) if land else found
+
+
+def land(
+    model: torch.nn.Module,
+    batch: Any,
+    plan: Plan,
+    *,
+    loss_fn: LossFn | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    rounds: int = 3,
+) -> Plan:
+    """Runs the planned step, corrects what was predicted, and plans again within the same budget.
+
+    Up to `rounds` times: a few steps of the plan are run and undone (gradients, buffers and generators are put back,
+    parameters never stepped), seconds and bytes of each op are corrected, and the solver is asked again. It ends when
+    the predicted peak is within 0.5 % and the plan does not change. The fastest program that was measured is given
+    out, with costs that predict it; the plan that was given stays as it is. `plan.landing` has what each round
+    predicted and saw: its first row is the prediction that was made from single ops.
+
+    Plans of module calls are measured as a whole: their seconds are corrected by one factor, and their bytes at every
+    call alike. The optimizer's part stays predicted.
+
+    Arguments:
+        plan: from `plan` or a file; for this model and a batch like this one.
+        loss_fn: loss of (output, batch), where the plan's is not known any more (it came from a file).
+        optimizer: predict its bytes and seconds again, too; one with the state that the plan counts.
+        rounds: at most, from 1 to 3.
+
+    Raises:
+        InfeasibleBudget: the step was seen to rise above the budget, and nothing within it was found for what it needs.
+        PlanError: the plan was made for another model or batch.
+        ParameterError: `rounds` is out of range, the model has no weights, or the optimizer is not the planned one.
+    """
+    return control.land(model, batch, plan, loss_fn=loss_fn, optimizer=optimizer, rounds=rounds)
 
 
 def curve(
@@ -273,6 +310,7 @@ __all__ = [
     "apply",
     "curve",
     "fit",
+    "land",
     "load",
     "plan",
     "remove",

@@ -42,6 +42,17 @@ def test_a_tight_budget_recomputes_and_show_says_the_same(invoke: Invoke) -> Non
     assert "frees" in invoke("show", "step.plan", "--values").stdout
 
 
+def test_a_plan_lands_and_its_file_shows_the_rounds(invoke: Invoke) -> None:
+    """`--land` runs the step; a model without weights has none to run."""
+    done = invoke("plan", "factories:tiny", "-b", "4MiB", "-o", "step.plan", "--land", "--json")
+    landed = json.loads(done.stdout)
+    assert [row["round"] for row in landed["landing"]] == list(range(1, len(landed["landing"]) + 1))
+    assert landed["measured_peak"] <= 4 << 20
+    assert json.loads(invoke("show", "step.plan", "--json").stdout)["landing"] == landed["landing"]
+    assert "landing, round 1: peak predicted" in invoke("show", "step.plan").stdout
+    assert invoke("plan", "factories:tiny", "-b", "4MiB", "--device", "meta", "--land").exit_code == 2
+
+
 def test_json_is_pure_where_a_factory_prints(invoke: Invoke) -> None:
     """What a factory prints goes to stderr when JSON is asked for."""
     done = invoke("plan", "factories:noisy", "-b", "16MiB", "--json")

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_solve_models import gpt
 
-from keepless.cost import CostModel, Origin, corrected, op_ratios
+from keepless.cost import CostModel, Origin, corrected, corrected_scratch, op_ratios
 from keepless.cost.correct import MOST_OFF
 from keepless.errors import InfeasibleBudget
-from keepless.ir import Budget, Event, Graph, Program, Run, Status, Timeline
+from keepless.ir import Budget, Event, Graph, Phase, Program, Run, Status, Timeline
 from keepless.machine import simulate
 from keepless.passes import evaluate
 from keepless.solve import Solution, recheck, replan, solve
@@ -50,6 +50,42 @@ def test_a_whole_timeline_gives_the_true_costs_back(seed: int, factor: float, mi
         assert after == pytest.approx(true if op in known else before)
     assert part.scratch == cost.scratch
     assert part.origin is Origin.MEASURED or not known
+
+
+@settings(deadline=None)
+@given(st.integers(0, 2**32))
+def test_measured_bytes_give_the_true_scratch_back(seed: int) -> None:
+    """Of every op that ran, whatever it was thought to be; ops without an event, and the optimizer, keep theirs."""
+    graph, cost, _, found = planned()
+    more = [(seed * (op + 1)) % 10_007 for op in range(len(graph.ops))]
+    truth = replace(cost, scratch=tuple(n + m for n, m in zip(cost.scratch, more, strict=True)))
+    wrong = replace(cost, scratch=tuple(n + m for n, m in zip(cost.scratch, reversed(more), strict=True)))
+    predicted = simulate(graph, found.program, wrong)
+    measured = as_measured(graph, found.program, truth)
+    after = corrected_scratch(graph, wrong, found.program, predicted, measured)
+    for op in graph.ops:
+        expected = wrong if op.phase is Phase.OPTIMIZER else truth
+        assert after.scratch[op.id] == expected.scratch[op.id]
+    assert after.seconds == cost.seconds
+    if graph.ops[-1].phase is not Phase.OPTIMIZER:
+        assert simulate(graph, found.program, after).peak == measured.peak
+    nothing = replace(measured, events=(Event(10**9, 0.0, 1.0, 0.0, 0, 9),))
+    assert corrected_scratch(graph, wrong, found.program, predicted, nothing) == wrong
+
+
+def test_scratch_is_never_less_than_nothing_and_the_highest_run_decides() -> None:
+    """An op that runs twice needs what its higher run needed."""
+    graph, cost, _, found = planned()
+    replayed = next(instr.op for instr in found.program if isinstance(instr, Run) and instr.replay)
+    runs = [i for i, instr in enumerate(found.program) if isinstance(instr, Run) and instr.op == replayed]
+    predicted = simulate(graph, found.program, cost)
+    for offs in ((500, 90), (90, 500), (-(10**9), -(10**9))):
+        events = tuple(
+            replace(predicted.events[index], peak=predicted.events[index].peak + off)
+            for index, off in zip(runs, offs, strict=False)
+        )
+        after = corrected_scratch(graph, cost, found.program, predicted, Timeline(events, {}, "measured"))
+        assert after.scratch[replayed] == max(0, cost.scratch[replayed] + max(offs))
 
 
 def test_ops_with_equal_keys_share_their_events() -> None:

@@ -20,7 +20,7 @@ from keepless.cost import CostModel, Origin
 from keepless.errors import PlanError, ProgramError
 from keepless.ir import Budget, Certificate, Program, Status
 from keepless.ir.text import parse_graph, parse_program
-from keepless.machine import Baseline, Plan, load_plan, make_plan, simulate
+from keepless.machine import Baseline, Landing, Plan, load_plan, make_plan, simulate
 
 CERTIFICATE = Certificate("order", Status.FEASIBLE, "one order", 0.25, 64, "lives at op 3", 1.5, 7)
 
@@ -38,6 +38,7 @@ def plan_of(case: Case) -> Plan:
         smallest_budget=timeline.peak,
         smallest_bound=3,
         measured_peak=timeline.peak - 1 if timeline.peak else None,
+        landing=(Landing(1, 1000, 990, 0.5, 0.25, 3, False), Landing(2, 991, 991, 0.25, 0.125, 2, True)),
     )
 
 
@@ -78,6 +79,15 @@ def test_plan_survives_its_file(tmp_path: Path, case: Case) -> None:
     loaded.save(str(tmp_path / "b.plan"))
     assert (tmp_path / "a.plan").read_bytes() == (tmp_path / "b.plan").read_bytes()
     assert sorted(os.listdir(tmp_path)) == ["a.plan", "b.plan"]
+
+
+def test_files_from_before_landing_load(path: Path, plan: Plan) -> None:
+    """A file without the field has a plan that has not landed, and is written without it again."""
+    forge(path, lambda payload: payload.pop("landing"))
+    loaded = load_plan(path)
+    assert loaded == replace(plan, landing=())
+    loaded.save(path)
+    assert "landing" not in json.loads(path.read_text())["plan"]
 
 
 def test_plan_tells_its_numbers() -> None:
@@ -279,6 +289,11 @@ def test_wrong_type_anywhere_is_refused_or_harmless(tmp_path: Path, number: int,
         (lambda p: p["certificate"].__setitem__("status", "sure"), "sure"),
         (lambda p: p["certificate"].__setitem__("seed", 0.5), "seed"),
         (lambda p: p.pop("signature"), "signature"),
+        (lambda p: p["landing"].__setitem__("version", 2), "version '2'"),
+        (lambda p: p["landing"].__setitem__("rounds", []), "0 rounds"),
+        (lambda p: p["landing"]["rounds"][0].pop(), "round of its landing"),
+        (lambda p: p["landing"]["rounds"][0].__setitem__(5, 1), "round of its landing"),
+        (lambda p: p["landing"]["rounds"][1].__setitem__(1, -4), "size"),
     ],
 )
 def test_signed_lie_is_refused(path: Path, change: Callable[[dict[str, Any]], object], match: str) -> None:

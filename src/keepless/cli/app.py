@@ -23,6 +23,7 @@ from keepless.cli.options import (
     EngineOption,
     ExportOption,
     Json,
+    LandOption,
     LearningRate,
     ModelArgument,
     Optimizer,
@@ -86,6 +87,7 @@ def plan_command(
     accumulate: Accumulates = False,
     release_outputs: Releases = False,
     outside: Outside = "0",
+    land: LandOption = False,
     cache: Caches = True,
     values: Values = False,
     as_json: Json = False,
@@ -103,7 +105,10 @@ def plan_command(
             "release_outputs": release_outputs,
             "outside": read_budget(outside),
             "cache": cache,
+            "land": land,
         }
+        if land:
+            _refuse_meta(recipe, "to land a plan runs its step")
         check_picture(picture)
         check_target(save)
         check_target(export)
@@ -281,9 +286,9 @@ def _build(recipe: Recipe) -> Built:
     return build(recipe)
 
 
-def _refuse_meta(recipe: Recipe) -> None:
+def _refuse_meta(recipe: Recipe, why: str = "it can plan, and nothing else") -> None:
     if recipe.device == "meta":
-        raise UsageError("--device meta has no weights: it can plan, and nothing else.")
+        raise UsageError(f"--device meta has no weights: {why}.")
 
 
 def _planned(built: Built, budget: str | None, options: dict[str, Any]) -> Plan:

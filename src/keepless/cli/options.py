@@ -35,6 +35,9 @@ BlocksOption = Annotated[
 TakeoverOption = Annotated[
     bool, typer.Option("--takeover", help="Turn off the model's own checkpointing for the plan.")
 ]
+LandOption = Annotated[
+    bool, typer.Option("--land", help="Run the planned step a few times and plan again for what it was seen to need.")
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, and nothing else.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")]
 Values = Annotated[bool, typer.Option("--values", help="A row per value, not only per block.")]

@@ -1,6 +1,7 @@
 """Costs: seconds and scratch per op, links between tiers, devices; and graphs with their costs as JSON."""
 
 from keepless.cost.correct import corrected as corrected
+from keepless.cost.correct import corrected_scratch as corrected_scratch
 from keepless.cost.correct import op_ratios as op_ratios
 from keepless.cost.devices import DeviceSpec as DeviceSpec
 from keepless.cost.devices import find_device as find_device

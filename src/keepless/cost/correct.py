@@ -11,7 +11,7 @@ import statistics
 from dataclasses import replace
 
 from keepless.cost.model import CostModel, Origin
-from keepless.ir.graph import Graph
+from keepless.ir.graph import Graph, Phase
 from keepless.ir.program import Program, Run
 from keepless.ir.timeline import Timeline
 
@@ -36,6 +36,33 @@ def op_ratios(graph: Graph, cost: CostModel, program: Program, measured: Timelin
             samples.setdefault(names[instr.op], []).append(seconds / cost.seconds[instr.op])
     medians = {name: statistics.median(found) for name, found in samples.items()}
     return {op: medians[name] for op, name in names.items()}
+
+
+def corrected_scratch(
+    graph: Graph, cost: CostModel, program: Program, predicted: Timeline, measured: Timeline
+) -> CostModel:
+    """The cost model with the scratch bytes with which a measured step would have been predicted.
+
+    An op's scratch grows, or shrinks to no less than zero, by what the measured bytes of its runs are above or below
+    the predicted ones; of several runs the highest decides. Ops without a measured run keep theirs, as does the
+    OPTIMIZER op, which is never run. What instructions beside `Run` hold is not an op's. O(events).
+
+    Arguments:
+        graph: the step.
+        cost: what the program was planned with.
+        program: what ran.
+        predicted: its timeline under `cost`.
+        measured: its timeline, whose events' peaks were measured; events may be missing.
+    """
+    before = {event.index: event.peak for event in predicted.events}
+    off: dict[int, int] = {}
+    for event in measured.events:
+        instr = program[event.index] if 0 <= event.index < len(program) else None
+        if isinstance(instr, Run) and event.index in before and graph.ops[instr.op].phase is not Phase.OPTIMIZER:
+            found = event.peak - before[event.index]
+            off[instr.op] = max(off.get(instr.op, found), found)
+    scratch = [max(0, nbytes + off.get(op, 0)) for op, nbytes in enumerate(cost.scratch)]
+    return replace(cost, scratch=tuple(scratch))
 
 
 def corrected(graph: Graph, cost: CostModel, program: Program, measured: Timeline) -> CostModel:

@@ -3,6 +3,7 @@
 from keepless.machine.allocation import Allocation as Allocation
 from keepless.machine.allocation import model_allocation as model_allocation
 from keepless.machine.allocator import CachingAllocator as CachingAllocator
+from keepless.machine.landed import Landing as Landing
 from keepless.machine.parts import Part as Part
 from keepless.machine.parts import managed_share as managed_share
 from keepless.machine.plan import Baseline as Baseline

@@ -20,6 +20,7 @@ from keepless.ir.certificate import Certificate
 from keepless.ir.graph import Graph, Phase
 from keepless.ir.program import DEVICE, Program, Run
 from keepless.ir.timeline import Timeline
+from keepless.machine.landed import Landing
 from keepless.machine.parts import Part, describe_parts, parts_of
 from keepless.machine.rules import Machine
 from keepless.machine.simulate import simulate
@@ -49,6 +50,7 @@ class Plan:
         smallest_budget: bytes of the smallest device budget for which a plan was found.
         smallest_bound: bytes that every plan needs at least (proven).
         measured_peak: highest bytes of a measured step, None until there is one.
+        landing: the rounds of `keepless.land`, in order; empty before it.
         capture: the engine's side of the plan while the process lives; opaque here, never saved.
     """
 
@@ -63,6 +65,7 @@ class Plan:
     smallest_budget: int = 0
     smallest_bound: int = 0
     measured_peak: int | None = None
+    landing: tuple[Landing, ...] = ()
     capture: object | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -145,6 +148,7 @@ class Plan:
                 f"smallest budget found {format_bytes(self.smallest_budget)}; no plan needs less than "
                 f"{format_bytes(self.smallest_bound)}",
                 f"solver {claim.solver}, {claim.status.value}, {claim.solve_seconds:.2f} s{gap}",
+                *map(str, self.landing),
                 *describe_parts(self.signature),
                 *self._doubts(),
             ]
@@ -192,6 +196,7 @@ def make_plan(
     smallest_budget: int = 0,
     smallest_bound: int = 0,
     measured_peak: int | None = None,
+    landing: tuple[Landing, ...] = (),
 ) -> Plan:
     """Verify a program under a budget, predict its timeline, and make the plan.
 
@@ -210,4 +215,5 @@ def make_plan(
         smallest_budget=smallest_budget,
         smallest_bound=smallest_bound,
         measured_peak=measured_peak,
+        landing=landing,
     )

@@ -27,10 +27,14 @@ from keepless.ir.certificate import Certificate, Status
 from keepless.ir.graph import Graph
 from keepless.ir.program import DEVICE, Run
 from keepless.ir.text import format_graph, format_program, parse_graph, parse_program
+from keepless.machine.landed import Landing
 from keepless.machine.plan import Baseline, Plan, make_plan
 
 MAGIC = "keepless-plan"
 VERSION = 1
+LANDING_VERSION = 1
+"""Of the field "landing", which files of plans that have not landed do not have."""
+MAX_ROUNDS = 100
 MAX_FILE_NBYTES = 512 << 20
 """A plan of the largest captured graph that we know of is a hundredth of this."""
 MAX_EDGES = 10_000_000
@@ -139,6 +143,7 @@ def _refuse(why: str) -> NoReturn:
 
 def _payload(plan: Plan) -> dict[str, object]:
     cost, certificate = plan.cost, plan.certificate
+    landed = {"landing": _landing_payload(plan.landing)} if plan.landing else {}
     return {
         "signature": plan.signature,
         "budget": {
@@ -160,6 +165,7 @@ def _payload(plan: Plan) -> dict[str, object]:
         "smallest_budget": plan.smallest_budget,
         "smallest_bound": plan.smallest_bound,
         "measured_peak": plan.measured_peak,
+        **landed,
         "program": format_program(plan.program).splitlines(),
         "graph": format_graph(plan.graph).splitlines(),
         "cost": {
@@ -192,7 +198,38 @@ def _plan(payload: dict[str, object]) -> Plan:
         smallest_budget=_nbytes(payload, "smallest_budget"),
         smallest_bound=_nbytes(payload, "smallest_bound"),
         measured_peak=None if measured is None else _nbytes(payload, "measured_peak"),
+        landing=_landing(_table(payload, "landing")) if "landing" in payload else (),
     )
+
+
+_LANDING_ROW = ("predicted_peak", "measured_peak", "predicted_seconds", "measured_seconds", "num_replays", "is_kept")
+
+
+def _landing_payload(landing: Sequence[Landing]) -> dict[str, object]:
+    return {
+        "version": LANDING_VERSION,
+        "columns": list(_LANDING_ROW),
+        "rounds": [[getattr(one, name) for name in _LANDING_ROW] for one in landing],
+    }
+
+
+def _landing(table: dict[str, object]) -> tuple[Landing, ...]:
+    version = _get(table, "version")
+    if type(version) is not int or version != LANDING_VERSION or _list(table, "columns") != list(_LANDING_ROW):
+        _refuse(f"its landing has version {str(version)[:20]!r}, and this Keepless reads version {LANDING_VERSION}")
+    rows = _list(table, "rounds")
+    if not 0 < len(rows) <= MAX_ROUNDS:
+        _refuse(f"its landing has {len(rows)} rounds, not 1 to {MAX_ROUNDS}")
+    found: list[Landing] = []
+    for number, row in enumerate(rows, start=1):
+        match row:
+            case [predicted, measured, predicted_seconds, measured_seconds, replays, bool(kept)]:
+                peaks = _checked_nbytes(predicted), _checked_nbytes(measured)
+                seconds = _checked_seconds(predicted_seconds), _checked_seconds(measured_seconds)
+                found.append(Landing(number, *peaks, *seconds, _checked_nbytes(replays), kept))
+            case _:
+                _refuse("a round of its landing is not two sizes, two times, a number of replays, and true or false")
+    return tuple(found)
 
 
 def check_work(graph: Graph, runs: Sequence[int]) -> None:

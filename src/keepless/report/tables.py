@@ -74,6 +74,7 @@ def plan_dict(plan: Plan, *, values: bool = False) -> dict[str, object]:
         "recomputed_nbytes": plan.recomputed_nbytes,
         "smallest_budget": plan.smallest_budget,
         "smallest_bound": plan.smallest_bound,
+        "landing": [one.as_dict() for one in plan.landing],
         "certificate": {
             "solver": certificate.solver,
             "status": certificate.status.value,

@@ -10,14 +10,15 @@ from keepless.control.parts.module_costs import MeasuredModules
 from keepless.control.reserve import budget_with_reserve, explain_infeasible, with_reserve
 from keepless.control.runner import Runner
 from keepless.control.signature import batch_signature, model_signature, module_facts
-from keepless.errors import PlanError
+from keepless.cost import CostModel
+from keepless.errors import InfeasibleBudget, PlanError
 from keepless.ir import Certificate, Status
 from keepless.machine import Baseline, Plan, make_plan
 from keepless.modules.sites import Site
 from keepless.passes import evaluate, from_order, reuse_storage
 from keepless.solve.floor import floor_bound
 from keepless.solve.regions import NAME, Region, Regions, RegionTree
-from keepless.solve.solution import solution
+from keepless.solve.solution import Solution, solution
 
 EAGER = "eager"
 
@@ -71,29 +72,66 @@ def solved(run: Runner, measured: MeasuredModules, settings: Settings, over: int
     return plan
 
 
+def chosen_again(plan: Plan, cost: CostModel) -> tuple[Solution, dict[str, object]]:
+    """The regions that these costs ask for within a plan's budget, and the plan's signature with them.
+
+    Raises:
+        InfeasibleBudget: none was found.
+        PlanError: the plan's list of regions is damaged.
+    """
+    tree, before = _tree_of(plan)
+    limit = plan.budget.device
+    found, chosen = Regions(tree).choose(plan.graph, cost, limit, plan.certificate.seed)
+    low = min(found.peak, Regions(tree).lowest(plan.graph, cost)[0])
+    bound = floor_bound(plan.graph, cost)[0]
+    ran = solution(plan.graph, cost, tree.order(before, len(plan.graph.ops)), found.certificate)
+    if ran.peak <= limit and (found.peak > limit or ran.seconds <= found.seconds):
+        claim = found.certificate if chosen == before else replace(found.certificate, status=Status.FEASIBLE)
+        found, chosen = replace(ran, certificate=claim), before
+    if found.peak > limit:
+        raise InfeasibleBudget(
+            f"No module calls to recompute were found within {limit} bytes; the lowest needs {low}.",
+            smallest_budget=with_reserve(low),
+            bound=bound,
+            blocking="",
+        )
+    return found.stating(low, bound), {**plan.signature, "recomputed": sorted(chosen)}
+
+
 def recomputed_sites(plan: Plan) -> frozenset[Site]:
     """The module calls that a plan recomputes.
 
     Raises:
         PlanError: the plan's calls are not those of its program.
     """
-    signature = plan.signature
-    rows, saving, chosen = (signature.get(name) for name in ("regions", "saving", "recomputed"))
+    tree, numbers = _tree_of(plan)
+    rows = plan.signature["regions"]
+    assert isinstance(rows, list)
     try:
-        assert isinstance(rows, list)
-        assert isinstance(saving, list)
-        assert isinstance(chosen, list)
         sites = [Site(str(path), int(number)) for path, number, _, _ in rows]
-        regions = tuple(Region(int(first), int(last)) for _, _, first, last in rows)
-        count = plan.graph.loss_op
-        assert count is not None
-        tree = RegionTree(regions, count, frozenset(map(int, saving)))
-        numbers = frozenset(map(int, chosen))
         order = tree.order(numbers, len(plan.graph.ops))
         program = reuse_storage(plan.graph, from_order(plan.graph, order))
         found = frozenset(sites[number] for number in numbers)
     except (AssertionError, TypeError, ValueError, IndexError) as error:
-        raise PlanError("The plan's list of recomputed module calls is damaged. Plan again.") from error
+        raise PlanError(_DAMAGED) from error
     if program.instrs != plan.program.instrs:
         raise PlanError("The plan's recomputed module calls are not what its program recomputes. Plan again.")
     return found
+
+
+_DAMAGED = "The plan's list of recomputed module calls is damaged. Plan again."
+
+
+def _tree_of(plan: Plan) -> tuple[RegionTree, frozenset[int]]:
+    """The regions of a plan, and which of them it recomputes."""
+    rows, saving, chosen = (plan.signature.get(name) for name in ("regions", "saving", "recomputed"))
+    try:
+        assert isinstance(rows, list)
+        assert isinstance(saving, list)
+        assert isinstance(chosen, list)
+        regions = tuple(Region(int(first), int(last)) for _, _, first, last in rows)
+        count = plan.graph.loss_op
+        assert count is not None
+        return RegionTree(regions, count, frozenset(map(int, saving))), frozenset(map(int, chosen))
+    except (AssertionError, TypeError, ValueError, IndexError) as error:
+        raise PlanError(_DAMAGED) from error
