@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from keepless.cli import graphs
+from keepless.cli.allocators import AllocatorOption, read_allocator
 from keepless.cli.curves import curve_command
 from keepless.cli.options import (
     Accumulates,
@@ -228,13 +229,17 @@ def show(
     file: Annotated[Path, typer.Argument(help="A plan file.")],
     picture: PictureOption = None,
     values: Values = False,
+    allocator: AllocatorOption = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Show a saved plan: what is kept, what is made again, bytes, time and reasons. Needs no torch."""
     with session(as_json, debug) as current:
         check_picture(picture)
-        _describe(current, load_plan(file), values=values, save=None, picture=picture)
+        state = read_allocator(allocator)
+        plan = load_plan(file)
+        state(plan)
+        _describe(current, plan, values=values, save=None, picture=picture)
 
 
 @app.command()

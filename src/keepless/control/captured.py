@@ -15,6 +15,7 @@ from keepless.cost import CostModel
 from keepless.ir import Graph, Phase
 from keepless.machine import Plan
 from keepless.measure import CostCache, OptimizerFootprint
+from keepless.measure.card import CardAllocator
 from keepless.solve import SOLVERS, Solver
 
 
@@ -33,6 +34,10 @@ class Settings:
     cache: CostCache | None
     own_loss: bool = True
     """Whether the model's output holds its loss."""
+    card: CardAllocator | None = None
+    """The allocator whose reserved bytes the budget bounds; None on the CPU."""
+    over: int = 0
+    """Bytes of the budget, beside the default reserve, that this allocator was found to need beyond tensors."""
 
     @property
     def shape(self) -> StepShape:
@@ -129,15 +134,22 @@ def shape_from(plan: Plan) -> StepShape:
     )
 
 
+def beyond_peak(plan: Plan) -> int:
+    """Bytes that a card's allocator holds for a plan beyond the peak of its program; 0 on the CPU."""
+    found = plan.allocation
+    return 0 if found is None else max(0, found.reserved - plan.predicted_peak)
+
+
 def settings_from(plan: Plan, *, own_loss: bool) -> Settings:
     """What a plan from a file was asked for, as far as it says."""
     shape = shape_from(plan)
+    nbytes = plan.budget.limits["device"]
     step = next((op.id for op in plan.graph.ops if op.phase is Phase.OPTIMIZER), None)
     footprint = None
     if step is not None:
         footprint = OptimizerFootprint(shape.state_nbytes, plan.cost.scratch[step], plan.cost.seconds[step])
     return Settings(
-        plan.budget.limits["device"],
+        nbytes,
         footprint,
         None,
         shape.accumulate,
@@ -147,6 +159,7 @@ def settings_from(plan: Plan, *, own_loss: bool) -> Settings:
         plan.certificate.seed,
         CostCache(),
         own_loss=own_loss,
+        over=beyond_peak(plan),
     )
 
 

@@ -10,9 +10,18 @@ from typing import Any
 
 import torch
 
+from keepless.control.allocating import within_card
 from keepless.control.captured import Captures, Measured, Settings
 from keepless.control.checks import check_module
-from keepless.control.planning import Progress, measure_step, plan_of, read_budget, read_settings
+from keepless.control.planning import (
+    Progress,
+    lowest_plan,
+    measure_step,
+    plan_of,
+    read_budget,
+    read_settings,
+    settings_of_plan,
+)
 from keepless.control.reserve import budget_with_reserve, explain_infeasible, with_reserve
 from keepless.control.takeover import note, turned_off
 from keepless.errors import InfeasibleBudget
@@ -107,15 +116,21 @@ class StepCurve:
             InfeasibleBudget: no plan was met; carries the smallest budget and the op that sets the floor.
         """
         nbytes = read_budget(budget, self.measured.capture.binding.device)
-        allowed = budget_with_reserve(nbytes)
         graph, curve = self.measured.graph, self.curve
-        try:
-            found = curve.at(allowed.device)
-        except InfeasibleBudget as error:
-            lowest, peak = curve.points[0].solution.program, curve.smallest_nbytes
-            raise explain_infeasible(graph, self.measured.cost, nbytes, lowest, peak, error.bound) from None
-        plan = plan_of(self.measured, found, allowed)
-        plan.capture = Captures(replace(self.measured.capture, settings=replace(self.settings, budget=nbytes)))
+
+        def make(over: int) -> Plan:
+            allowed = budget_with_reserve(nbytes, over)
+            try:
+                found = curve.at(allowed.device)
+            except InfeasibleBudget as error:
+                lowest, peak = curve.points[0].solution.program, curve.smallest_nbytes
+                raise explain_infeasible(graph, self.measured.cost, nbytes, lowest, peak, error.bound) from None
+            return plan_of(self.measured, found, allowed)
+
+        card = self.settings.card
+        plan = make(0) if card is None else within_card(make, lambda: lowest_plan(self.measured, nbytes), nbytes, card)
+        settings = settings_of_plan(replace(self.settings, budget=nbytes), plan)
+        plan.capture = Captures(replace(self.measured.capture, settings=settings))
         return plan
 
     def draw(self, path: str | os.PathLike[str], *, budget: str | int | float | None = None, title: str = "") -> None:

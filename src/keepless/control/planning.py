@@ -8,12 +8,14 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from keepless.capture import FlatInputs, Inputs, flatten_inputs, lower, planned_device, trace_step
-from keepless.control.captured import Capture, Captures, Measured, Settings
+from keepless.control.allocating import within_card
+from keepless.control.captured import Capture, Captures, Measured, Settings, beyond_peak
 from keepless.control.checks import check_module, check_optimizer
 from keepless.control.parts import module_plans, module_steps
 from keepless.control.parts.block_plans import BLOCKS
@@ -42,6 +44,7 @@ from keepless.measure import (
     device_nbytes,
     optimizer_footprint,
 )
+from keepless.measure.card import card_allocator
 from keepless.modules.blocks import Blocks
 from keepless.passes import evaluate
 from keepless.solve import SOLVERS, Solution, Solver, named_solver, smallest, solve
@@ -160,6 +163,7 @@ def read_settings(
         seed,
         CostCache() if cache else None,
         own_loss=loss_fn is None,
+        card=card_allocator(planned_device(model)) if any(True for _ in model.parameters()) else None,
     )
 
 
@@ -170,7 +174,7 @@ def make_with(model: torch.nn.Module, batch: Any, settings: Settings, progress: 
     tell("solve", 0, 1)
     plan = solve_measured(measured, settings)
     tell("solve", 1, 1)
-    plan.capture = Captures(measured.capture)
+    plan.capture = Captures(replace(measured.capture, settings=settings_of_plan(settings, plan)))
     return plan
 
 
@@ -252,16 +256,40 @@ def solve_measured(measured: Measured, settings: Settings) -> Plan:
     Raises:
         InfeasibleBudget: nothing fits; says what would.
     """
+
+    def make(over: int) -> Plan:
+        graph, cost = measured.graph, measured.cost
+        budget = budget_with_reserve(settings.budget, over)
+        try:
+            found = solve(graph, cost, budget, solver=settings.solver, seed=settings.seed)
+        except InfeasibleBudget as error:
+            low = smallest(graph, cost)
+            raise explain_infeasible(
+                graph, cost, settings.budget, low.program, low.peak, error.bound, _own_lowest(settings.solver, error)
+            ) from None
+        return plan_of(measured, found, budget)
+
+    if settings.card is None:
+        return make(0)
+    return within_card(make, lambda: lowest_plan(measured, settings.budget), settings.budget, settings.card)
+
+
+def lowest_plan(measured: Measured, nbytes: int) -> Plan:
+    """The plan of the smallest peak that the default planner finds, whatever its time.
+
+    Raises:
+        InfeasibleBudget: it is above the budget.
+    """
     graph, cost = measured.graph, measured.cost
-    budget = budget_with_reserve(settings.budget)
-    try:
-        found = solve(graph, cost, budget, solver=settings.solver, seed=settings.seed)
-    except InfeasibleBudget as error:
-        low = smallest(graph, cost)
-        raise explain_infeasible(
-            graph, cost, settings.budget, low.program, low.peak, error.bound, _own_lowest(settings.solver, error)
-        ) from None
-    return plan_of(measured, found, budget)
+    low = smallest(graph, cost)
+    if with_reserve(low.peak) > nbytes:
+        raise explain_infeasible(graph, cost, nbytes, low.program, low.peak, low.smallest_bound)
+    return plan_of(measured, low, Budget({"device": nbytes}, reserve=nbytes - low.peak))
+
+
+def settings_of_plan(settings: Settings, plan: Plan) -> Settings:
+    """The settings by which other calls of a planned model are planned: for as much beside tensors as this plan."""
+    return replace(settings, over=beyond_peak(plan))
 
 
 def _own_lowest(solver: str | Solver, error: InfeasibleBudget) -> tuple[str, int] | None:

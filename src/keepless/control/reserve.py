@@ -17,13 +17,16 @@ def default_reserve(budget: int) -> int:
     return 64 * 1024 + budget // 1000
 
 
-def budget_with_reserve(nbytes: int) -> Budget:
+def budget_with_reserve(nbytes: int, over: int = 0) -> Budget:
     """The budget of so many bytes on the device, the default reserve among them.
+
+    Arguments:
+        over: further bytes that stay free.
 
     Raises:
         BudgetError: nothing is left beside the reserve.
     """
-    budget = Budget({"device": nbytes}, reserve=min(default_reserve(nbytes), nbytes - 1))
+    budget = Budget({"device": nbytes}, reserve=min(default_reserve(nbytes) + over, nbytes - 1))
     if budget.device <= 0:
         raise BudgetError(f"The budget of {nbytes} bytes is smaller than its own reserve.")
     return budget

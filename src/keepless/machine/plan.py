@@ -20,6 +20,7 @@ from keepless.ir.certificate import Certificate
 from keepless.ir.graph import Graph, Phase
 from keepless.ir.program import DEVICE, Program, Run
 from keepless.ir.timeline import Timeline
+from keepless.machine.allocation import Allocation
 from keepless.machine.landed import Landing
 from keepless.machine.parts import Part, describe_parts, parts_of
 from keepless.machine.rules import Machine
@@ -127,6 +128,16 @@ class Plan:
         """Which engine runs which part of the model, and why."""
         return parts_of(self.signature)
 
+    @property
+    def allocation(self) -> Allocation | None:
+        """What CUDA's caching allocator takes for the step by its model; None for a plan that was made for no card.
+
+        Raises:
+            PlanError: the plan's file holds something else there.
+        """
+        facts = self.signature.get("allocation")
+        return Allocation.from_dict(facts) if isinstance(facts, dict) else None
+
     def __str__(self) -> str:
         limit = self.budget.limits[DEVICE]
         fits = max(self.predicted_peak, self.measured_peak or 0) <= limit
@@ -149,6 +160,7 @@ class Plan:
                 f"{format_bytes(self.smallest_bound)}",
                 f"solver {claim.solver}, {claim.status.value}, {claim.solve_seconds:.2f} s{gap}",
                 *map(str, self.landing),
+                *([] if self.allocation is None else [str(self.allocation)]),
                 *describe_parts(self.signature),
                 *self._doubts(),
             ]

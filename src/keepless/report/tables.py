@@ -88,6 +88,7 @@ def plan_dict(plan: Plan, *, values: bool = False) -> dict[str, object]:
         "engine": plan.engine,
         "parts": [part.as_dict() for part in plan.parts],
         "peak": peak_account(plan).as_dict(),
+        "allocation": None if plan.allocation is None else plan.allocation.as_dict(),
         "blocks": blocks,
     }
 

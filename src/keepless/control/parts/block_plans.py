@@ -16,6 +16,7 @@ import torch
 
 from keepless.binding import Binding
 from keepless.capture import CAST_ONCE, Inputs, StandingForward, StepShape, flatten_inputs
+from keepless.control.allocating import within_card
 from keepless.control.captured import Settings
 from keepless.control.parts.blocks import Library, kind_of
 from keepless.control.parts.module_costs import measure_modules
@@ -253,6 +254,15 @@ def solved(
 
 
 def _solved(run: Runner, measured: MeasuredBlocks, settings: Settings, over: int, like: Plan | None) -> Plan:
+    if settings.card is None:
+        return _solved_less(run, measured, settings, over, like)
+    card = settings.card.with_handles(2)
+    return within_card(
+        lambda more: _solved_less(run, measured, settings, over + more, like), None, settings.budget, card
+    )
+
+
+def _solved_less(run: Runner, measured: MeasuredBlocks, settings: Settings, over: int, like: Plan | None) -> Plan:
     step = measured.step
     graph, cost = step.graph, step.cost
     budget = budget_with_reserve(settings.budget)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from keepless.capture import flatten_inputs
+from keepless.control.allocating import within_card
 from keepless.control.captured import Settings
 from keepless.control.parts.module_costs import MeasuredModules
 from keepless.control.reserve import budget_with_reserve, explain_infeasible, with_reserve
@@ -29,6 +30,13 @@ def solved(run: Runner, measured: MeasuredModules, settings: Settings, over: int
     Raises:
         InfeasibleBudget: none was found.
     """
+    if settings.card is None:
+        return _solved(run, measured, settings, over)
+    card = settings.card.with_handles(2)
+    return within_card(lambda more: _solved(run, measured, settings, over + more), None, settings.budget, card)
+
+
+def _solved(run: Runner, measured: MeasuredModules, settings: Settings, over: int) -> Plan:
     graph, cost, cut = measured.graph, measured.cost, measured.cut
     budget = budget_with_reserve(settings.budget)
     limit = budget.device - over

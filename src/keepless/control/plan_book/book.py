@@ -117,7 +117,7 @@ class Book:
         where there is room; None where neither fits, or where a solver was asked for by name."""
         if named_solver(settings.solver) is not SOLVERS["keepless"]:
             return None
-        graph, cost, budget = measured.graph, measured.cost, budget_with_reserve(settings.budget)
+        graph, cost, budget = measured.graph, measured.cost, budget_with_reserve(settings.budget, settings.over)
         known = [self._first, *self._known, *([self._lowest] if self._lowest is not None else [])]
         found = transfer(graph, cost, budget.device, known)
         if found.peak > budget.device:
@@ -167,7 +167,7 @@ class _Later:
     ) -> None:
         self._book, self._entry, self._news = weakref.ref(book), weakref.ref(entry), planned.news
         self._graph, self._cost = measured.graph, measured.cost
-        self._budget, self._seed = budget_with_reserve(settings.budget), settings.seed
+        self._budget, self._seed = budget_with_reserve(settings.budget, settings.over), settings.seed
         self._seconds = found.seconds
 
     def __call__(self) -> None:

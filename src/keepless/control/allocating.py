@@ -1,0 +1,93 @@
+"""Plans whose *reserved* bytes fit: on CUDA the budget bounds what torch's allocator holds from the card.
+
+The allocator's model (`keepless.machine.allocation`) tells for a program what is reserved. What that is beyond the
+bytes of the program's tensors cannot be known before there is a program, so it is found in rounds: plan, model, and
+where too much is reserved, plan again for so many bytes less.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from keepless.control.reserve import with_reserve
+from keepless.cost import CostModel
+from keepless.errors import InfeasibleBudget
+from keepless.ir import Graph, Program, format_bytes
+from keepless.machine import Allocation, Baseline, Plan, model_allocation
+from keepless.measure.card import CardAllocator
+from keepless.passes import from_order, reuse_storage
+from keepless.report.floor import describe_floor, find_floor
+
+ROUNDS = 3
+"""Plans that are tried; then the one of the smallest peak."""
+
+
+def allocation_of(graph: Graph, program: Program, cost: CostModel, card: CardAllocator) -> Allocation:
+    """What a card's allocator takes for a program."""
+    found = model_allocation(graph, program, cost, workspaces=card.workspaces, expandable=card.expandable)
+    return replace(found, context=card.context)
+
+
+def within_card(
+    make: Callable[[int], Plan], lowest: Callable[[], Plan] | None, nbytes: int, card: CardAllocator
+) -> Plan:
+    """A plan whose reserved bytes, and the default reserve beside them, are within a budget.
+
+    Its signature holds the allocation; its baseline and its smallest budget are those of reserved bytes.
+
+    Arguments:
+        make: the plan for the budget less so many bytes beside the default reserve.
+        lowest: the plan of the smallest peak that is known; None where there is no other than `make`'s.
+        nbytes: the budget.
+
+    Raises:
+        InfeasibleBudget: none of the plans tried has so few reserved bytes; says how many the last one needs.
+    """
+    plan, allocation, over = _first_that_fits(make, lowest, nbytes, card)
+    needed = with_reserve(allocation.reserved)
+    if needed > nbytes:
+        graph = plan.graph
+        floor = find_floor(graph, plan.cost, plan.program)
+        helps = [*floor.advice, f"a budget of {needed} bytes"]
+        if not card.expandable:
+            helps.insert(0, "PYTORCH_ALLOC_CONF=expandable_segments:True")
+        raise InfeasibleBudget(
+            f"The budget {format_bytes(nbytes)} ({nbytes} bytes) is too small for what torch's allocator holds from "
+            f"the card. {allocation}. {describe_floor(graph, floor)} What would help: {'; '.join(helps)}.",
+            smallest_budget=needed,
+            bound=plan.smallest_bound,
+            blocking=graph.where(floor.op),
+        )
+    plan.signature["allocation"] = allocation.as_dict()
+    everything = reuse_storage(plan.graph, from_order(plan.graph, range(len(plan.graph.ops))))
+    kept = allocation_of(plan.graph, everything, plan.cost, card).reserved
+    plan.baseline = Baseline(with_reserve(kept), plan.baseline.seconds)
+    if lowest is None:  # as if the smallest plan were as fragmented as this one
+        smallest = plan.smallest_budget + max(0, allocation.reserved - plan.predicted_peak - over)
+    else:
+        low = lowest()
+        smallest = with_reserve(allocation_of(low.graph, low.program, low.cost, card).reserved)
+    plan.smallest_budget = min(nbytes, smallest)  # what is stated is found again
+    return plan
+
+
+def _first_that_fits(
+    make: Callable[[int], Plan], lowest: Callable[[], Plan] | None, nbytes: int, card: CardAllocator
+) -> tuple[Plan, Allocation, int]:
+    """The plan, or where none fits the one of the smallest peak; and the bytes for which it was made less."""
+    over = sum(card.workspaces)
+    for number in range(ROUNDS):
+        try:
+            plan = make(over)
+        except InfeasibleBudget:
+            if lowest is None:
+                raise
+            break
+        allocation = allocation_of(plan.graph, plan.program, plan.cost, card)
+        if with_reserve(allocation.reserved) <= nbytes or (lowest is None and number == ROUNDS - 1):
+            return plan, allocation, over
+        over = allocation.reserved - plan.predicted_peak
+    assert lowest is not None
+    plan = lowest()
+    return plan, allocation_of(plan.graph, plan.program, plan.cost, card), over
