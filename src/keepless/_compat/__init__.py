@@ -539,6 +539,12 @@ def versions(tensors: list[torch.Tensor]) -> list[int]:
         return [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
+def set_versions(tensors: list[torch.Tensor], counts: list[int]) -> None:
+    """Sets how often tensors were changed in place, for those whose values were put back."""
+    if tensors:
+        torch._C._autograd._unsafe_set_version_counter(tuple(tensors), tuple(counts))
+
+
 _autograd: Any = torch._C._autograd
 saved_tensor_hooks_allowed: Callable[[], bool] = _autograd._saved_tensors_hooks_is_enabled
 """Whether saved-tensor hooks may be used here."""

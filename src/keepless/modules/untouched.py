@@ -53,6 +53,8 @@ class Before:
             if _can_be_written(tensor) and not tensor.is_inference()
         ]
         leaves = (tensor for tensor in given if tensor.requires_grad and tensor.is_leaf)
+        written = [tensor for tensor, *_ in (*self.tensors, *self.batch) if not tensor.is_inference()]
+        self.versions = written, _compat.versions(written)
         self.gradients = [(tensor, tensor.grad) for tensor in (*model.parameters(), *leaves)]
         tables = ((p, p._post_accumulate_grad_hooks) for p in model.parameters())
         self.steppers = [(p, table, dict(table or ())) for p, table in tables]
@@ -95,6 +97,10 @@ class Before:
             else:
                 container.update(content)
         randomness.put(self.random)
+
+    def versions_again(self) -> None:
+        """Sets back how often each tensor was changed: graphs that the caller made before go on to be valid."""
+        _compat.set_versions(*self.versions)
 
     def without_gradients(self) -> None:
         """Takes the gradients off, those of the batch's tensors, too."""
@@ -177,5 +183,6 @@ def untouched(model: torch.nn.Module, device: torch.device, batch: Iterable[torc
         yield before
     finally:
         before.again()
+        before.versions_again()
         before.gradients_again()
         before.steppers_again()
