@@ -53,7 +53,8 @@ class Before:
             if _can_be_written(tensor) and not tensor.is_inference()
         ]
         leaves = (tensor for tensor in given if tensor.requires_grad and tensor.is_leaf)
-        written = [tensor for tensor, *_ in (*self.tensors, *self.batch) if not tensor.is_inference()]
+        written = [tensor for tensor, _ in self.tensors] + [tensor for tensor, _, _ in self.batch]
+        written = [tensor for tensor in written if not tensor.is_inference()]
         self.versions = written, _compat.versions(written)
         self.gradients = [(tensor, tensor.grad) for tensor in (*model.parameters(), *leaves)]
         tables = ((p, p._post_accumulate_grad_hooks) for p in model.parameters())
