@@ -48,3 +48,35 @@ def accumulating(planned: bool, width: int = 512, layers: int = 6) -> Callable[[
         return {"loss": float(loss.detach())}
 
     return step
+
+
+def kinds_of_steps(name: str, accumulate: bool, plan_path: str = "") -> Callable[[], Any]:
+    """The meter's steps are the first, the steady and an accumulating one; the last needs a plan that accumulates."""
+    import zoo
+
+    import keepless
+
+    torch.set_num_threads(1)
+    plan = keepless.load(plan_path) if plan_path else None
+    if name == "weights":
+        torch.manual_seed(0)
+        model = nn.Sequential(*[part for _ in range(6) for part in (nn.Linear(512, 512), nn.Tanh())])
+        subject = keepless.with_loss(model, lambda output, _: output.square().mean())
+        x = torch.randn(64, 512)
+        workload = zoo.Workload(subject, lambda _: (x, None), lambda: None)
+    else:
+        workload = zoo.build(name)
+    trainer = zoo.Trainer(workload, "keepless", accumulate=accumulate, plan=plan)
+    if not plan_path:
+        return lambda: trainer.plan
+    count = iter(range(1000))
+
+    def step() -> int:
+        number = next(count)
+        if number < 2:
+            trainer.optimizer.zero_grad()
+        trainer.forward_backward(0)
+        trainer.optimizer.step()
+        return number
+
+    return step

@@ -42,7 +42,8 @@ from keepless.report.account import (
 from keepless.report.decisions import Choice, decisions, format_seconds
 from keepless.report.measured_account import measured_account
 from keepless.report.picture import curve_of, everything_kept, picture_dict
-from keepless.report.tables import fits, fold, format_percent, plan_dict, verdict
+from keepless.report.steps import predicted_steps
+from keepless.report.tables import fits, fold, format_percent, plan_dict, steps_text, verdict
 
 KEEP = tuple(range(12))
 AGAIN = (0, 1, 2, 3, 4, 5, 6, 7, 4, 8, 2, 9, 10, 11)
@@ -216,6 +217,43 @@ def test_a_measured_peak_has_a_residue(plan: Plan) -> None:
     assert (account.account.phase, account.is_measured, account.residue) == ("optimizer", False, 0)
     json.dumps(account.as_dict(), allow_nan=False)
     assert measured_account(plan, Timeline((), {}, "measured")).worst == 0
+
+
+def test_kinds_of_steps_differ_by_what_stands(plan: Plan) -> None:
+    """The first step has no state until the optimizer makes it; one that accumulates has all gradients at its start."""
+    steps = predicted_steps(plan)
+    assert steps["steady"].peak == plan.predicted_peak
+    assert steps["first"].peak == plan.predicted_peak - 40
+    assert steps["accumulating"].peak == plan.predicted_peak + 20
+    assert [step.is_planned for step in steps.values()] == [True, True, False]
+    assert "planned for itself" in steps_text(plan)
+    plan.signature["missing_state_nbytes"] = 0
+    assert predicted_steps(plan)["first"].peak == plan.predicted_peak
+    graph = plan.graph
+    huge = CostModel(COST.seconds, (*COST.scratch[:-1], 4000))
+    late = plan_of(graph, plan.program, huge)
+    late.signature |= {"first_scratch_nbytes": 3900, "steady_scratch_nbytes": 3950}
+    steps = predicted_steps(late)
+    assert {step.phase for step in steps.values()} == {"optimizer"}
+    at = late.predicted.events[-1].peak - 4000
+    assert [step.peak for step in steps.values()] == [at + 3900, at + 3950, at + 3950]
+
+
+def test_a_plan_that_accumulates_has_steps_without_gradients() -> None:
+    """A gradient that was handed over stands in a fresh step, and is freed where it was added to another."""
+    graph = model()
+    old = Value(14, "grad.existing", 20, Kind.GRAD)
+    ops = [*graph.ops[:11], replace(graph.ops[11], inputs=(1, 2, 14))]
+    static = frozenset({0, 1, 2, 14})
+    adding = Graph(tuple(ops), (*graph.values, old), static, static)
+    big = CostModel((0.1,) * 12, (0,) * 10 + (0, 900))
+    plan = plan_of(adding, from_order(adding, KEEP), big)
+    fresh = plan_of(graph, from_order(graph, KEEP), big)
+    steps, others = predicted_steps(plan), predicted_steps(fresh)
+    assert steps["accumulating"].peak == plan.predicted_peak
+    assert [steps[kind].peak for kind in ("first", "steady")] == [others[kind].peak for kind in ("first", "steady")]
+    assert others["accumulating"].peak == plan.predicted_peak
+    assert all(step.is_planned for step in steps.values())
 
 
 def test_a_measured_phase_is_set_against_its_highest_instruction(plan: Plan) -> None:

@@ -53,7 +53,7 @@ from keepless.cost import format_graph
 from keepless.files import temporary_folder, write_whole
 from keepless.ir import format_bytes
 from keepless.machine import Plan, load_plan
-from keepless.report.tables import blocks_table, format_percent, parts_table, peak_table, plan_dict, verdict
+from keepless.report.tables import blocks_table, format_percent, parts_table, peak_table, plan_dict, steps_text, verdict
 
 if TYPE_CHECKING:
     from keepless.cli.models import Built, Recipe
@@ -351,7 +351,8 @@ def _describe(current: Session, plan: Plan, *, values: bool, save: Path | None, 
             "picture": None if picture is None else str(picture),
         }
         return
-    current.show(parts_table(plan), blocks_table(plan, values=values), peak_table(plan), str(plan), verdict(plan))
+    tables = parts_table(plan), blocks_table(plan, values=values), peak_table(plan)
+    current.show(*tables, steps_text(plan), str(plan), verdict(plan))
     if save is not None:
         current.show(f"plan     {save}")
     if picture is not None:

@@ -65,9 +65,12 @@ def optimizer_facts(model: torch.nn.Module, settings: Settings) -> dict[str, obj
             block = block_of(name.rpartition(".")[0])
             blocks[block] = blocks.get(block, 0) + nbytes
         facts["state_by_block"] = {block: nbytes for block, nbytes in blocks.items() if nbytes}
-    if footprint.first_scratch_nbytes is not None:
-        facts["first_scratch_nbytes"] = footprint.first_scratch_nbytes
-    return facts
+    told = {
+        "first_scratch_nbytes": footprint.first_scratch_nbytes,
+        "steady_scratch_nbytes": footprint.steady_scratch_nbytes,
+        "missing_state_nbytes": footprint.missing_nbytes,
+    }
+    return facts | {name: nbytes for name, nbytes in told.items() if nbytes is not None}
 
 
 def batch_signature(flat: FlatInputs) -> dict[str, object]:

@@ -52,6 +52,8 @@ class OptimizerFootprint:
         seconds_estimate: of one step; None where a trial was not possible.
         form: "for-loop", "foreach" or "fused".
         first_scratch_nbytes: of the first step alone, in which the state is made; None where it is not known.
+        steady_scratch_nbytes: of a later one.
+        missing_nbytes: of the state, what the first step will make: 0 where it was loaded, or is there already.
         by_parameter: bytes of state of each parameter, in the order in which they were given; what belongs to none is
             left out. Empty where it is not known.
     """
@@ -61,6 +63,8 @@ class OptimizerFootprint:
     seconds_estimate: float | None
     form: str = "for-loop"
     first_scratch_nbytes: int | None = None
+    steady_scratch_nbytes: int | None = None
+    missing_nbytes: int | None = None
     by_parameter: tuple[int, ...] = ()
 
 
@@ -103,17 +107,22 @@ def optimizer_footprint(
     flat = [param for group in groups for param in group]
     trying = {id(param) for param in flat}
     own: dict[int, int] = {}
+    missing = 0
     for param, predicted in zip(flat, state_nbytes, strict=True):
         present = optimizer.state.get(param)
         own[id(param)] = _state_nbytes([present]) if present else predicted
+        missing += 0 if present else predicted
     others = _state_nbytes(state for param, state in optimizer.state.items() if id(param) not in trying)
+    first, steady = (scratch + _NUMBERS for scratch in scratches)
     return OptimizerFootprint(
-        sum(own.values()) + others,
-        max(scratches) + _NUMBERS,
-        seconds,
-        form,
-        scratches[0] + _NUMBERS,
-        tuple(own.get(id(param), 0) for param in (flat if params is None else params)),
+        state_nbytes=sum(own.values()) + others,
+        scratch_nbytes=max(first, steady),
+        seconds_estimate=seconds,
+        form=form,
+        first_scratch_nbytes=first if missing else steady,
+        steady_scratch_nbytes=steady,
+        missing_nbytes=missing,
+        by_parameter=tuple(own.get(id(param), 0) for param in (flat if params is None else params)),
     )
 
 

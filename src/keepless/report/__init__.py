@@ -14,5 +14,7 @@ from keepless.report.measured_account import MeasuredAccount as MeasuredAccount
 from keepless.report.measured_account import measured_account as measured_account
 from keepless.report.picture import draw as draw
 from keepless.report.picture import picture_dict as picture_dict
+from keepless.report.steps import StepPrediction as StepPrediction
+from keepless.report.steps import predicted_steps as predicted_steps
 from keepless.report.tables import plan_dict as plan_dict
 from keepless.report.tables import verdict as verdict

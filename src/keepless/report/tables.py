@@ -14,6 +14,7 @@ from keepless.ir import DEVICE, format_bytes
 from keepless.machine import Plan
 from keepless.report.account import PeakAccount, peak_account
 from keepless.report.decisions import Block, Choice, Decision, decisions, format_seconds
+from keepless.report.steps import predicted_steps
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -89,6 +90,7 @@ def plan_dict(plan: Plan, *, values: bool = False) -> dict[str, object]:
         "parts": [part.as_dict() for part in plan.parts],
         "peak": peak_account(plan).as_dict(),
         "allocation": None if plan.allocation is None else plan.allocation.as_dict(),
+        "steps": {kind: step.as_dict() for kind, step in predicted_steps(plan).items()},
         "blocks": blocks,
     }
 
@@ -197,6 +199,15 @@ def peak_table(plan: Plan) -> Table:
     table.add_section()
     table.add_row("total", format_bytes(account.peak), "", style="bold")
     return table
+
+
+def steps_text(plan: Plan) -> str:
+    """The peaks of the first, the steady and the accumulating step in one line each."""
+    lines = []
+    for kind, step in predicted_steps(plan).items():
+        note = "" if step.is_planned else "; planned for itself when it comes"
+        lines.append(f"{kind + ' step':<18} {format_bytes(step.peak):>11} at {step.where}{note}")
+    return "\n".join(lines)
 
 
 def where(account: PeakAccount) -> str:
