@@ -21,6 +21,7 @@
     |-- PlanError            a plan file that cannot be read, or was made for something else
     |-- ProgramError         a program breaks a rule of the machine; carries `.rule` and `.index`
     |-- AllocatorError       the modelled allocator cannot do what is asked; carries `.nbytes` and `.reserved`
+    |-- ArenaError           an arena that cannot be made within the budget, or an address plan that is wrong
     |-- MeasureError         a measurement failed
     `-- SolverError          an unknown solver, or a solver that broke its contract
 
@@ -130,6 +131,10 @@ class ProgramError(KeeplessError):
         super().__init__(message)
         self.rule = rule
         self.index = index
+
+
+class ArenaError(KeeplessError):
+    """An arena cannot be made within the budget, or an address plan is wrong."""
 
 
 class AllocatorError(KeeplessError):

@@ -1,5 +1,10 @@
 """Passes: from an order of ops to a program, and from programs to better programs."""
 
+from keepless.passes.addresses import AddressPlan as AddressPlan
+from keepless.passes.addresses import Block as Block
+from keepless.passes.addresses import blocks_of as blocks_of
+from keepless.passes.addresses import check_addresses as check_addresses
+from keepless.passes.addresses import plan_addresses as plan_addresses
 from keepless.passes.drops import insert_drops as insert_drops
 from keepless.passes.evaluate import Evaluation as Evaluation
 from keepless.passes.evaluate import evaluate as evaluate
