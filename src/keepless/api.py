@@ -12,7 +12,7 @@ from keepless import control
 from keepless.capture import Inputs
 from keepless.control import Progress, StepCurve, Verification
 from keepless.ir import Timeline
-from keepless.machine import Plan, load_plan
+from keepless.machine import Plan, load_plan, read_rewrites
 from keepless.modules.blocks import Blocks
 from keepless.report import MeasuredAccount, measured_account
 from keepless.solve import Solver
@@ -39,6 +39,7 @@ def plan(
     blocks: Blocks | None = None,
     takeover: bool = False,
     land: bool = False,
+    rewrites: Sequence[str] = (),
 ) -> Plan:
     """The fastest plan found for training this model on batches like this one within a budget.
 
@@ -70,13 +71,18 @@ def plan(
             `checkpoint_wrapper`) is planned without that; it is off while the plan stands in the model, and on again,
             as it was, after `remove`.
         land: run the plan's step a few times and plan again for what it was seen to need (`keepless.land`).
+        rewrites: names of changes to the step that lower what it needs at least; `docs/rewrites.md` has them.
+            "optimizer_in_backward" updates each parameter as soon as its gradient is whole, and drops that.
 
     Raises:
         BudgetError: the budget cannot be read.
+        RewriteError: there is no such rewrite, or this step or optimizer does not allow it.
         InfeasibleBudget: no plan was found; carries the smallest budget that works and the op that sets the floor.
         CheckpointingError: the model checkpoints already, without `takeover`; carries the places.
         CaptureError: the model cannot be captured as one graph; BatchError, LossError and ParameterError say more.
     """
+    if land:
+        control.check_landing(read_rewrites(rewrites))
     found = control.make(
         model,
         batch,
@@ -93,6 +99,7 @@ def plan(
         engine=engine,
         blocks=blocks,
         takeover=takeover,
+        rewrites=rewrites,
     )
     return control.land(model, batch, found, loss_fn=loss_fn, optimizer=None, rounds=3) if land else found
 
@@ -146,6 +153,7 @@ def curve(
     cache: bool = True,
     progress: Progress | None = None,
     takeover: bool = False,
+    rewrites: Sequence[str] = (),
 ) -> StepCurve:
     """The step's time for every budget at once: captured and measured once, and solved for some budgets.
 
@@ -156,7 +164,8 @@ def curve(
         keepless.apply(model, curve.plan("8GiB"))         # any budget on it, without solving again
 
     Arguments:
-        model, batch, optimizer, loss_fn, accumulate, release_outputs, outside, seed, cache, takeover: as in `plan`.
+        model, batch, optimizer, loss_fn, accumulate, release_outputs, outside, seed, cache, takeover, rewrites: as in
+            `plan`.
         points: how many budgets are solved for, the smallest and the one that keeps everything among them.
         strategies: names in `keepless.solve.SOLVERS` to show beside the curve; None for those that cost little.
         progress: called with (stage, done, total); stages are "capture", "measure" and "solve".
@@ -179,10 +188,18 @@ def curve(
         cache=cache,
         progress=progress,
         takeover=takeover,
+        rewrites=rewrites,
     )
 
 
-def apply(model: M, plan: Plan, *, takeover: bool = False, background: bool = True) -> M:
+def apply(
+    model: M,
+    plan: Plan,
+    *,
+    takeover: bool = False,
+    background: bool = True,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> M:
     """Makes a model train by a plan; the same object, state_dict keys and forward signature.
 
     Calls under no_grad, in evaluation mode, or inside torch.func transforms run the model's own forward. A training
@@ -193,12 +210,14 @@ def apply(model: M, plan: Plan, *, takeover: bool = False, background: bool = Tr
         background: a better plan for such a call is searched for in a process beside, once the call comes again.
             Results are the same bits either way.
         takeover: turn off the model's own checkpointing until `remove`, also where the plan was not made with it.
+        optimizer: the loop's, where the plan steps it in the backward (`rewrites`); the loop stays as it is.
 
     Raises:
         PlanError: the plan was made for another model.
+        RewriteError: the plan steps an optimizer in the backward, and none, or another, is given.
         CheckpointingError: the model checkpoints already, and neither the plan nor this call takes that over.
     """
-    return control.apply(model, plan, takeover, background)
+    return control.apply(model, plan, takeover, background, optimizer)
 
 
 def remove(model: M) -> M:
@@ -209,7 +228,8 @@ def remove(model: M) -> M:
 def fit(model: M, batch: Any, budget: str | int | float, **options: Any) -> M:
     """`plan` and `apply` in one: the model, training within the budget. Takes the options of both."""
     background = options.pop("background", True)
-    return apply(model, plan(model, batch, budget, **options), background=background)
+    found = plan(model, batch, budget, **options)
+    return apply(model, found, background=background, optimizer=options.get("optimizer"))
 
 
 def load(path: str | os.PathLike[str]) -> Plan:

@@ -23,6 +23,7 @@
     |-- AllocatorError       the modelled allocator cannot do what is asked; carries `.nbytes` and `.reserved`
     |-- ArenaError           an arena that cannot be made within the budget, or an address plan that is wrong
     |-- MeasureError         a measurement failed
+    |-- RewriteError         a rewrite that is unknown, or that this step or this optimizer does not allow
     `-- SolverError          an unknown solver, or a solver that broke its contract
 
 User mistakes are one of these; an `AssertionError` is our own bug.
@@ -153,6 +154,10 @@ class AllocatorError(KeeplessError):
 
 class MeasureError(KeeplessError):
     """A measurement failed."""
+
+
+class RewriteError(KeeplessError, ValueError):
+    """A rewrite that is unknown, or that this step or this optimizer does not allow; says why."""
 
 
 class SolverError(KeeplessError):

@@ -80,3 +80,28 @@ def kinds_of_steps(name: str, accumulate: bool, plan_path: str = "") -> Callable
         return number
 
     return step
+
+
+def rewritten(name: str, plan_path: str = "", seed: int = 0) -> Callable[[], Any]:
+    """AdamW steps of a small model of the zoo by a saved plan; answers its loss and a digest of all parameters."""
+    import zoo
+
+    import keepless
+
+    torch.set_num_threads(1)
+    workload = zoo.build(name)
+    optimizer = torch.optim.AdamW(workload.model.parameters(), lr=1e-3)
+    if plan_path:
+        keepless.apply(workload.model, keepless.load(plan_path), optimizer=optimizer)
+    torch.manual_seed(seed)
+
+    def step() -> dict[str, str]:
+        optimizer.zero_grad()
+        inputs, targets = workload.batch(0)
+        loss = workload.loss_of(workload.forward(inputs), targets)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        parameters = {name: zoo.digest(p) for name, p in workload.model.named_parameters()}
+        return {"loss": float(loss.detach()).hex(), "parameters": zoo.digest_all(parameters)}
+
+    return step

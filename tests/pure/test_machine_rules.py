@@ -27,7 +27,7 @@ from keepless.ir import (
     Wait,
     parse_bytes,
 )
-from keepless.ir.text import parse_graph, parse_program
+from keepless.ir.text import format_graph, parse_graph, parse_program
 from keepless.machine import RULES, Machine, simulate, verify
 
 GRAPH = parse_graph(
@@ -314,3 +314,16 @@ def test_limit_is_sharp(case: Case) -> None:
 def test_budget_words_reach_the_verifier() -> None:
     """A budget in words and one in bytes mean the same."""
     verify(GRAPH, parse_program(LEGAL), budget=Budget({"device": parse_bytes("1KiB")}))
+
+
+def test_nothing_reads_a_parameter_after_its_update() -> None:
+    """An optimizer in the backward writes the parameter: a later reader, a replay above all, is refused."""
+    text = format_graph(GRAPH).replace("inputs 0 1 8", 'op 6 "update" backward in 1 7 effects update\ninputs 0 1 8')
+    graph = parse_graph(text)
+    program = LEGAL.replace("run 5 keep 7\n", "run 5 keep 7\nrun 6\n")
+    verify(graph, parse_program(program))
+    assert graph.ops[6].effects == {Effect.UPDATE}
+    late = program.replace("run 6\n", "run 6\nrun 0 replay 2\n")
+    with pytest.raises(ProgramError, match=r"reads value 1 'w' \(8 B\), which was updated before") as caught:
+        verify(graph, parse_program(late))
+    assert (caught.value.rule, caught.value.index) == ("R3", 14)

@@ -323,6 +323,11 @@ def no_autocast() -> Any:
     return torch._C._DisableAutocast()
 
 
+def after_gradient(param: torch.Tensor, hook: Callable[[torch.Tensor], None]) -> Any:
+    """Calls a hook once in each backward, after the last part of a leaf's gradient; gives a handle with `remove`."""
+    return param.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+
+
 def capture_errors() -> tuple[type[BaseException], ...]:
     """What fake tensors raise for ops that they do not know, whatever the batch."""
     from torch._subclasses import fake_tensor

@@ -3,6 +3,7 @@
 from keepless.capture.assembly import DELIVER as DELIVER
 from keepless.capture.assembly import LOSS as LOSS
 from keepless.capture.assembly import OPTIMIZER as OPTIMIZER
+from keepless.capture.assembly import UPDATE as UPDATE
 from keepless.capture.drafting import CAST_ONCE as CAST_ONCE
 from keepless.capture.drafting import StepShape as StepShape
 from keepless.capture.facts import MISSING as MISSING

@@ -17,12 +17,16 @@ from keepless.capture import aten as known
 from keepless.capture.drafting import Draft, Drafting, draft_slots
 from keepless.capture.facts import find_facts
 from keepless.capture.trace import planned_device
+from keepless.capture.updating import last_needs
 from keepless.errors import CaptureError
 from keepless.ir import Effect, Graph, Kind, Op, Phase, Value
+from keepless.machine import OPTIMIZER_IN_BACKWARD
 
 LOSS = "keepless.loss"
 DELIVER = "keepless.deliver"
 OPTIMIZER = "keepless.optimizer"
+UPDATE = "keepless.update"
+"""A delivery at which the optimizer updates the parameter."""
 CPU_RNG_NBYTES = 5056
 """Bytes of the CPU generator's state (`torch.get_rng_state().nbytes`)."""
 CUDA_RNG_NBYTES = 16
@@ -36,6 +40,7 @@ class Assembly:
         self.shape = work.shape
         self.parameters = dict(torch.nn.Module.named_parameters(model))
         self.device = planned_device(model)
+        self.updates = OPTIMIZER_IN_BACKWARD in self.shape.rewrites
         self.outputs: dict[int, int] = {}
         self.grads: list[tuple[str | int, int]] = []
         self.read_outputs()
@@ -122,7 +127,7 @@ class Assembly:
             loss.outputs.append((None, work.tangent_of[position]))
         backward = self.deliveries(_early_copies(work, work.backward))
         tail = []
-        if self.shape.has_optimizer:
+        if self.shape.has_optimizer and not self.updates:
             tail.append(Draft(OPTIMIZER, None, [], Phase.OPTIMIZER, {Effect.OPAQUE}))
         drafts = [*work.forward, *work.mutations, loss, *backward, *tail]
         live: set[int] = set()
@@ -138,6 +143,8 @@ class Assembly:
     def deliveries(self, backward: list[Draft]) -> list[Draft]:
         """Inserts deliver ops: a gradient is handed over once it and the last reader of its parameter have run.
 
+        Where that updates the parameter, what a replay could want of it has run, too (`capture.updating`).
+
         Small gradients wait for each other, up to 1/256 of all gradient bytes (at least 64 KiB): each hand-over costs
         about 30 us of autograd.
         """
@@ -150,6 +157,8 @@ class Assembly:
                 last_reader[work.slot_value[slot]] = position
             for _, slot in draft.outputs:
                 maker[work.slot_value[slot]] = position
+        if self.updates:
+            last_reader = last_needs(work, backward)
         total = 0
         for index, (name, slot) in enumerate(self.grads):
             position = maker.get(work.slot_value[slot], -1)
@@ -168,13 +177,23 @@ class Assembly:
                 waiting.append(index)
                 pending += work.values[work.slot_value[self.grads[index][1]]].nbytes
             if waiting and (pending >= threshold or position == len(backward) - 1):
-                for index in waiting:
-                    name, slot = self.grads[index]
-                    draft = Draft(DELIVER, None, [], Phase.BACKWARD, {Effect.OPAQUE}, module=_module_of(name))
-                    draft.extra_inputs, draft.grad = (work.slot_value[slot],), index
-                    result.append(draft)
+                if self.updates:  # the updates come in an order that autograd chooses: the largest first is the worst
+                    waiting.sort(key=lambda i: -work.values[work.slot_value[self.grads[i][1]]].nbytes)
+                result.extend(map(self.delivery, waiting))
                 waiting, pending = [], 0
         return result
+
+    def delivery(self, index: int) -> Draft:
+        """Where autograd takes over a gradient, and, in a step that updates then, drops it."""
+        work, (name, slot) = self.work, self.grads[index]
+        gradient = work.slot_value[slot]
+        if self.updates and isinstance(name, str):
+            draft = Draft(UPDATE, None, [], Phase.BACKWARD, {Effect.UPDATE}, module=_module_of(name))
+            draft.extra_inputs, draft.grad = (gradient, work.slot_value[work.params[name]]), index
+        else:
+            draft = Draft(DELIVER, None, [], Phase.BACKWARD, {Effect.OPAQUE}, module=_module_of(name))
+            draft.extra_inputs, draft.grad = (gradient,), index
+        return draft
 
     def binding(self) -> Binding:
         """The finished graph and binding."""
@@ -184,7 +203,9 @@ class Assembly:
             static.add(self.extra_value("optimizer.state", Kind.BUFFER, shape.state_nbytes))
         if shape.outside_nbytes:
             static.add(self.extra_value("outside", Kind.INPUT, shape.outside_nbytes))
-        grad_values = {work.slot_value[slot] for _, slot in self.grads}
+        grad_values = {
+            work.slot_value[slot] for name, slot in self.grads if not self.updates or not isinstance(name, str)
+        }
         pinned = set(static)
         if shape.accumulate:
             total = sum(work.values[v].nbytes for v in grad_values)
@@ -307,7 +328,7 @@ class Assembly:
     ) -> tuple[tuple[tuple[int, int], ...], dict[tuple[int, int], Call]]:
         """The pairs (output, input) for which an exact in-place form exists, and those forms."""
         work = self.work
-        if draft.call is None or len(draft.outputs) != 1 or draft.effects:
+        if draft.call is None or len(draft.outputs) != 1 or draft.effects - {Effect.OPAQUE}:
             return (), {}
         out_slot = draft.outputs[0][1]
         out = work.examples[out_slot]
@@ -334,7 +355,8 @@ class Assembly:
         """Equal for ops that cost the same."""
         if draft.call is None:
             nbytes = sum(self.work.values[v].nbytes for v in draft.extra_inputs)
-            return f"{draft.name}|{nbytes}"
+            whose = "" if draft.name != UPDATE or draft.grad is None else f"|{self.grads[draft.grad][0]}"
+            return f"{draft.name}|{nbytes}{whose}"
 
         def describe(slot: int) -> str:
             example = self.work.examples[slot]

@@ -33,6 +33,7 @@ class StepShape:
         has_optimizer: the step ends with `optimizer.step()`.
         state_nbytes: bytes of optimizer state.
         outside_nbytes: bytes on the device beside model, batch and optimizer.
+        rewrites: names of `keepless.machine.REWRITES` that change it.
         shared_inputs: flat positions of inputs that code behind this step reads, too. Autograd adds the parts of such a
             gradient one by one to what came before, so that they are delivered one by one.
         shared_parameters: so may its parameters be, all of them.
@@ -43,6 +44,7 @@ class StepShape:
     has_optimizer: bool = False
     state_nbytes: int = 0
     outside_nbytes: int = 0
+    rewrites: tuple[str, ...] = ()
     shared_inputs: frozenset[int] = frozenset()
     shared_parameters: bool = False
 

@@ -32,6 +32,7 @@ from keepless.cli.options import (
     PictureOption,
     PlanFileOption,
     Releases,
+    RewriteOption,
     SaveOption,
     Seed,
     SeqLen,
@@ -85,6 +86,7 @@ def plan_command(
     engine: EngineOption = "auto",
     blocks: BlocksOption = None,
     takeover: TakeoverOption = False,
+    rewrite: RewriteOption = None,
     accumulate: Accumulates = False,
     release_outputs: Releases = False,
     outside: Outside = "0",
@@ -102,6 +104,7 @@ def plan_command(
             "engine": engine,
             "blocks": blocks,
             "takeover": takeover,
+            "rewrites": rewrite or (),
             "accumulate": accumulate,
             "release_outputs": release_outputs,
             "outside": read_budget(outside),
@@ -143,6 +146,7 @@ def train(
     engine: EngineOption = "auto",
     blocks: BlocksOption = None,
     takeover: TakeoverOption = False,
+    rewrite: RewriteOption = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -152,12 +156,19 @@ def train(
         _refuse_meta(recipe)
         check_target(save)
         built = _build(recipe)
-        options = {"solver": solver, "engine": engine, "blocks": blocks, "takeover": takeover, "release_outputs": True}
+        options: dict[str, Any] = {
+            "solver": solver,
+            "engine": engine,
+            "blocks": blocks,
+            "takeover": takeover,
+            "release_outputs": True,
+        }
+        options["rewrites"] = rewrite or ()
         found = _plan_of(built, plan, budget, options)
         from keepless import api
         from keepless.cli.training import train_step
 
-        api.apply(built.model, found)
+        api.apply(built.model, found, optimizer=built.optimizer)
         losses, seconds = [], []
         for number in range(1, steps + 1):
             loss, took = train_step(built)
@@ -194,6 +205,7 @@ def verify(
     engine: EngineOption = "auto",
     blocks: BlocksOption = None,
     takeover: TakeoverOption = False,
+    rewrite: RewriteOption = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -202,7 +214,14 @@ def verify(
         recipe = _recipe(model, batch_size, seq_len, dtype, optimizer, device, 1e-3, seed)
         _refuse_meta(recipe)
         built = _build(recipe)
-        options = {"solver": solver, "engine": engine, "blocks": blocks, "takeover": takeover, "release_outputs": True}
+        options: dict[str, Any] = {
+            "solver": solver,
+            "engine": engine,
+            "blocks": blocks,
+            "takeover": takeover,
+            "release_outputs": True,
+        }
+        options["rewrites"] = rewrite or ()
         found = _plan_of(built, plan, budget, options)
         from keepless import api
 
@@ -319,6 +338,8 @@ def _plan_of(built: Built, file: Path | None, budget: str | None, options: dict[
         return _planned(built, budget, options)
     if budget is not None:
         raise UsageError("Give --plan or --budget, not both: a saved plan has its budget.")
+    if options["rewrites"]:
+        raise UsageError("Give --plan or --rewrite, not both: a saved plan has its rewrites.")
     from keepless.control.takeover import note
 
     found = load_plan(file)

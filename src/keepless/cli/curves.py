@@ -19,6 +19,7 @@ from keepless.cli.options import (
     Optimizer,
     Outside,
     Releases,
+    RewriteOption,
     SaveOption,
     Seed,
     SeqLen,
@@ -51,6 +52,7 @@ def curve_command(
     outside: Outside = "0",
     cache: Caches = True,
     takeover: TakeoverOption = False,
+    rewrite: RewriteOption = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -77,6 +79,7 @@ def curve_command(
             "strategies": strategy or None,
             "cache": cache,
             "takeover": takeover,
+            "rewrites": rewrite or (),
         }
         with planning("curve") as progress:
             found = api.curve(built.model, built.batch, progress=progress, **options)

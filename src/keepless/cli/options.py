@@ -38,6 +38,10 @@ TakeoverOption = Annotated[
 LandOption = Annotated[
     bool, typer.Option("--land", help="Run the planned step a few times and plan again for what it was seen to need.")
 ]
+RewriteOption = Annotated[
+    list[str] | None,
+    typer.Option("--rewrite", help="Change the step to need less: optimizer_in_backward; may be repeated."),
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, and nothing else.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")]
 Values = Annotated[bool, typer.Option("--values", help="A row per value, not only per block.")]

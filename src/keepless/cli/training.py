@@ -45,5 +45,5 @@ def train_step(built: Built) -> tuple[float, float]:
 def metered(recipe: Mapping[str, Any], plan_path: str) -> Callable[[], float]:
     """The meter's target: builds the model, applies the plan, and returns the step."""
     built = build(Recipe(**recipe))
-    api.apply(built.model, api.load(plan_path))
+    api.apply(built.model, api.load(plan_path), optimizer=built.optimizer)
     return lambda: train_step(built)[0]

@@ -6,22 +6,37 @@ from typing import TypeVar
 
 import torch
 
-from keepless.control.checks import check_module, check_plan
+from keepless.control.checks import check_module, check_optimizer, check_plan
 from keepless.control.parts import module_plans, module_steps
 from keepless.control.plan_book.book import Book
 from keepless.control.plan_book.recapturing import capture_of
 from keepless.control.signature import check_signature, model_signature
 from keepless.control.takeover import check_checkpointing, give_back, is_allowed, take
-from keepless.execute import PlannedForward, make_entry
-from keepless.machine import Plan
+from keepless.errors import RewriteError
+from keepless.execute import PlannedForward, Updater, make_entry
+from keepless.machine import OPTIMIZER_IN_BACKWARD, Plan
+from keepless.measure import innermost
 
 M = TypeVar("M", bound=torch.nn.Module)
 
 
-def apply(model: M, plan: Plan, takeover: bool = False, background: bool = True) -> M:
-    """See `keepless.apply`."""
+def apply(
+    model: M,
+    plan: Plan,
+    takeover: bool = False,
+    background: bool = True,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    updates: bool = True,
+) -> M:
+    """See `keepless.apply`.
+
+    Arguments:
+        updates: False leaves gradients to the caller where the plan's optimizer steps in the backward.
+    """
     check_module(model)
     check_plan(plan)
+    updater = _updater(model, plan, optimizer) if updates else None
     check_checkpointing(model, takeover or is_allowed(plan))
     if not module_plans.is_by_modules(plan):
         check_signature(plan.signature, model_signature(model), "model")
@@ -31,16 +46,37 @@ def apply(model: M, plan: Plan, takeover: bool = False, background: bool = True)
         if module_plans.is_by_modules(plan):
             module_plans.apply(model, plan)
         else:
-            _put_in(model, plan, background)
+            _put_in(model, plan, background, updater)
     except BaseException:
         give_back(model)
         raise
     return model
 
 
-def _put_in(model: torch.nn.Module, plan: Plan, background: bool) -> None:
+def _updater(model: torch.nn.Module, plan: Plan, optimizer: torch.optim.Optimizer | None) -> Updater | None:
+    """What steps the optimizer in the backward, where the plan says so.
+
+    Raises:
+        RewriteError: there is no optimizer, or it is another than the plan's.
+    """
+    if OPTIMIZER_IN_BACKWARD not in plan.rewrites:
+        return None
+    if optimizer is None:
+        raise RewriteError(
+            f"The plan's optimizer steps in the backward (rewrites={plan.rewrites}): give it to apply, too, as "
+            "keepless.apply(model, plan, optimizer=optimizer)."
+        )
+    check_optimizer(optimizer, model)
+    kind, planned = type(innermost(optimizer)).__name__, plan.signature.get("optimizer")
+    if kind != planned:
+        raise RewriteError(f"The plan was made for the optimizer {planned}, and {kind} is given. Plan again.")
+    return Updater(optimizer, {name: p for name, p in model.named_parameters() if p.requires_grad})
+
+
+def _put_in(model: torch.nn.Module, plan: Plan, background: bool, updater: Updater | None) -> None:
     """A plan of single ops into a model that has none."""
     planned = PlannedForward(model, [], None)
+    planned.updater = updater
     capture = capture_of(plan, model)
     if capture is not None:
         planned.entries.add(make_entry(model, capture.flat, capture.binding, plan.program))
@@ -48,7 +84,7 @@ def _put_in(model: torch.nn.Module, plan: Plan, background: bool) -> None:
             entry.recipe.counters = planned.counters
 
     planned.on_miss = Book(plan, background)
-    model.__dict__["forward"] = planned
+    planned.put_in()
 
 
 def remove(model: M) -> M:

@@ -12,9 +12,9 @@ from keepless.binding import Binding
 from keepless.capture import FlatInputs, StepShape
 from keepless.control.plan_book.templates import Templates
 from keepless.cost import CostModel
-from keepless.ir import Graph, Phase
+from keepless.ir import Effect, Graph, Kind, Phase
 from keepless.machine import Plan
-from keepless.measure import CostCache, OptimizerFootprint
+from keepless.measure import CostCache, OptimizerFootprint, Update
 from keepless.measure.card import CardAllocator
 from keepless.solve import SOLVERS, Solver
 
@@ -38,6 +38,8 @@ class Settings:
     """The allocator whose reserved bytes the budget bounds; None on the CPU."""
     over: int = 0
     """Bytes of the budget, beside the default reserve, that this allocator was found to need beyond tensors."""
+    rewrites: tuple[str, ...] = ()
+    optimizer_kind: str = ""
 
     @property
     def shape(self) -> StepShape:
@@ -48,6 +50,7 @@ class Settings:
             self.optimizer is not None,
             self.optimizer.state_nbytes if self.optimizer else 0,
             self.outside,
+            self.rewrites,
         )
 
 
@@ -131,6 +134,7 @@ def shape_from(plan: Plan) -> StepShape:
         bool(signature.get("has_optimizer")),
         whole(signature.get("state_nbytes")),
         whole(signature.get("outside_nbytes")),
+        plan.rewrites,
     )
 
 
@@ -148,6 +152,8 @@ def settings_from(plan: Plan, *, own_loss: bool) -> Settings:
     footprint = None
     if step is not None:
         footprint = OptimizerFootprint(shape.state_nbytes, plan.cost.scratch[step], plan.cost.seconds[step])
+    elif shape.has_optimizer:
+        footprint = _footprint_of_updates(plan, shape.state_nbytes)
     return Settings(
         nbytes,
         footprint,
@@ -160,6 +166,24 @@ def settings_from(plan: Plan, *, own_loss: bool) -> Settings:
         CostCache(),
         own_loss=own_loss,
         over=beyond_peak(plan),
+        rewrites=plan.rewrites,
+        optimizer_kind=str(plan.signature.get("optimizer", "")),
+    )
+
+
+def _footprint_of_updates(plan: Plan, state_nbytes: int) -> OptimizerFootprint:
+    """The same of a plan whose optimizer steps in the backward."""
+    graph, cost = plan.graph, plan.cost
+    updates = {
+        graph.values[value].name: Update(cost.scratch[op.id], cost.seconds[op.id])
+        for op in graph.ops
+        if Effect.UPDATE in op.effects
+        for value in op.inputs
+        if graph.values[value].kind is Kind.PARAM
+    }
+    seconds = sum(update.seconds for update in updates.values())
+    return OptimizerFootprint(
+        state_nbytes, max((u.scratch_nbytes for u in updates.values()), default=0), seconds, updates=updates
     )
 
 

@@ -25,7 +25,7 @@ from keepless.control.planning import (
 from keepless.control.reserve import budget_with_reserve, explain_infeasible, with_reserve
 from keepless.control.takeover import note, turned_off
 from keepless.errors import InfeasibleBudget
-from keepless.machine import Plan
+from keepless.machine import Plan, read_rewrites
 from keepless.report.curve_picture import draw_curve
 from keepless.report.curve_table import curve_text
 from keepless.report.floor import describe_floor, find_floor
@@ -185,6 +185,7 @@ def make_curve(
     cache: bool,
     progress: Progress | None,
     takeover: bool,
+    rewrites: Sequence[str] = (),
 ) -> StepCurve:
     """See `keepless.curve`."""
     check_module(model)
@@ -201,6 +202,7 @@ def make_curve(
         solver="keepless",
         seed=seed,
         cache=cache,
+        rewrites=read_rewrites(rewrites),
     )
     with turned_off(model, takeover):
         measured = measure_step(model, batch, settings, progress)

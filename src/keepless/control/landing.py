@@ -20,9 +20,9 @@ from keepless.control.parts.region_plans import EAGER, chosen_again
 from keepless.control.reserve import with_reserve
 from keepless.control.trial_steps import Seen, TrialSteps, captured_steps, module_steps
 from keepless.cost import CostModel, corrected, corrected_scratch
-from keepless.errors import InfeasibleBudget, ParameterError
+from keepless.errors import InfeasibleBudget, ParameterError, RewriteError
 from keepless.ir import Budget, Certificate, Phase, Program, Run, Status, format_bytes
-from keepless.machine import Baseline, Landing, Plan, make_plan, simulate
+from keepless.machine import OPTIMIZER_IN_BACKWARD, Baseline, Landing, Plan, make_plan, simulate
 from keepless.measure import optimizer_footprint
 from keepless.passes import evaluate
 from keepless.solve import Solution, replan
@@ -50,6 +50,7 @@ def land(
         raise ParameterError(f"rounds={rounds!r} is not a number of rounds from 1 to {MOST_ROUNDS}.")
     if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
         raise ParameterError("Landing runs steps, and the model is on the meta device: give it weights first.")
+    check_landing(plan.rewrites)
     if optimizer is not None:
         plan = _with_optimizer(plan, model, optimizer)
     steps = module_steps if is_by_modules(plan) else captured_steps
@@ -81,6 +82,19 @@ def _landed(plan: Plan, trial: TrialSteps, rounds: int) -> Plan:
     _, kept, found = best
     found.landing = tuple(replace(one, is_kept=one.round == kept) for one in seen_rounds)
     return found
+
+
+def check_landing(rewrites: tuple[str, ...]) -> None:
+    """Refuses to land a step that updates parameters, which landing never does.
+
+    Raises:
+        RewriteError: it is one.
+    """
+    if OPTIMIZER_IN_BACKWARD in rewrites:
+        raise RewriteError(
+            f"Landing runs steps that are undone, and this plan's steps update parameters (rewrites={rewrites}): it "
+            "cannot be landed."
+        )
 
 
 @dataclass(frozen=True)

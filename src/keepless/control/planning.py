@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -33,16 +33,19 @@ from keepless.errors import (
     LossError,
     MeasureError,
     ParameterError,
+    RewriteError,
 )
 from keepless.files import remove_abandoned
 from keepless.ir import Budget, parse_bytes
 from keepless.ir.text import fingerprint
-from keepless.machine import Baseline, Plan, make_plan
+from keepless.machine import OPTIMIZER_IN_BACKWARD, Baseline, Plan, make_plan, read_rewrites
 from keepless.measure import (
     CostCache,
     describe_device,
     device_nbytes,
+    innermost,
     optimizer_footprint,
+    optimizer_updates,
 )
 from keepless.measure.card import card_allocator
 from keepless.modules.blocks import Blocks
@@ -85,15 +88,21 @@ def make(
     progress: Progress | None,
     engine: str = AUTO,
     blocks: Blocks | None = None,
+    rewrites: Sequence[str] = (),
 ) -> Plan:
     """See `keepless.plan`."""
     check_module(model)
+    rewrites = read_rewrites(rewrites)
     if engine not in ENGINES:
         raise ParameterError(f"There is no engine {engine!r}. Engines: {', '.join(ENGINES)}.")
     if blocks is not None:
         if engine not in (AUTO, BLOCKS):
             raise ParameterError(f"blocks= is for the block engine, and engine={engine!r} is asked for.")
         engine = BLOCKS
+    if rewrites and engine in (BLOCKS, EAGER):
+        raise RewriteError(
+            f"rewrites={rewrites} change the captured step, and engine={engine!r} runs the model's code."
+        )
     if engine in (BLOCKS, EAGER):
         model = module_steps.uncompiled(model)
     if solver != NAME:
@@ -110,6 +119,7 @@ def make(
         solver=solver,
         seed=seed,
         cache=cache,
+        rewrites=rewrites,
     )
     tell = progress or _silent
     if engine in (BLOCKS, EAGER):
@@ -119,6 +129,10 @@ def make(
     except CaptureError as error:
         if isinstance(error, (LossError, CheckpointingError)):  # the same for every engine
             raise
+        if rewrites:
+            raise RewriteError(
+                f"rewrites={rewrites} need the whole step as one graph, and it cannot be captured: {error}"
+            ) from error
         if engine == AUTO:
             return module_plans.make_first(model, batch, settings, tell, error)
         if isinstance(error, BatchError):
@@ -140,18 +154,24 @@ def read_settings(
     solver: str | Solver,
     seed: int,
     cache: bool,
+    rewrites: tuple[str, ...] = (),
 ) -> Settings:
     """The settings of a caller's options; see `keepless.plan`.
 
     Raises:
         ParameterError: the optimizer steps something else.
+        RewriteError: a rewrite does not go with the other options, or with the optimizer.
         BudgetError: `outside` cannot be read.
     """
     remove_abandoned()
     footprint = None
     if optimizer is not None:
         check_optimizer(optimizer, model)
-        footprint = optimizer_footprint(optimizer, [p for p in model.parameters() if p.requires_grad])
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        footprint = optimizer_footprint(optimizer, list(trained.values()))
+        if OPTIMIZER_IN_BACKWARD in rewrites and not accumulate:
+            footprint = replace(footprint, updates=optimizer_updates(optimizer, trained, footprint))
+    check_rewrites(rewrites, has_optimizer=optimizer is not None, accumulate=accumulate)
     return Settings(
         nbytes,
         footprint,
@@ -164,7 +184,26 @@ def read_settings(
         CostCache() if cache else None,
         own_loss=loss_fn is None,
         card=card_allocator(planned_device(model)) if any(True for _ in model.parameters()) else None,
+        rewrites=rewrites,
+        optimizer_kind=type(innermost(optimizer)).__name__ if optimizer is not None else "",
     )
+
+
+def check_rewrites(rewrites: tuple[str, ...], *, has_optimizer: bool, accumulate: bool) -> None:
+    """Refuses rewrites that a step of this kind cannot have.
+
+    Raises:
+        RewriteError: says why.
+    """
+    if OPTIMIZER_IN_BACKWARD not in rewrites:
+        return
+    if not has_optimizer:
+        raise RewriteError(f"rewrites={rewrites} steps the optimizer in the backward: give it, as optimizer=.")
+    if accumulate:
+        raise RewriteError(
+            f"rewrites={rewrites} updates a parameter as soon as its gradient is there, and this step adds to "
+            "gradients that stand already (accumulation, or zero_grad after the forward): they would be lost."
+        )
 
 
 def make_with(model: torch.nn.Module, batch: Any, settings: Settings, progress: Progress | None = None) -> Plan:
@@ -221,6 +260,7 @@ def capture_call(
         grad_outputs: flat positions of the outputs that receive gradients; None to find them by the loss.
         templates: traces of the model with symbolic sizes, one of which may serve.
     """
+    check_rewrites(settings.rewrites, has_optimizer=settings.shape.has_optimizer, accumulate=settings.accumulate)
     trace = trace_step if templates is None else templates.trace
     traced = trace(model, flat, batch=batch, loss_fn=settings.loss_fn, grad_outputs=grad_outputs)
     shape = settings.shape
@@ -240,6 +280,8 @@ def capture_call(
         "solver": settings.solver if isinstance(settings.solver, str) else type(settings.solver).__name__,
         **optimizer_facts(model, settings),
     }
+    if settings.rewrites:
+        facts |= {"rewrites": list(settings.rewrites), "optimizer": settings.optimizer_kind}
     return Capture(
         binding, flat.without_tensors(), settings, traced.as_compiled, weakref.ref(model), refs_of(model)
     ), facts

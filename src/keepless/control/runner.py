@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from keepless._compat import after_gradient
 from keepless.capture import Inputs
 from keepless.control.captured import Settings
 from keepless.errors import LossError
 from keepless.ir import Phase
+from keepless.machine import OPTIMIZER_IN_BACKWARD, Plan
 from keepless.measure.steps import increments
 from keepless.modules.untouched import Before
 
@@ -123,6 +126,22 @@ class Runner:
         """Highest bytes above the level at the step's start."""
         self.prepare()
         return increments(self.forward_backward, self.device)
+
+
+@contextlib.contextmanager
+def dropping(model: torch.nn.Module, plan: Plan) -> Iterator[None]:
+    """Gradients go as soon as they are there, where the plan's optimizer steps then; it is not stepped here."""
+
+    def drop(param: torch.Tensor) -> None:
+        param.grad = None
+
+    drops = OPTIMIZER_IN_BACKWARD in plan.rewrites
+    handles = [after_gradient(p, drop) for p in model.parameters() if drops and p.requires_grad]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def noise_of(run: Runner, reference: Outcome) -> float:

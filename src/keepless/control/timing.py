@@ -19,14 +19,14 @@ from typing import Any
 
 import torch
 
-from keepless.capture import DELIVER, Inputs, flatten_inputs, planned_device
+from keepless.capture import DELIVER, UPDATE, Inputs, flatten_inputs, planned_device
 from keepless.control.applying import planned_forward, remove
 from keepless.control.checks import check_module, check_plan
 from keepless.control.parts.module_plans import apply as apply_modules
 from keepless.control.parts.module_plans import is_by_modules, settings_of
 from keepless.control.parts.module_steps import recording, standing_alone, tensors_of, uncompiled, without_plan
 from keepless.control.plan_book.recapturing import bind, capture_of
-from keepless.control.runner import Runner
+from keepless.control.runner import Runner, dropping
 from keepless.control.signature import batch_signature, check_signature, model_signature
 from keepless.control.takeover import is_allowed, turned_off
 from keepless.control.verifying import check_ambient, with_program
@@ -70,14 +70,14 @@ def measure_timeline(model: torch.nn.Module, batch: Any, plan: Plan, *, loss_fn:
                 hands[:] = [mark]
                 run.forward_backward(lambda phase: mark(last) if phase == PHASES[-1] else None)
 
-            with with_program(model, capture, plan.program, note):
+            with with_program(model, capture, plan.program, note), dropping(model, plan):
                 taken = _timed(run, step, repeats)
                 run.prepare()
                 parts = memory_parts(step, device)
         finally:
             remove(model)
             if standing is not None:
-                model.__dict__["forward"] = standing
+                standing.put_in()
     order = [(index, index, "") for index in range(len(plan.program))]
     return _joined(plan, order, taken, parts)
 
@@ -121,7 +121,7 @@ def _by_phases(model: torch.nn.Module, batch: Any, plan: Plan, loss_fn: Any, rep
 def _last_delivery(plan: Plan) -> int:
     """The instruction at whose hand-over the backward ends, after which the step tells of nothing."""
     runs = (i for i, instr in enumerate(plan.program) if isinstance(instr, Run))
-    found = [i for i in runs if plan.graph.ops[plan.program[i].op].name == DELIVER]  # type: ignore[union-attr]
+    found = [i for i in runs if plan.graph.ops[plan.program[i].op].name in (DELIVER, UPDATE)]  # type: ignore[union-attr]
     return found[-1] if found else -1
 
 

@@ -10,7 +10,7 @@ import torch
 
 from keepless import _compat
 from keepless.binding import Binding, Call, OpCode, map_refs, slots_of
-from keepless.capture import DELIVER, LOSS, OPTIMIZER
+from keepless.capture import DELIVER, LOSS, OPTIMIZER, UPDATE
 from keepless.cost import CostModel, Origin
 from keepless.ir import Effect, Kind, Op
 from keepless.measure import CostCache, OpCost, OptimizerFootprint, Trial, measure_ops
@@ -65,6 +65,11 @@ def cost_model(
             nbytes = sum(graph.values[value].nbytes for value in op.inputs)
             seconds.append(hand_over_seconds() + (nbytes / ACCUMULATE_BYTES_PER_S if accumulate else 0.0))
             scratch.append(0)
+        elif op.name == UPDATE:
+            name = next(graph.values[value].name for value in op.inputs if graph.values[value].kind is Kind.PARAM)
+            assert optimizer is not None, "a step that updates has an optimizer"
+            seconds.append(optimizer.updates[name].seconds)
+            scratch.append(optimizer.updates[name].scratch_nbytes)
         elif op.name == OPTIMIZER:
             seconds.append((optimizer.seconds_estimate or 0.0) if optimizer else 0.0)
             scratch.append(optimizer.scratch_nbytes if optimizer else 0)

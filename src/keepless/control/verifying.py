@@ -21,12 +21,12 @@ from keepless.control.parts.module_plans import apply as apply_modules
 from keepless.control.parts.module_plans import is_by_modules, settings_of
 from keepless.control.parts.module_steps import recording, standing_alone, tensors_of, uncompiled, without_plan
 from keepless.control.plan_book.recapturing import bind, capture_of
-from keepless.control.runner import Outcome, Runner, differing, noise_of
+from keepless.control.runner import Outcome, Runner, differing, dropping, noise_of
 from keepless.control.signature import batch_signature, check_signature, model_signature
 from keepless.control.takeover import is_allowed, turned_off
 from keepless.errors import LossError, PlanError
 from keepless.execute import PlannedForward, make_entry
-from keepless.ir import Phase, Run, format_bytes
+from keepless.ir import Effect, Phase, Run, format_bytes
 from keepless.machine import Plan
 from keepless.measure import device_nbytes
 from keepless.modules.planned import autocast_now
@@ -110,14 +110,15 @@ def verify(model: torch.nn.Module, batch: Any, plan: Plan, *, loss_fn: Any, repe
             run = Runner(model, inputs, batch, loss_fn, capture.settings, capture.binding.device, before)
             reference, name, plain = _reference(run, plan, capture)
             noise = noise_of(run, reference)
-            apply(model, plan)
+            apply(model, plan, updates=False)
             outcome = run.step()
-            measured = run.measure()
+            with dropping(model, plan):
+                measured = run.measure()
             timed = sorted(run.step().seconds for _ in range(repeats))
         finally:
             remove(model)
             if standing is not None:
-                model.__dict__["forward"] = standing
+                standing.put_in()
     different = differing(reference, outcome)
     static = _resident(plan)
     plan.measured_peak = max(static + measured, _optimizer_peak(plan))
@@ -252,6 +253,6 @@ def _optimizer_peak(plan: Plan) -> int:
     indices = {
         index
         for index, instr in enumerate(plan.program)
-        if isinstance(instr, Run) and ops[instr.op].phase is Phase.OPTIMIZER
+        if isinstance(instr, Run) and (ops[instr.op].phase is Phase.OPTIMIZER or Effect.UPDATE in ops[instr.op].effects)
     }
     return max((event.peak for event in plan.predicted.events if event.index in indices), default=0)

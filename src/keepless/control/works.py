@@ -8,7 +8,7 @@ import torch
 
 from keepless._compat.flops import attention_flops, count_flops, has_formula
 from keepless.binding import Binding, Call, OpCode, Ref, map_refs, slots_of
-from keepless.capture import DELIVER, LOSS, OPTIMIZER
+from keepless.capture import DELIVER, LOSS, OPTIMIZER, UPDATE
 from keepless.cost import Work
 from keepless.cost import efficiency as kinds
 from keepless.cost.kinds import op_kind
@@ -53,6 +53,8 @@ def works_of(
         elif op.name == DELIVER:
             nbytes = sum(graph.values[value].nbytes for value in op.inputs)
             found.append(Work(0.0, 2 * nbytes, nbytes, kinds.POINTWISE) if binding.accumulates else nothing)
+        elif op.name == UPDATE:
+            found.append(_of_update(binding, op, optimizer))
         elif op.name == OPTIMIZER:
             found.append(_of_optimizer(binding, op, optimizer))
         else:
@@ -118,6 +120,27 @@ def _of_optimizer(binding: Binding, op: Op, optimizer: OptimizerFootprint | None
         8 * elements,
         params + grads + state + 2 * scratch,
         params + state + 2 * scratch,
+        kinds.OPTIMIZER,
+        kernels=OPTIMIZER_KERNELS,
+        scratch=scratch,
+    )
+
+
+def _of_update(binding: Binding, op: Op, optimizer: OptimizerFootprint | None) -> Work:
+    """One parameter's update: its share of the state, and temporaries of its own."""
+    values = binding.graph.values
+    param = next(values[v] for v in op.inputs if values[v].kind is Kind.PARAM)
+    grad = sum(values[v].nbytes for v in op.inputs if values[v].kind is Kind.GRAD)
+    state = scratch = 0
+    if optimizer is not None:
+        trained = {v for one in binding.graph.ops if one.name == UPDATE for v in one.inputs}
+        total = sum(values[v].nbytes for v in trained if values[v].kind is Kind.PARAM)
+        state = optimizer.state_nbytes * param.nbytes // max(1, total)
+        scratch = optimizer.updates[param.name].scratch_nbytes
+    return Work(
+        2 * param.nbytes,
+        param.nbytes + grad + state + 2 * scratch,
+        param.nbytes + state + 2 * scratch,
         kinds.OPTIMIZER,
         kernels=OPTIMIZER_KERNELS,
         scratch=scratch,

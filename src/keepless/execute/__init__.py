@@ -11,3 +11,4 @@ from keepless.execute.entry import reprogrammed as reprogrammed
 from keepless.execute.entry import run_entry as run_entry
 from keepless.execute.nodes import Counters as Counters
 from keepless.execute.shelf import Shelf as Shelf
+from keepless.execute.updating import Updater as Updater

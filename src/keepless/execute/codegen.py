@@ -271,7 +271,7 @@ class _Writer:
         self.in_backward = True
 
     def deliver(self, index: int, run: Run) -> None:
-        (value,) = self.graph.ops[run.op].inputs
+        value = next(v for v in self.graph.ops[run.op].inputs if v in self.grad_of_value)
         grad = self.grad_of_value[value]
         slot = self.binding.grads[grad][1]
         self.ensure_slot(slot)

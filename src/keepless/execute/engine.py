@@ -20,6 +20,7 @@ from keepless.errors import GuardError
 from keepless.execute.entry import Entry, reprogrammed, run_entry
 from keepless.execute.nodes import Counters
 from keepless.execute.shelf import Shelf
+from keepless.execute.updating import Updater
 from keepless.ir import Program
 
 Miss = Callable[["PlannedForward", torch.nn.Module, tuple[Any, ...], dict[str, Any], str], Entry | None]
@@ -46,6 +47,7 @@ class PlannedForward(StandingForward):
         entries: captured steps, the latest used first.
         counters: what happened beside the plan.
         news: better programs for entries; a thread beside may put them here.
+        updater: steps the optimizer in the backward, while this forward stands in its model.
     """
 
     def __init__(self, model: torch.nn.Module, entries: Sequence[Entry], on_miss: Miss | None) -> None:
@@ -54,6 +56,7 @@ class PlannedForward(StandingForward):
         self.entries = Shelf(entries)
         self.on_miss = on_miss
         self.news: deque[News] = deque()
+        self.updater: Updater | None = None
         self.counters = Counters()
         for entry in self.entries:
             entry.recipe.counters = self.counters
@@ -107,6 +110,18 @@ class PlannedForward(StandingForward):
         if isinstance(bound, str):
             raise GuardError(f"A plan made for this very call does not cover it: {bound}.")
         return run_entry(self, entry, bound)
+
+    def put_in(self) -> None:
+        """The module runs by its plan."""
+        self.module.__dict__["forward"] = self
+        if self.updater is not None:
+            self.updater.put_in()
+
+    def take_out(self) -> None:
+        """The module runs its own forward again, where this one stands in it, and no optimizer steps in backwards."""
+        if self.updater is not None:
+            self.updater.take_out()
+        super().take_out()
 
     def _take_over(self) -> None:
         """Better programs take the places of those that they were found for; a step that runs goes on with its own."""

@@ -45,6 +45,7 @@ class Effect(Enum):
 
     CHOICE: it picks indices by comparing numbers (a router's top k). Made again from numbers that differ in a last bit
     it could pick others, which no sum forgives: it runs once, and its indices are kept.
+    UPDATE: it writes the parameters that it reads (an optimizer in the backward): nothing may read them after it.
     """
 
     RNG = "rng"
@@ -52,9 +53,10 @@ class Effect(Enum):
     COLLECTIVE = "collective"
     OPAQUE = "opaque"
     CHOICE = "choice"
+    UPDATE = "update"
 
 
-RUNS_ONCE = frozenset({Effect.BUFFER, Effect.COLLECTIVE, Effect.OPAQUE, Effect.CHOICE})
+RUNS_ONCE = frozenset({Effect.BUFFER, Effect.COLLECTIVE, Effect.OPAQUE, Effect.CHOICE, Effect.UPDATE})
 """Effects of ops that a plan may not replay."""
 
 

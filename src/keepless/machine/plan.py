@@ -23,6 +23,7 @@ from keepless.ir.timeline import Timeline
 from keepless.machine.allocation import Allocation
 from keepless.machine.landed import Landing
 from keepless.machine.parts import Part, describe_parts, parts_of
+from keepless.machine.rewrites import describe_rewrites, read_rewrites
 from keepless.machine.rules import Machine
 from keepless.machine.simulate import simulate
 
@@ -124,6 +125,15 @@ class Plan:
         return str(self.signature.get("engine", "graph"))
 
     @property
+    def rewrites(self) -> tuple[str, ...]:
+        """Names of the rewrites that it was planned with.
+
+        Raises:
+            RewriteError: a file names one that is unknown here.
+        """
+        return read_rewrites(self.signature.get("rewrites"))
+
+    @property
     def parts(self) -> tuple[Part, ...]:
         """Which engine runs which part of the model, and why."""
         return parts_of(self.signature)
@@ -161,6 +171,7 @@ class Plan:
                 f"solver {claim.solver}, {claim.status.value}, {claim.solve_seconds:.2f} s{gap}",
                 *map(str, self.landing),
                 *([] if self.allocation is None else [str(self.allocation)]),
+                *describe_rewrites(self.rewrites),
                 *describe_parts(self.signature),
                 *self._doubts(),
             ]

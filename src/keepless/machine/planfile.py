@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn, TypeVar
 
 from keepless.cost import CostModel, Link, Origin
-from keepless.errors import PlanError, ProgramError
+from keepless.errors import PlanError, ProgramError, RewriteError
 from keepless.files import write_whole
 from keepless.ir.budget import MAX_NBYTES, Budget
 from keepless.ir.certificate import Certificate, Status
@@ -29,6 +29,7 @@ from keepless.ir.program import DEVICE, Run
 from keepless.ir.text import format_graph, format_program, parse_graph, parse_program
 from keepless.machine.landed import Landing
 from keepless.machine.plan import Baseline, Plan, make_plan
+from keepless.machine.rewrites import read_rewrites
 
 MAGIC = "keepless-plan"
 VERSION = 1
@@ -75,7 +76,7 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
     where = os.fspath(path)
     try:
         return _plan(_read(where))
-    except PlanError as error:
+    except (PlanError, RewriteError) as error:
         raise PlanError(f"The plan file {where!r} cannot be used: {error}") from error
     except ProgramError as error:
         raise PlanError(f"The plan file {where!r} holds a program that breaks a rule. {error}") from error
@@ -187,7 +188,7 @@ def _plan(payload: dict[str, object]) -> Plan:
     budget = _budget(_table(payload, "budget"))
     baseline = _table(payload, "baseline")
     measured = _get(payload, "measured_peak")
-    return make_plan(
+    plan = make_plan(
         graph,
         program,
         cost,
@@ -200,6 +201,8 @@ def _plan(payload: dict[str, object]) -> Plan:
         measured_peak=None if measured is None else _nbytes(payload, "measured_peak"),
         landing=_landing(_table(payload, "landing")) if "landing" in payload else (),
     )
+    read_rewrites(plan.signature.get("rewrites"))  # a later release may have others
+    return plan
 
 
 _LANDING_ROW = ("predicted_peak", "measured_peak", "predicted_seconds", "measured_seconds", "num_replays", "is_kept")

@@ -28,7 +28,8 @@ RULES: Mapping[str, str] = {
     "R2": "A run binds only the outputs that it keeps, none of them resident; an output that reuses storage ends its "
     "input.",
     "R3": "Replays count. RNG ops, and collectives, first run in the graph's order; ops with side effects and the "
-    "LOSS op run once; buffers that the forward changes are changed before the LOSS op.",
+    "LOSS op run once; buffers that the forward changes are changed before the LOSS op; parameters are not read once "
+    "they are updated.",
     "R4": "A copy starts where the value is, ends where it is not, charges its destination at once, and holds its "
     "source until the wait.",
     "R5": "A wait has a copy in flight.",
@@ -98,6 +99,8 @@ class Machine:
         self._runs = [0] * len(graph.ops)
         self._last = {Effect.RNG: -1, Effect.COLLECTIVE: -1}
         self._lost = False
+        self._updates = any(Effect.UPDATE in op.effects for op in graph.ops)
+        self._updated: set[int] = set()
         self._device: set[int] = set(graph.inputs)
         self._on: dict[str, set[int]] = {DEVICE: self._device}
         self._flying: dict[tuple[int, str], str] = {}
@@ -167,6 +170,8 @@ class Machine:
                 self._fail("R1", f"{self._op(op)} reads {self._value(value)}, which {self._whereabouts(value)}")
         if run.replay != self._runs[op.id]:
             self._fail("R3", f"{self._op(op)} runs as replay {run.replay} after {self._runs[op.id]} runs")
+        if self._updates:
+            self._check_updated(op)
         if self._special[op.id]:
             self._check_effects(op, run)
         self._runs[op.id] += 1
@@ -209,6 +214,13 @@ class Machine:
             self._lost = True
         elif self._lost and Effect.BUFFER in op.effects and op.phase is Phase.FORWARD:
             self._fail("R3", f"{self._op(op)} changes a buffer of the forward after the LOSS op")
+
+    def _check_updated(self, op: Op) -> None:
+        for value in op.inputs:
+            if value in self._updated:
+                self._fail("R3", f"{self._op(op)} reads {self._value(value)}, which was updated before")
+        if Effect.UPDATE in op.effects:
+            self._updated.update(v for v in op.inputs if self.graph.values[v].kind is Kind.PARAM)
 
     def _reuse(self, op: Op, run: Run) -> int:
         """End the inputs whose storage is taken over; bytes taken over."""

@@ -10,5 +10,9 @@ from keepless.measure.ops import Trial as Trial
 from keepless.measure.ops import measure_ops as measure_ops
 from keepless.measure.ops import measure_scratch as measure_scratch
 from keepless.measure.optimizer import OptimizerFootprint as OptimizerFootprint
+from keepless.measure.optimizer import Update as Update
+from keepless.measure.optimizer import innermost as innermost
 from keepless.measure.optimizer import optimizer_footprint as optimizer_footprint
 from keepless.measure.probe import probed_device as probed_device
+from keepless.measure.updates import optimizer_updates as optimizer_updates
+from keepless.measure.updates import step_alone as step_alone

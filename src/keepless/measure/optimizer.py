@@ -14,9 +14,9 @@ from __future__ import annotations
 import inspect
 import statistics
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from time import perf_counter
 from typing import Any
@@ -35,11 +35,19 @@ _TIMED_STEPS = 5
 _GOLDEN = 0.6180339887498949
 """Multiples of it, less their whole parts, spread evenly however many there are."""
 
-_NUMBERS = 64
+NUMBERS = 64
 """Bytes of the one-element tensors into which torch wraps Python numbers: seen by no dispatch mode, 20 at most."""
 
 Factory = Callable[[torch.Tensor], torch.Tensor]
 _Groups = Sequence[Sequence[torch.Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What the update of one parameter takes, done alone: bytes of temporaries, and seconds."""
+
+    scratch_nbytes: int
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +64,7 @@ class OptimizerFootprint:
         missing_nbytes: of the state, what the first step will make: 0 where it was loaded, or is there already.
         by_parameter: bytes of state of each parameter, in the order in which they were given; what belongs to none is
             left out. Empty where it is not known.
+        updates: of each parameter by name, where the optimizer steps in the backward.
     """
 
     state_nbytes: int
@@ -66,6 +75,7 @@ class OptimizerFootprint:
     steady_scratch_nbytes: int | None = None
     missing_nbytes: int | None = None
     by_parameter: tuple[int, ...] = ()
+    updates: Mapping[str, Update] = field(default_factory=dict)
 
 
 def optimizer_footprint(
@@ -81,7 +91,7 @@ def optimizer_footprint(
         MeasureError: the optimizer cannot be tried: it needs a closure, sparse gradients, or arguments that its
             options do not tell.
     """
-    optimizer = _innermost(optimizer)
+    optimizer = innermost(optimizer)
     params = None if params is None else list(params)
     wanted = None if params is None else {id(param) for param in params}
     groups: list[list[torch.Tensor]] = [
@@ -92,12 +102,12 @@ def optimizer_footprint(
         return OptimizerFootprint(_state_nbytes(optimizer.state.values()), 0, None)
     from keepless._compat import FakeTensorMode, data_dependent_errors  # imports functorch: the meter must not
 
-    with torch.random.fork_rng(_cuda_devices(groups)):
+    with torch.random.fork_rng(cuda_devices(groups)):
         try:
-            recipe = _Recipe(optimizer)
-            form = _pilot(recipe, groups)
+            recipe = Recipe(optimizer)
+            form = pilot(recipe, groups)
             with FakeTensorMode():
-                state_nbytes, scratches = _shadow_run(recipe, groups, form, _Storages(data_dependent_errors()))
+                state_nbytes, scratches = shadow_run(recipe, groups, form, Storages(data_dependent_errors()))
             seconds = _timed(recipe, groups, form)
         except Exception as error:
             name = type(optimizer).__name__
@@ -113,7 +123,7 @@ def optimizer_footprint(
         own[id(param)] = _state_nbytes([present]) if present else predicted
         missing += 0 if present else predicted
     others = _state_nbytes(state for param, state in optimizer.state.items() if id(param) not in trying)
-    first, steady = (scratch + _NUMBERS for scratch in scratches)
+    first, steady = (scratch + NUMBERS for scratch in scratches)
     return OptimizerFootprint(
         state_nbytes=sum(own.values()) + others,
         scratch_nbytes=max(first, steady),
@@ -126,7 +136,7 @@ def optimizer_footprint(
     )
 
 
-def _innermost(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+def innermost(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """The optimizer that a wrapper (Accelerate's, for one) holds."""
     for _ in range(8):
         inner = [v for v in vars(optimizer).values() if isinstance(v, torch.optim.Optimizer) and v is not optimizer]
@@ -136,11 +146,11 @@ def _innermost(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     return optimizer
 
 
-def _cuda_devices(groups: _Groups) -> list[torch.device]:
+def cuda_devices(groups: _Groups) -> list[torch.device]:
     return list({p.device for group in groups for p in group if p.device.type == "cuda"})
 
 
-class _Recipe:
+class Recipe:
     """A class of optimizer and its options, read once: tensors of one element (learning rates) become numbers."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
@@ -177,7 +187,7 @@ def _plain(value: Any) -> Any:
     return value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
 
 
-def _step(shadow: torch.optim.Optimizer) -> None:
+def plain_step(shadow: torch.optim.Optimizer) -> None:
     """One step without the hooks that its owner registered for all optimizers."""
     function: Any = type(shadow).step
     while hasattr(function, "hooked") and hasattr(function, "__wrapped__"):
@@ -186,7 +196,7 @@ def _step(shadow: torch.optim.Optimizer) -> None:
         function(shadow)
 
 
-def _pilot(recipe: _Recipe, groups: _Groups) -> str:
+def pilot(recipe: Recipe, groups: _Groups) -> str:
     """Which form the real parameters get, seen on one-element parameters of the same kinds."""
 
     def tiny(param: torch.Tensor) -> torch.Tensor:
@@ -194,7 +204,7 @@ def _pilot(recipe: _Recipe, groups: _Groups) -> str:
 
     shadow, _ = recipe.shadow([_one_of_each(group) for group in groups], tiny)
     with _Names() as names:
-        _step(shadow)
+        plain_step(shadow)
     if any("_fused_" in name for name in names.seen):
         return "fused"
     return "foreach" if any("_foreach_" in name for name in names.seen) else "for-loop"
@@ -216,7 +226,7 @@ class _Names(_compat.TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
-class _Storages(_compat.TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Storages(_compat.TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Bytes of the storages that ops make, while they live.
 
     Where an optimizer reads a number that a fake cannot know (Adafactor's norms), it gets 1: no allocation hangs on it.
@@ -271,7 +281,7 @@ def _state_nbytes(states: Iterable[object]) -> int:
     return sum({id(t.untyped_storage()): _nbytes(t) for t in counted}.values())
 
 
-def _shadow_run(recipe: _Recipe, groups: _Groups, form: str, storages: _Storages) -> tuple[list[int], list[int]]:
+def shadow_run(recipe: Recipe, groups: _Groups, form: str, storages: Storages) -> tuple[list[int], list[int]]:
     """State bytes per parameter, and the highest temporaries of each of two steps, beyond the whole state."""
 
     def fake(param: torch.Tensor) -> torch.Tensor:
@@ -282,13 +292,13 @@ def _shadow_run(recipe: _Recipe, groups: _Groups, form: str, storages: _Storages
     with storages:
         for _ in range(2):
             storages.peak = storages.resident
-            _step(shadow)
+            plain_step(shadow)
             scratches.append(storages.peak - storages.resident)
     flat = [param for group in shadows for param in group]
     return [_state_nbytes([shadow.state.get(param, {})]) for param in flat], scratches
 
 
-def _timed(recipe: _Recipe, groups: _Groups, form: str) -> float | None:
+def _timed(recipe: Recipe, groups: _Groups, form: str) -> float | None:
     """Seconds of a whole step, from a shadow step over some of the parameters, real.
 
     A step takes so long per parameter and so long per element: the first is that of parameters of one element, and
@@ -340,7 +350,7 @@ def _cut(shape: tuple[int, ...], room: int) -> tuple[int, ...]:
     return tuple(sides)
 
 
-def _median_step(recipe: _Recipe, groups: _Groups, make: Factory, form: str) -> float:
+def _median_step(recipe: Recipe, groups: _Groups, make: Factory, form: str) -> float:
     """Seconds of a step over made parameters; the first, which makes the state, does not count."""
     shadow, _ = recipe.shadow(groups, make, foreach=form == "foreach")
     device = next(p.device for group in groups for p in group)
@@ -349,7 +359,7 @@ def _median_step(recipe: _Recipe, groups: _Groups, make: Factory, form: str) -> 
     with torch.cuda.device(device) if on_cuda else nullcontext():
         for _ in range(_TIMED_STEPS):
             start = perf_counter()
-            _step(shadow)
+            plain_step(shadow)
             if on_cuda:
                 torch.cuda.synchronize()
             seconds.append(perf_counter() - start)

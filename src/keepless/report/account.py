@@ -32,7 +32,7 @@ CATEGORIES = (
 )
 """In the order in which they are stacked: what no plan can move comes first."""
 
-DELIVER, EXISTING = "keepless.deliver", "grad.existing"
+DELIVER, UPDATE, EXISTING = "keepless.deliver", "keepless.update", "grad.existing"
 """How captured graphs call the hand-over of a gradient, and all gradients that stand before the step."""
 
 _OF_KIND = {
@@ -138,8 +138,9 @@ class Homes:
         self.graph = graph
         self._of_grad: dict[int, str] = {}
         for op in graph.ops:
-            if op.name == DELIVER:
-                self._of_grad.update(dict.fromkeys(op.inputs, block_of(op.module)))
+            if op.name in (DELIVER, UPDATE):
+                grads = [v for v in op.inputs if graph.values[v].kind is Kind.GRAD]
+                self._of_grad.update(dict.fromkeys(grads, block_of(op.module)))
         for value in graph.values:
             if value.kind is Kind.GRAD and value.name.startswith("grad.") and value.name != EXISTING:
                 self._of_grad.setdefault(value.id, block_of(value.name[5:].rpartition(".")[0]))

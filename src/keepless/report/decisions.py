@@ -196,6 +196,7 @@ def _why_kept(plan: Plan, seen: _Seen, op: Op, value: int) -> str:
             Effect.COLLECTIVE: "all ranks take part",
             Effect.CHOICE: "it picks indices, and made again it could pick others",
             Effect.OPAQUE: "no recompute reaches it",
+            Effect.UPDATE: "it updates a parameter",
         }
         why = next((text for effect, text in effects.items() if effect in op.effects), "it has side effects")
         return f"its op runs once: {why}"

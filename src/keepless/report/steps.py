@@ -5,7 +5,9 @@
 
 A plan counts optimizer state from the step's start on, since it must hold for every step. The first one has none
 until `optimizer.step()` makes it; a step after `zero_grad()` begins without gradients, one that accumulates with all of
-them, and then adds each new one and frees it. The program is the same; the levels differ by what stands.
+them, and then adds each new one and frees it. The program is the same; the levels differ by what stands. Where the
+optimizer steps in the backward, the first step makes the state of a parameter at its update, taken to be in proportion
+to its bytes, and no gradient outlives the step.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from dataclasses import dataclass
 
 from keepless.ir import DEVICE, Drop, Kind, Phase, Run
 from keepless.machine import Plan
-from keepless.report.account import DELIVER, EXISTING, category, op_at, where_at
+from keepless.report.account import DELIVER, EXISTING, UPDATE, category, op_at, where_at
 
 FIRST, STEADY, ACCUMULATING = "first", "steady", "accumulating"
 KINDS = (FIRST, STEADY, ACCUMULATING)
@@ -93,6 +95,8 @@ def _levels(plan: Plan) -> dict[str, list[int]]:
     total = total or sum(graph.values[v].nbytes for v in handed)
     levels: dict[str, list[int]] = {kind: [] for kind in KINDS}
     is_after_loss = False
+    trained = _updated_nbytes(plan)
+    updated = 0
     given = there = 0  # bytes of gradients that were handed over, and of those that the program has not dropped
     handed_at: dict[int, int] = {}
     for value, at in handed.items():
@@ -106,7 +110,10 @@ def _levels(plan: Plan) -> dict[str, list[int]]:
             fresh, standing = peak - total + given - there, peak
         else:
             fresh, standing = peak, peak
-        first, steady = fresh - missing, fresh
+        if op is not None and op.name == UPDATE:
+            updated += sum(graph.values[v].nbytes for v in op.inputs if graph.values[v].kind is Kind.PARAM)
+        made = missing * updated // trained if trained else 0
+        first, steady = fresh - missing + made, fresh
         if op is not None and op.phase is Phase.OPTIMIZER:
             scratch = plan.cost.scratch[op.id]
             steady = fresh - scratch + _number(plan.signature, "steady_scratch_nbytes", scratch)
@@ -122,6 +129,13 @@ def _levels(plan: Plan) -> dict[str, list[int]]:
     return levels
 
 
+def _updated_nbytes(plan: Plan) -> int:
+    """Bytes of the parameters that are updated in the backward."""
+    values = plan.graph.values
+    updates = [op for op in plan.graph.ops if op.name == UPDATE]
+    return sum(values[v].nbytes for op in updates for v in op.inputs if values[v].kind is Kind.PARAM)
+
+
 def _handed_over(plan: Plan) -> dict[int, int]:
     """Gradients that outlive the step, and the instruction after which they are the caller's."""
     graph = plan.graph
@@ -129,7 +143,7 @@ def _handed_over(plan: Plan) -> dict[int, int]:
     gradients = {
         value.id for value in graph.values if value.kind is Kind.GRAD and value.name.startswith("grad.")
     } - graph.inputs
-    delivered = {value for op in graph.ops if op.name == DELIVER for value in op.inputs}
+    delivered = {value for op in graph.ops if op.name in (DELIVER, UPDATE) for value in op.inputs}
     for index, instr in enumerate(plan.program):
         if not isinstance(instr, Run):
             continue

@@ -70,6 +70,7 @@ def plan_dict(plan: Plan, *, values: bool = False) -> dict[str, object]:
         "predicted_seconds": plan.predicted_seconds,
         "baseline_seconds": plan.baseline_seconds,
         "overhead": plan.overhead,
+        "rewrites": list(plan.rewrites),
         "num_replays": plan.num_replays,
         "kept_nbytes": plan.kept_nbytes,
         "recomputed_nbytes": plan.recomputed_nbytes,

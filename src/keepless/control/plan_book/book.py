@@ -25,7 +25,7 @@ from keepless.control.plan_book.recapturing import bind
 from keepless.control.plan_book.similar import measure_like, settings_like
 from keepless.control.planning import solve_measured
 from keepless.control.reserve import budget_with_reserve
-from keepless.errors import InfeasibleBudget
+from keepless.errors import InfeasibleBudget, ProgramError
 from keepless.execute import Entry, News, PlannedForward, make_entry
 from keepless.ir import Graph, Program, Run, Status, format_bytes
 from keepless.machine import Plan, verify
@@ -125,7 +125,12 @@ class Book:
             found = transfer(graph, cost, budget.device, [self._lowest])
         if found.peak > budget.device:
             return None
-        verify(graph, found.program, cost=cost, budget=budget)
+        try:
+            verify(graph, found.program, cost=cost, budget=budget)
+        except ProgramError:  # a replay that a rewritten step forbids, where the plan that it comes from had it
+            if not settings.rewrites:
+                raise
+            return None
         return found
 
     def _warn(self, planned: PlannedForward, entry: Entry, reason: str) -> None:

@@ -13,7 +13,7 @@ from itertools import combinations
 from math import inf
 
 from keepless.cost import CostModel
-from keepless.ir import Effect, Graph, Phase
+from keepless.ir import Effect, Graph, Kind, Phase
 from keepless.machine import reuse_pairs
 from keepless.machine.rules import rng_states
 
@@ -125,6 +125,10 @@ class Masks:
                 if effect in op.effects:
                     wanted |= last[effect]
                     last[effect] |= 1 << op.id
+            if Effect.UPDATE in op.effects:
+                for value in op.inputs:
+                    if graph.values[value].kind is Kind.PARAM:
+                        wanted |= sum(1 << reader for reader in graph.consumers[value] if reader < op.id)
             if op.phase is Phase.LOSS:
                 wanted |= forward_buffers
             elif op.phase is Phase.FORWARD and Effect.BUFFER in op.effects:
