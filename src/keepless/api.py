@@ -11,6 +11,7 @@ import torch
 from keepless import control
 from keepless.capture import Inputs
 from keepless.control import Progress, StepCurve, Verification
+from keepless.cost import DeviceSpec
 from keepless.ir import Timeline
 from keepless.machine import Plan, load_plan, read_rewrites
 from keepless.modules.blocks import Blocks
@@ -40,6 +41,7 @@ def plan(
     takeover: bool = False,
     land: bool = False,
     rewrites: Sequence[str] = (),
+    on: str | os.PathLike[str] | DeviceSpec | None = None,
 ) -> Plan:
     """The fastest plan found for training this model on batches like this one within a budget.
 
@@ -73,8 +75,13 @@ def plan(
         land: run the plan's step a few times and plan again for what it was seen to need (`keepless.land`).
         rewrites: names of changes to the step that lower what it needs at least; `docs/rewrites.md` has them.
             "optimizer_in_backward" updates each parameter as soon as its gradient is whole, and drops that.
+        on: a device that is not here ("rtx4090", a file that describes one; `docs/devices.md`). The step is captured
+            on the CPU, or without weights on the meta device, and lowered to that device's ops; its costs are analytic
+            (`plan.cost.origin`), and a budget that is a share refers to its memory. No step runs by such a plan:
+            `apply` refuses it, and planning on the device itself measures.
 
     Raises:
+        DeviceError: `on` is not known, or is no CUDA device.
         BudgetError: the budget cannot be read.
         RewriteError: there is no such rewrite, or this step or optimizer does not allow it.
         InfeasibleBudget: no plan was found; carries the smallest budget that works and the op that sets the floor.
@@ -100,6 +107,7 @@ def plan(
         blocks=blocks,
         takeover=takeover,
         rewrites=rewrites,
+        on=on,
     )
     return control.land(model, batch, found, loss_fn=loss_fn, optimizer=None, rounds=3) if land else found
 
@@ -154,6 +162,7 @@ def curve(
     progress: Progress | None = None,
     takeover: bool = False,
     rewrites: Sequence[str] = (),
+    on: str | os.PathLike[str] | DeviceSpec | None = None,
 ) -> StepCurve:
     """The step's time for every budget at once: captured and measured once, and solved for some budgets.
 
@@ -164,8 +173,8 @@ def curve(
         keepless.apply(model, curve.plan("8GiB"))         # any budget on it, without solving again
 
     Arguments:
-        model, batch, optimizer, loss_fn, accumulate, release_outputs, outside, seed, cache, takeover, rewrites: as in
-            `plan`.
+        model, batch, optimizer, loss_fn, accumulate, release_outputs, outside, seed, cache, takeover, rewrites, on: as
+            in `plan`.
         points: how many budgets are solved for, the smallest and the one that keeps everything among them.
         strategies: names in `keepless.solve.SOLVERS` to show beside the curve; None for those that cost little.
         progress: called with (stage, done, total); stages are "capture", "measure" and "solve".
@@ -189,6 +198,7 @@ def curve(
         progress=progress,
         takeover=takeover,
         rewrites=rewrites,
+        on=on,
     )
 
 

@@ -1,4 +1,4 @@
-"""The commands: plan, curve, train, verify, show, demo, env; and those of `graphs`."""
+"""The commands: plan, curve, devices, train, verify, show, demo, env; and those of `graphs`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import typer
 from keepless.cli import graphs
 from keepless.cli.allocators import AllocatorOption, read_allocator
 from keepless.cli.curves import curve_command
+from keepless.cli.devices import devices_command
 from keepless.cli.options import (
     Accumulates,
     BatchSize,
@@ -31,6 +32,7 @@ from keepless.cli.options import (
     Outside,
     PictureOption,
     PlanFileOption,
+    PlannedDevice,
     Releases,
     RewriteOption,
     SaveOption,
@@ -80,7 +82,7 @@ def plan_command(
     seq_len: SeqLen = 128,
     dtype: Dtype = "float32",
     optimizer: Optimizer = "adamw",
-    device: Device = "cpu",
+    device: PlannedDevice = "cpu",
     seed: Seed = 0,
     solver: SolverOption = "keepless",
     engine: EngineOption = "auto",
@@ -98,8 +100,12 @@ def plan_command(
 ) -> None:
     """Plan a model's training step within a budget."""
     with session(as_json, debug) as current:
+        from keepless.cli.models import device_and_target
+
+        device, on = device_and_target(model, device)
         recipe = _recipe(model, batch_size, seq_len, dtype, optimizer, device, 1e-3, seed)
         options = {
+            "on": on,
             "solver": solver,
             "engine": engine,
             "blocks": blocks,
@@ -126,6 +132,7 @@ def plan_command(
 
 
 app.command("curve")(curve_command)
+app.command("devices")(devices_command)
 
 
 @app.command()

@@ -12,12 +12,12 @@ from keepless.cli.options import (
     BatchSize,
     Caches,
     Debug,
-    Device,
     Dtype,
     Json,
     ModelArgument,
     Optimizer,
     Outside,
+    PlannedDevice,
     Releases,
     RewriteOption,
     SaveOption,
@@ -45,7 +45,7 @@ def curve_command(
     seq_len: SeqLen = 128,
     dtype: Dtype = "float32",
     optimizer: Optimizer = "adamw",
-    device: Device = "cpu",
+    device: PlannedDevice = "cpu",
     seed: Seed = 0,
     accumulate: Accumulates = False,
     release_outputs: Releases = False,
@@ -66,7 +66,9 @@ def curve_command(
         if wanted is not None:
             parse_bytes(wanted, device_nbytes=MAX_NBYTES)  # what cannot be read is refused before any work
         from keepless import api
-        from keepless.cli.models import Recipe, build
+        from keepless.cli.models import Recipe, build, device_and_target
+
+        device, on = device_and_target(model, device)
 
         built = build(Recipe(model, batch_size, seq_len, dtype, optimizer, device, 1e-3, seed))
         options: dict[str, Any] = {
@@ -80,6 +82,7 @@ def curve_command(
             "cache": cache,
             "takeover": takeover,
             "rewrites": rewrite or (),
+            "on": on,
         }
         with planning("curve") as progress:
             found = api.curve(built.model, built.batch, progress=progress, **options)

@@ -10,6 +10,7 @@ import importlib
 import inspect
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 
 from keepless.cli.session import UsageError
+from keepless.cost import DeviceSpec, find_device
 
 OPTIMIZERS = {
     "adamw": torch.optim.AdamW,
@@ -61,6 +63,24 @@ class Built:
     batch: Any
     loss_fn: Callable[[Any, Any], torch.Tensor] | None
     optimizer: torch.optim.Optimizer | None
+
+
+def device_and_target(spec: str, device: str) -> tuple[str, DeviceSpec | None]:
+    """Where the model of a --device is made, and the device that is planned for where that is not here.
+
+    For "rtx4090", or a file that describes a device, a model from a config is made without weights; a factory makes its
+    own on the CPU.
+
+    Raises:
+        DeviceError: it is no device of torch's and not in the table.
+    """
+    if device == "meta" or re.fullmatch(r"(cpu|cuda)(:\d+)?", device):
+        return device, None
+    try:
+        torch.device(device)
+    except RuntimeError:
+        return ("meta" if spec.startswith("hf:") else "cpu"), find_device(device)
+    return device, None  # mps, xpu ...: `build` says that they cannot be used
 
 
 def build(recipe: Recipe) -> Built:

@@ -15,6 +15,13 @@ SeqLen = Annotated[int, typer.Option(help="Tokens per row of an hf: model.")]
 Dtype = Annotated[str, typer.Option(help="Parameters' dtype of an hf: model: float32, bfloat16, ...")]
 Optimizer = Annotated[str, typer.Option(help="adamw, adam, sgd, rmsprop, adagrad, or none.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1; meta plans for the cpu without making weights.")]
+PlannedDevice = Annotated[
+    str,
+    typer.Option(
+        help="cpu, cuda, cuda:1; meta plans for the cpu without making weights; rtx4090, h100 ... or FILE.toml plans "
+        "for a device that is not here (keepless devices lists them)."
+    ),
+]
 LearningRate = Annotated[float, typer.Option("--lr", help="Learning rate.")]
 Seed = Annotated[int, typer.Option(help="Of weights, data and dropout.")]
 BudgetOption = Annotated[

@@ -22,6 +22,7 @@ from rich.console import Console
 
 from keepless.errors import (
     BudgetError,
+    DeviceError,
     GraphError,
     InfeasibleBudget,
     KeeplessError,
@@ -123,6 +124,7 @@ def _code(error: Exception) -> int:
         (
             UsageError,
             BudgetError,
+            DeviceError,
             GraphError,
             PlanError,
             SolverError,

@@ -10,8 +10,9 @@ import torch
 
 from keepless.binding import Binding
 from keepless.capture import FlatInputs, StepShape
+from keepless.control.elsewhere import Elsewhere
 from keepless.control.plan_book.templates import Templates
-from keepless.cost import CostModel
+from keepless.cost import CostModel, DeviceSpec
 from keepless.ir import Effect, Graph, Kind, Phase
 from keepless.machine import Plan
 from keepless.measure import CostCache, OptimizerFootprint, Update
@@ -40,6 +41,8 @@ class Settings:
     """Bytes of the budget, beside the default reserve, that this allocator was found to need beyond tensors."""
     rewrites: tuple[str, ...] = ()
     optimizer_kind: str = ""
+    on: DeviceSpec | None = None
+    """A device that is not here, for which it is planned; None to plan for the one that the model is on."""
 
     @property
     def shape(self) -> StepShape:
@@ -113,16 +116,23 @@ class Measured:
 
     Arguments:
         signature: what it was captured from, as JSON values.
+        elsewhere: the step on a device that is not here, where it was captured for one.
     """
 
     capture: Capture
     cost: CostModel
     signature: dict[str, object]
+    elsewhere: Elsewhere | None = None
 
     @property
     def graph(self) -> Graph:
         """The step."""
-        return self.capture.binding.graph
+        return self.capture.binding.graph if self.elsewhere is None else self.elsewhere.graph
+
+    @property
+    def is_here(self) -> bool:
+        """Whether it was captured and measured for the device that the model is on, and can run there."""
+        return self.elsewhere is None
 
 
 def shape_from(plan: Plan) -> StepShape:

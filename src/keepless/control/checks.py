@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from keepless.control.elsewhere import refuse_elsewhere
 from keepless.errors import ParameterError, PlanError
 from keepless.machine import Plan
 
@@ -19,7 +20,7 @@ def check_module(model: object) -> None:
 
 
 def check_plan(plan: object) -> None:
-    """Refuses what is not a plan; a path to one, say.
+    """Refuses what is not a plan that can run: a path to one, say, or one for a device that was not there.
 
     Raises:
         PlanError: it is something else.
@@ -28,6 +29,7 @@ def check_plan(plan: object) -> None:
         raise PlanError(
             f"The plan is a {type(plan).__name__}, not a keepless.Plan; keepless.load reads one from a file."
         )
+    refuse_elsewhere(plan)
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> None:

@@ -24,8 +24,10 @@ from keepless.control.planning import (
 )
 from keepless.control.reserve import budget_with_reserve, explain_infeasible, with_reserve
 from keepless.control.takeover import note, turned_off
+from keepless.cost import DeviceSpec, find_device
 from keepless.errors import InfeasibleBudget
 from keepless.machine import Plan, read_rewrites
+from keepless.machine.elsewhere import ON, describe_elsewhere
 from keepless.report.curve_picture import draw_curve
 from keepless.report.curve_table import curve_text
 from keepless.report.floor import describe_floor, find_floor
@@ -115,7 +117,7 @@ class StepCurve:
             BudgetError: the budget cannot be read.
             InfeasibleBudget: no plan was met; carries the smallest budget and the op that sets the floor.
         """
-        nbytes = read_budget(budget, self.measured.capture.binding.device)
+        nbytes = read_budget(budget, self.measured.capture.binding.device, self.settings.on)
         graph, curve = self.measured.graph, self.curve
 
         def make(over: int) -> Plan:
@@ -129,6 +131,8 @@ class StepCurve:
 
         card = self.settings.card
         plan = make(0) if card is None else within_card(make, lambda: lowest_plan(self.measured, nbytes), nbytes, card)
+        if not self.measured.is_here:
+            return plan
         settings = settings_of_plan(replace(self.settings, budget=nbytes), plan)
         plan.capture = Captures(replace(self.measured.capture, settings=settings))
         return plan
@@ -144,7 +148,7 @@ class StepCurve:
             ImportError: matplotlib is not installed.
             OSError: the file cannot be written.
         """
-        line = None if budget is None else read_budget(budget, self.measured.capture.binding.device)
+        line = None if budget is None else read_budget(budget, self.measured.capture.binding.device, self.settings.on)
         draw_curve(self.curve, path, budget_of=with_reserve, budget=line, title=title)
 
     def as_dict(self) -> dict[str, object]:
@@ -154,10 +158,14 @@ class StepCurve:
             "floor_in_words": self.floor,
             "num_ops": len(self.measured.graph.ops),
             "costs_disturbed": self.measured.cost.disturbed,
+            "costs_origin": self.measured.cost.origin.value,
+            "costs_spread": self.measured.cost.spread,
+            "on": self.measured.signature.get(ON),
         }
 
     def __str__(self) -> str:
-        return f"{curve_text(self.curve, with_reserve)}\n{self.floor}"
+        doubts = describe_elsewhere(self.measured.signature, self.measured.cost.spread)
+        return "\n".join([curve_text(self.curve, with_reserve), self.floor, *doubts])
 
     def _budget_point(self, point: Point) -> BudgetPoint:
         return BudgetPoint(
@@ -186,6 +194,7 @@ def make_curve(
     progress: Progress | None,
     takeover: bool,
     rewrites: Sequence[str] = (),
+    on: str | os.PathLike[str] | DeviceSpec | None = None,
 ) -> StepCurve:
     """See `keepless.curve`."""
     check_module(model)
@@ -203,6 +212,7 @@ def make_curve(
         seed=seed,
         cache=cache,
         rewrites=read_rewrites(rewrites),
+        on=None if on is None else find_device(on),
     )
     with turned_off(model, takeover):
         measured = measure_step(model, batch, settings, progress)

@@ -6,6 +6,8 @@ Nothing of the user's changes, and nothing larger than one op's inputs and outpu
 from __future__ import annotations
 
 import contextlib
+import functools
+import os
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -14,9 +16,11 @@ from typing import Any
 import torch
 
 from keepless.capture import FlatInputs, Inputs, flatten_inputs, lower, planned_device, trace_step
+from keepless.capture.target import TargetFaking
 from keepless.control.allocating import within_card
 from keepless.control.captured import Capture, Captures, Measured, Settings, beyond_peak
 from keepless.control.checks import check_module, check_optimizer
+from keepless.control.elsewhere import faking_for, loss_work, step_elsewhere, target_of
 from keepless.control.parts import module_plans, module_steps
 from keepless.control.parts.block_plans import BLOCKS
 from keepless.control.parts.region_plans import EAGER
@@ -25,6 +29,8 @@ from keepless.control.reserve import budget_with_reserve, explain_infeasible, wi
 from keepless.control.signature import batch_signature, model_signature, optimizer_facts
 from keepless.control.takeover import with_takeover
 from keepless.control.trials import cost_model, measure_costs, measure_loss, untouched
+from keepless.control.works import works_of
+from keepless.cost import DeviceSpec, find_device
 from keepless.errors import (
     BatchError,
     CaptureError,
@@ -39,6 +45,7 @@ from keepless.files import remove_abandoned
 from keepless.ir import Budget, parse_bytes
 from keepless.ir.text import fingerprint
 from keepless.machine import OPTIMIZER_IN_BACKWARD, Baseline, Plan, make_plan, read_rewrites
+from keepless.machine.allocation import cublas_workspace
 from keepless.measure import (
     CostCache,
     describe_device,
@@ -47,7 +54,7 @@ from keepless.measure import (
     optimizer_footprint,
     optimizer_updates,
 )
-from keepless.measure.card import card_allocator
+from keepless.measure.card import CardAllocator, card_allocator
 from keepless.modules.blocks import Blocks
 from keepless.passes import evaluate
 from keepless.solve import SOLVERS, Solution, Solver, named_solver, smallest, solve
@@ -62,12 +69,14 @@ Progress = Callable[[str, int, int], None]
 """Called with (stage, done, total); stages are "capture", "measure" and "solve"."""
 
 
-def read_budget(budget: object, device: torch.device) -> int:
-    """Bytes of a user's budget on a device.
+def read_budget(budget: object, device: torch.device, on: DeviceSpec | None = None) -> int:
+    """Bytes of a user's budget on a device; a share of one that is not here is a share of what it has for tensors.
 
     Raises:
         BudgetError: it cannot be read.
     """
+    if on is not None:
+        return parse_bytes(budget, device_nbytes=on.usable_nbytes)
     return parse_bytes(budget, device_nbytes=device_nbytes(device) if isinstance(budget, float) else None)
 
 
@@ -89,10 +98,16 @@ def make(
     engine: str = AUTO,
     blocks: Blocks | None = None,
     rewrites: Sequence[str] = (),
+    on: str | os.PathLike[str] | DeviceSpec | None = None,
 ) -> Plan:
     """See `keepless.plan`."""
     check_module(model)
     rewrites = read_rewrites(rewrites)
+    elsewhere = None if on is None else find_device(on)
+    if elsewhere is not None:
+        if engine not in (AUTO, GRAPH) or blocks is not None:
+            raise ParameterError("on= plans a captured step, op by op: leave engine= and blocks= out.")
+        engine = GRAPH
     if engine not in ENGINES:
         raise ParameterError(f"There is no engine {engine!r}. Engines: {', '.join(ENGINES)}.")
     if blocks is not None:
@@ -110,7 +125,7 @@ def make(
     device = planned_device(model) if any(True for _ in model.parameters()) else torch.device("cpu")
     settings = read_settings(
         model,
-        read_budget(budget, device),
+        read_budget(budget, device, elsewhere),
         optimizer=optimizer,
         loss_fn=loss_fn,
         accumulate=accumulate,
@@ -120,6 +135,7 @@ def make(
         seed=seed,
         cache=cache,
         rewrites=rewrites,
+        on=elsewhere,
     )
     tell = progress or _silent
     if engine in (BLOCKS, EAGER):
@@ -135,7 +151,7 @@ def make(
             ) from error
         if engine == AUTO:
             return module_plans.make_first(model, batch, settings, tell, error)
-        if isinstance(error, BatchError):
+        if isinstance(error, BatchError) or elsewhere is not None:
             raise
         raise type(error)(
             f'{error} Or let it be planned by its blocks, or by module calls, as it is: engine="auto".'
@@ -155,6 +171,7 @@ def read_settings(
     seed: int,
     cache: bool,
     rewrites: tuple[str, ...] = (),
+    on: DeviceSpec | None = None,
 ) -> Settings:
     """The settings of a caller's options; see `keepless.plan`.
 
@@ -168,7 +185,7 @@ def read_settings(
     if optimizer is not None:
         check_optimizer(optimizer, model)
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        footprint = optimizer_footprint(optimizer, list(trained.values()))
+        footprint = optimizer_footprint(optimizer, list(trained.values()), device="" if on is None else on.type)
         if OPTIMIZER_IN_BACKWARD in rewrites and not accumulate:
             footprint = replace(footprint, updates=optimizer_updates(optimizer, trained, footprint))
     check_rewrites(rewrites, has_optimizer=optimizer is not None, accumulate=accumulate)
@@ -183,10 +200,19 @@ def read_settings(
         seed,
         CostCache() if cache else None,
         own_loss=loss_fn is None,
-        card=card_allocator(planned_device(model)) if any(True for _ in model.parameters()) else None,
+        card=_card(model, on),
         rewrites=rewrites,
         optimizer_kind=type(innermost(optimizer)).__name__ if optimizer is not None else "",
+        on=on,
     )
+
+
+def _card(model: torch.nn.Module, on: DeviceSpec | None) -> CardAllocator | None:
+    """The allocator of the device that it is planned for."""
+    if on is not None:
+        workspace = cublas_workspace(None, on.capability[0])
+        return CardAllocator((workspace,), expandable=False, context=on.context_nbytes)
+    return card_allocator(planned_device(model)) if any(True for _ in model.parameters()) else None
 
 
 def check_rewrites(rewrites: tuple[str, ...], *, has_optimizer: bool, accumulate: bool) -> None:
@@ -213,7 +239,8 @@ def make_with(model: torch.nn.Module, batch: Any, settings: Settings, progress: 
     tell("solve", 0, 1)
     plan = solve_measured(measured, settings)
     tell("solve", 1, 1)
-    plan.capture = Captures(replace(measured.capture, settings=settings_of_plan(settings, plan)))
+    if measured.is_here:
+        plan.capture = Captures(replace(measured.capture, settings=settings_of_plan(settings, plan)))
     return plan
 
 
@@ -221,6 +248,8 @@ def measure_step(model: torch.nn.Module, batch: Any, settings: Settings, progres
     """The captured and measured step for settings that are already read; their budget and solver do not matter."""
     tell = progress or _silent
     flat = flatten_inputs(Inputs.of(batch))
+    if settings.on is not None:
+        return _measure_elsewhere(model, flat, batch, settings, settings.on, tell)
     with untouched(model):
         tell("capture", 0, 1)
         capture, given = capture_call(model, flat, batch, settings, None)
@@ -231,6 +260,22 @@ def measure_step(model: torch.nn.Module, batch: Any, settings: Settings, progres
         loss = measure_loss(binding, settings.loss_fn, batch) if settings.loss_fn is not None else None
     cost = cost_model(binding, costs, optimizer=settings.optimizer, loss=loss, accumulate=settings.accumulate)
     return Measured(capture, cost, {**model_signature(model), **batch_signature(flat), **given})
+
+
+def _measure_elsewhere(
+    model: torch.nn.Module, flat: FlatInputs, batch: Any, settings: Settings, device: DeviceSpec, tell: Progress
+) -> Measured:
+    """The captured step on a device that is not here, with analytic costs."""
+    target = target_of(model, device)
+    with untouched(model):
+        tell("capture", 0, 1)
+        capture, given = capture_call(model, flat, batch, settings, None, faking=faking_for(target))
+        tell("capture", 1, 1)
+        binding = capture.binding
+        loss = None if settings.loss_fn is None else loss_work(binding, settings.loss_fn, batch)
+    works = works_of(binding, optimizer=settings.optimizer, loss=loss)
+    there, cost, facts = step_elsewhere(model, binding, device, target, works)
+    return Measured(capture, cost, {**model_signature(model), **batch_signature(flat), **given, **facts}, there)
 
 
 def _silent(stage: str, done: int, total: int) -> None:
@@ -253,15 +298,17 @@ def capture_call(
     settings: Settings,
     grad_outputs: tuple[int, ...] | None,
     templates: Templates | None = None,
+    faking: TargetFaking | None = None,
 ) -> tuple[Capture, dict[str, object]]:
     """Captures one call of a model, and what its plan's signature says of it.
 
     Arguments:
         grad_outputs: flat positions of the outputs that receive gradients; None to find them by the loss.
         templates: traces of the model with symbolic sizes, one of which may serve.
+        faking: how fakes are made, for a device that is not here.
     """
     check_rewrites(settings.rewrites, has_optimizer=settings.shape.has_optimizer, accumulate=settings.accumulate)
-    trace = trace_step if templates is None else templates.trace
+    trace = functools.partial(trace_step, faking=faking) if templates is None else templates.trace
     traced = trace(model, flat, batch=batch, loss_fn=settings.loss_fn, grad_outputs=grad_outputs)
     shape = settings.shape
     binding = lower(traced, flat, model, shape)

@@ -48,6 +48,8 @@ def op_kind(name: str) -> str:
     word = parts[1] if len(parts) > 1 else name
     if parts[0] == "keepless" and word in (kinds.LOSS, kinds.OPTIMIZER):
         return word
+    if parts[0] == "keepless" and word == "update":
+        return kinds.OPTIMIZER
     if word in _EXACT:
         return _EXACT[word]
     pieces = set(word.strip("_").split("_"))

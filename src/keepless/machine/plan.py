@@ -21,6 +21,7 @@ from keepless.ir.graph import Graph, Phase
 from keepless.ir.program import DEVICE, Program, Run
 from keepless.ir.timeline import Timeline
 from keepless.machine.allocation import Allocation
+from keepless.machine.elsewhere import describe_elsewhere, device_of
 from keepless.machine.landed import Landing
 from keepless.machine.parts import Part, describe_parts, parts_of
 from keepless.machine.rewrites import describe_rewrites, read_rewrites
@@ -134,6 +135,11 @@ class Plan:
         return read_rewrites(self.signature.get("rewrites"))
 
     @property
+    def on(self) -> str:
+        """The device that it was planned for without being there; "" where ops were measured."""
+        return device_of(self.signature)
+
+    @property
     def parts(self) -> tuple[Part, ...]:
         """Which engine runs which part of the model, and why."""
         return parts_of(self.signature)
@@ -188,11 +194,13 @@ class Plan:
 
     def _doubts(self) -> list[str]:
         share = self.cost.disturbed
+        elsewhere = describe_elsewhere(self.signature, self.cost.spread)
         if share < 0.05:
-            return []
+            return elsewhere
         return [
+            *elsewhere,
             f"other processes had the cores while ops were timed: {share:.0%} of the step's seconds are too long, and "
-            "the plan may not be the fastest; plan again when the machine is idle (bytes do not depend on it)"
+            "the plan may not be the fastest; plan again when the machine is idle (bytes do not depend on it)",
         ]
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -79,13 +79,15 @@ class OptimizerFootprint:
 
 
 def optimizer_footprint(
-    optimizer: torch.optim.Optimizer, params: Iterable[torch.Tensor] | None = None
+    optimizer: torch.optim.Optimizer, params: Iterable[torch.Tensor] | None = None, *, device: str = ""
 ) -> OptimizerFootprint:
     """Predict an optimizer's bytes without stepping it or changing anything of its owner's.
 
     Arguments:
         optimizer: any `torch.optim.Optimizer` whose step needs no closure; a wrapper is looked through.
         params: those that will have (dense) gradients; None for all that require them.
+        device: type of the device of the steps, where that is not the parameters' own: on "cuda" optimizers step lists
+            of tensors unless they are told otherwise. Such a step is not timed.
 
     Raises:
         MeasureError: the optimizer cannot be tried: it needs a closure, sparse gradients, or arguments that its
@@ -106,9 +108,11 @@ def optimizer_footprint(
         try:
             recipe = Recipe(optimizer)
             form = pilot(recipe, groups)
+            if device == "cuda" and form == "for-loop" and recipe.may_be_foreach:
+                form = "foreach"
             with FakeTensorMode():
                 state_nbytes, scratches = shadow_run(recipe, groups, form, Storages(data_dependent_errors()))
-            seconds = _timed(recipe, groups, form)
+            seconds = None if device else _timed(recipe, groups, form)
         except Exception as error:
             name = type(optimizer).__name__
             raise MeasureError(
@@ -163,6 +167,11 @@ class Recipe:
             if isinstance(group.get("lr"), torch.Tensor) and options.get("foreach", True) is None:
                 options["foreach"] = False  # torch's rule for a learning rate that is a tensor
             self.groups.append(options)
+
+    @property
+    def may_be_foreach(self) -> bool:
+        """Whether its owner left the choice of form to torch."""
+        return any(options.get("foreach", False) is None and not options.get("fused") for options in self.groups)
 
     def shadow(
         self, groups: _Groups, make: Factory, *, foreach: bool = False

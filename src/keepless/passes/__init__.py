@@ -9,4 +9,6 @@ from keepless.passes.drops import insert_drops as insert_drops
 from keepless.passes.evaluate import Evaluation as Evaluation
 from keepless.passes.evaluate import evaluate as evaluate
 from keepless.passes.order import from_order as from_order
+from keepless.passes.retarget import Retargeted as Retargeted
+from keepless.passes.retarget import retarget as retarget
 from keepless.passes.reuse import reuse_storage as reuse_storage

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from keepless.ir import DEVICE, format_bytes
 from keepless.machine import Plan
+from keepless.machine.elsewhere import ON
 from keepless.report.account import PeakAccount, peak_account
 from keepless.report.decisions import Block, Choice, Decision, decisions, format_seconds
 from keepless.report.steps import predicted_steps
@@ -39,6 +40,8 @@ def verdict(plan: Plan, *, slowdown: float | None = None) -> str:
     if plan.measured_peak:
         error = plan.predicted_peak / plan.measured_peak - 1
         parts.append(f"measured {format_bytes(plan.measured_peak)} ({format_percent(error)})")
+    if plan.on:
+        parts.append(f"ANALYTIC, for {plan.on}")
     parts.append(f"step {format_percent(plan.overhead if slowdown is None else slowdown)}")
     parts.append(f"everything kept {format_bytes(plan.baseline_peak)}")
     return " | ".join(parts)
@@ -88,6 +91,8 @@ def plan_dict(plan: Plan, *, values: bool = False) -> dict[str, object]:
             "seed": certificate.seed,
         },
         "engine": plan.engine,
+        "cost": {"origin": plan.cost.origin.value, "spread": plan.cost.spread},
+        "on": plan.signature.get(ON),
         "parts": [part.as_dict() for part in plan.parts],
         "peak": peak_account(plan).as_dict(),
         "allocation": None if plan.allocation is None else plan.allocation.as_dict(),
