@@ -324,3 +324,39 @@ def test_a_model_with_a_break_is_planned_by_its_blocks(invoke: Any) -> None:
     done = invoke("verify", "factories:looks", "--plan", "step.plan", "--no-meter", "--json")
     assert done.exit_code == 0, done.stderr
     assert json.loads(done.stdout)["equal"]
+
+
+def test_timelines_are_written(invoke: Invoke, tmp_path: Path) -> None:
+    """Of a plan file as predicted, of a model measured, too; as tables, JSON, trace and picture."""
+    assert invoke("plan", "factories:tiny", "-b", "4MiB", "-o", "step.plan").exit_code == 0
+    done = invoke("timeline", "step.plan", "--trace", "a.json", "-o", "b.json", "--picture", "c.png")
+    assert done.exit_code == 0, done.stderr
+    assert "steady step" in done.stdout
+    assert json.loads((tmp_path / "a.json").read_text())["traceEvents"]
+    assert json.loads((tmp_path / "b.json").read_text())["measured"] is None
+    assert (tmp_path / "c.png").stat().st_size > 5000
+    words = ("timeline", "factories:tiny", "--plan", "step.plan", "--measure", "--repeats", "1")
+    done = invoke(*words)
+    assert "residue" in done.stdout
+    assert "the optimizer's step is not run" in done.stdout
+    found = json.loads(invoke(*words, "--trace", "a.json", "--json").stdout)
+    assert found["trace"] == "a.json"
+    assert found["measured"]["peaks"]["device"] == pytest.approx(
+        max(e["peak"] for e in found["predicted"]["events"]), rel=0.01
+    )
+    assert {row["pid"] for row in json.loads((tmp_path / "a.json").read_text())["traceEvents"]} == {1, 2}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("factories:tiny",),
+        ("factories:tiny", "-b", "4MiB", "--plan", "x.plan"),
+        ("factories:tiny", "-b", "4MiB", "--device", "meta", "--measure"),
+        ("config.json", "--measure"),
+        ("config.json",),
+    ],
+)
+def test_timelines_of_what_cannot_be_are_usage_errors(invoke: Invoke, words: tuple[str, ...]) -> None:
+    """Before any work."""
+    assert invoke("timeline", *words).exit_code == 2

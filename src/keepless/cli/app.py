@@ -52,6 +52,7 @@ from keepless.cli.session import (
     read_budget,
     session,
 )
+from keepless.cli.timelines import timeline_command
 from keepless.cost import format_graph
 from keepless.files import temporary_folder, write_whole
 from keepless.ir import format_bytes
@@ -133,6 +134,7 @@ def plan_command(
 
 app.command("curve")(curve_command)
 app.command("devices")(devices_command)
+app.command("timeline")(timeline_command)
 
 
 @app.command()

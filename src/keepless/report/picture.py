@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_right
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from keepless.ir import DEVICE, Run, Timeline, format_bytes
+from keepless.ir import DEVICE, Event, Run, Timeline, format_bytes
 from keepless.machine import Plan, simulate
 from keepless.passes import from_order, reuse_storage
-from keepless.report.account import CATEGORIES, holdings, phase_spans
+from keepless.report.account import CATEGORIES, holdings, phase_spans, where_at
 from keepless.report.tables import format_percent
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ COLOURS = {
 _BUDGET = "#B00020"
 _INK = "#222222"
 _PALE = "#777777"
+_MEASURED = "#5B2A86"
 _VISIBLE = 0.004
 """A category below this share of the highest bytes is left out of the legend."""
 MAX_POINTS = 4000
@@ -86,10 +87,19 @@ def picture_dict(plan: Plan) -> dict[str, object]:
     }
 
 
-def draw(plan: Plan, path: str | os.PathLike[str], *, title: str = "", note: str = "") -> None:
+def draw(
+    plan: Plan,
+    path: str | os.PathLike[str],
+    *,
+    title: str = "",
+    note: str = "",
+    measured: Timeline | None = None,
+) -> None:
     """Draws the plan's step into a file; its name's end says the format (png, svg, pdf).
 
     Arguments:
+        measured: a measured timeline of the plan, drawn as a line over the predicted bytes, each instruction's where
+            it is predicted to run.
         title: above the picture; a default says what the plan reaches.
         note: small, below it.
 
@@ -110,6 +120,8 @@ def draw(plan: Plan, path: str | os.PathLike[str], *, title: str = "", note: str
     _bands(axes, plan)
     _limits(axes, plan, before, divisor)
     _marks(axes, plan, before, divisor)
+    if measured is not None:
+        _overlay(axes, plan, measured, divisor)
     axes.set_xlabel("seconds of the step (predicted)", color=_INK)
     axes.set_ylabel(f"on the device, {unit}", color=_INK)
     for side in ("top", "right"):
@@ -118,7 +130,8 @@ def draw(plan: Plan, path: str | os.PathLike[str], *, title: str = "", note: str
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
     axes.set_axisbelow(True)
     figure.text(0.075, 0.945, title or _title(plan), fontsize=14, fontweight="bold", color=_INK)
-    figure.text(0.075, 0.9, _subtitle(plan), fontsize=10, color=_PALE)
+    figure.text(0.075, 0.907, _subtitle(plan), fontsize=10, color=_PALE)
+    figure.text(0.075, 0.872, at_peaks(plan, measured), fontsize=9, color=_PALE)
     if note:
         figure.text(0.975, 0.015, note, fontsize=8, color=_PALE, ha="right")
     handles, labels = axes.get_legend_handles_labels()
@@ -283,6 +296,42 @@ def _marks(axes: Axes, plan: Plan, before: Curve, divisor: float) -> None:
             zorder=8,
             bbox=box,
         )
+
+
+def _overlay(axes: Axes, plan: Plan, measured: Timeline, divisor: float) -> None:
+    """The measured bytes as a line, each instruction's where it is predicted to run, and their peak."""
+    spans = phase_spans(plan)
+    events: list[Event] = []
+    for event in measured.events:
+        if 0 <= event.index < len(plan.predicted.events):
+            known = plan.predicted.events[event.index]
+            events.append(replace(event, start=known.start, end=known.end))
+        elif event.label in spans:
+            events.append(replace(event, start=spans[event.label][0], end=spans[event.label][1]))
+    curve = curve_of(Timeline(tuple(events)))
+    if not curve.levels:
+        return
+    keep = _thin(list(curve.levels))
+    x = [curve.starts[i] for i in keep] + [curve.seconds]
+    y = [curve.levels[i] / divisor for i in keep]
+    axes.step(x, [*y, y[-1]], where="post", color=_MEASURED, linewidth=1.3, linestyle=(0, (4, 1.5)), zorder=7)
+    axes.plot([], [], color=_MEASURED, linewidth=1.3, linestyle=(0, (4, 1.5)), label="measured")
+    event = max(events, key=lambda one: (one.peak, -one.start))
+    axes.set_ylim(0, max(axes.get_ylim()[1], 1.12 * event.peak / divisor))
+    axes.plot([event.start], [event.peak / divisor], "D", color=_MEASURED, markersize=4, zorder=9)
+
+
+def at_peaks(plan: Plan, measured: Timeline | None) -> str:
+    """The ops at the predicted and at the measured peak, in words."""
+    words = []
+    if plan.predicted.events:
+        words.append(f"peak at {where_at(plan, plan.predicted.peak_index)}")
+    if measured is not None and measured.events:
+        event = max(measured.events, key=lambda one: (one.peak, -one.start))
+        same = event.index == plan.predicted.peak_index
+        place = "the same op" if same else event.label or where_at(plan, event.index)
+        words.append(f"measured {format_bytes(event.peak)} at {place}")
+    return "; ".join(words)
 
 
 def _title(plan: Plan) -> str:
