@@ -41,9 +41,12 @@ if TYPE_CHECKING:
     from keepless.errors import InfeasibleBudget as InfeasibleBudget
     from keepless.errors import KeeplessError as KeeplessError
     from keepless.errors import LossError as LossError
+    from keepless.errors import OutOfMemory as OutOfMemory
     from keepless.errors import PlanError as PlanError
     from keepless.errors import RecomputeError as RecomputeError
     from keepless.errors import StaleTensorError as StaleTensorError
+    from keepless.errors import TornStep as TornStep
+    from keepless.measure.out_of_memory import is_out_of_memory as is_out_of_memory
 
 __version__ = "0.1.0"
 
@@ -80,10 +83,13 @@ _HOMES = {
         "InfeasibleBudget",
         "KeeplessError",
         "LossError",
+        "OutOfMemory",
         "PlanError",
         "RecomputeError",
         "StaleTensorError",
+        "TornStep",
     ),
+    "keepless.measure.out_of_memory": ("is_out_of_memory",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

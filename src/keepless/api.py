@@ -209,6 +209,8 @@ def apply(
     takeover: bool = False,
     background: bool = True,
     optimizer: torch.optim.Optimizer | None = None,
+    on_oom: str = "survive",
+    black_box: str | os.PathLike[str] | None = None,
 ) -> M:
     """Makes a model train by a plan; the same object, state_dict keys and forward signature.
 
@@ -221,13 +223,18 @@ def apply(
             Results are the same bits either way.
         takeover: turn off the model's own checkpointing until `remove`, also where the plan was not made with it.
         optimizer: the loop's, where the plan steps it in the backward (`rewrites`); the loop stays as it is.
+        on_oom: what a step does where the device has less memory than was planned for: "survive" goes on inside the
+            failing call, by a tighter program and with the same bits; "raise" only writes down what happened
+            (`docs/out-of-memory.md`).
+        black_box: the folder for what is written down; None for that of the environment's KEEPLESS_BLACK_BOX, or the
+            current one.
 
     Raises:
         PlanError: the plan was made for another model.
         RewriteError: the plan steps an optimizer in the backward, and none, or another, is given.
         CheckpointingError: the model checkpoints already, and neither the plan nor this call takes that over.
     """
-    return control.apply(model, plan, takeover, background, optimizer)
+    return control.apply(model, plan, takeover, background, optimizer, on_oom, black_box)
 
 
 def remove(model: M) -> M:
@@ -237,9 +244,9 @@ def remove(model: M) -> M:
 
 def fit(model: M, batch: Any, budget: str | int | float, **options: Any) -> M:
     """`plan` and `apply` in one: the model, training within the budget. Takes the options of both."""
-    background = options.pop("background", True)
+    own = {name: options.pop(name) for name in ("background", "on_oom", "black_box") if name in options}
     found = plan(model, batch, budget, **options)
-    return apply(model, found, background=background, optimizer=options.get("optimizer"))
+    return apply(model, found, optimizer=options.get("optimizer"), **own)
 
 
 def load(path: str | os.PathLike[str]) -> Plan:

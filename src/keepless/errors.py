@@ -17,6 +17,8 @@
     |-- StepError            a training step cannot go on (used twice, changed in between)
     |   |-- StaleTensorError a parameter or input was changed between forward and backward
     |   |-- ReplayError      a second or double backward that cannot be replayed
+    |   |-- OutOfMemory      an allocation failed and nothing was left to tighten; carries `.suggested_budget`
+    |   |-- TornStep         an optimizer ran out of memory half way; carries `.updated` and `.half_updated`
     |   `-- RecomputeError   a checkpointed region cannot be run again as it ran
     |-- PlanError            a plan file that cannot be read, or was made for something else
     |-- ProgramError         a program breaks a rule of the machine; carries `.rule` and `.index`
@@ -110,6 +112,44 @@ class StaleTensorError(StepError):
 
 class ReplayError(StepError):
     """A second or double backward that cannot be replayed exactly."""
+
+
+class OutOfMemory(StepError):
+    """The device ran out of memory in a planned step, and nothing was left to tighten, or the step could not go on.
+
+    Where torch is there it is a `torch.OutOfMemoryError`, too.
+
+    Attributes:
+        phase: "forward", "recompute", "backward" or "optimizer".
+        suggested_budget: bytes of a budget whose plan needs less than what failed; None where there is none.
+        black_box: the file that was written about it; empty where none was.
+    """
+
+    def __init__(
+        self, message: str, *, phase: str = "", suggested_budget: int | None = None, black_box: str = ""
+    ) -> None:
+        super().__init__(message)
+        self.phase = phase
+        self.suggested_budget = suggested_budget
+        self.black_box = black_box
+
+
+class TornStep(StepError):
+    """An optimizer ran out of memory in the middle of its step: the parameters are no state of the training any more.
+
+    Attributes:
+        updated: names of the parameters whose update is complete.
+        half_updated: names of those whose update began (or may not be complete), state included.
+        black_box: the file that was written about it; empty where none was.
+    """
+
+    def __init__(
+        self, message: str, *, updated: tuple[str, ...], half_updated: tuple[str, ...], black_box: str = ""
+    ) -> None:
+        super().__init__(message)
+        self.updated = updated
+        self.half_updated = half_updated
+        self.black_box = black_box
 
 
 class RecomputeError(StepError):

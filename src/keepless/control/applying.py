@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TypeVar
 
 import torch
@@ -10,6 +11,7 @@ from keepless.control.checks import check_module, check_optimizer, check_plan
 from keepless.control.parts import module_plans, module_steps
 from keepless.control.plan_book.book import Book
 from keepless.control.plan_book.recapturing import capture_of
+from keepless.control.rescue.survival import SURVIVE, Survival, check_on_oom
 from keepless.control.signature import check_signature, model_signature
 from keepless.control.takeover import check_checkpointing, give_back, is_allowed, take
 from keepless.errors import RewriteError
@@ -26,6 +28,8 @@ def apply(
     takeover: bool = False,
     background: bool = True,
     optimizer: torch.optim.Optimizer | None = None,
+    on_oom: str = SURVIVE,
+    black_box: str | os.PathLike[str] | None = None,
     *,
     updates: bool = True,
 ) -> M:
@@ -36,6 +40,7 @@ def apply(
     """
     check_module(model)
     check_plan(plan)
+    check_on_oom(on_oom)
     updater = _updater(model, plan, optimizer) if updates else None
     check_checkpointing(model, takeover or is_allowed(plan))
     if not module_plans.is_by_modules(plan):
@@ -46,7 +51,7 @@ def apply(
         if module_plans.is_by_modules(plan):
             module_plans.apply(model, plan)
         else:
-            _put_in(model, plan, background, updater)
+            _put_in(model, plan, background, updater, Survival(plan, on_oom, black_box))
     except BaseException:
         give_back(model)
         raise
@@ -73,16 +78,13 @@ def _updater(model: torch.nn.Module, plan: Plan, optimizer: torch.optim.Optimize
     return Updater(optimizer, {name: p for name, p in model.named_parameters() if p.requires_grad})
 
 
-def _put_in(model: torch.nn.Module, plan: Plan, background: bool, updater: Updater | None) -> None:
+def _put_in(model: torch.nn.Module, plan: Plan, background: bool, updater: Updater | None, survival: Survival) -> None:
     """A plan of single ops into a model that has none."""
-    planned = PlannedForward(model, [], None)
+    planned = PlannedForward(model, [], None, survival)
     planned.updater = updater
     capture = capture_of(plan, model)
     if capture is not None:
-        planned.entries.add(make_entry(model, capture.flat, capture.binding, plan.program))
-        for entry in planned.entries:
-            entry.recipe.counters = planned.counters
-
+        planned.add(make_entry(model, capture.flat, capture.binding, plan.program, cost=plan.cost))
     planned.on_miss = Book(plan, background)
     planned.put_in()
 

@@ -36,13 +36,28 @@ from keepless import _compat
 from keepless.binding import Binding, Call, OpCode, Ref, slots_of
 from keepless.errors import StaleTensorError
 from keepless.execute.direct import direct
-from keepless.ir import DEVICE, Drop, Phase, Program, Run
+from keepless.execute.drill import drill_of
+from keepless.ir import DEVICE, Drop, Effect, Op, Phase, Program, Run
 from keepless.machine import reuse_pairs
+from keepless.measure import is_out_of_memory
 
 STEP_FILE = "<keepless step>"
 """What tracebacks call the generated program."""
 
 _LITERALS = (bool, int, str, type(None))
+
+
+def write_again(error: Exception, write: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    """Writes to buffers stand at the forward's end and need next to no memory, so that one that found none is tried
+    again where it stands: a forward of which some writes are done cannot begin anew."""
+    if not is_out_of_memory(error):
+        raise error
+    write(*args, **kwargs)
+
+
+def is_write(op: Op) -> bool:
+    """Whether an op does nothing but write to a tensor that was there before the step."""
+    return Effect.BUFFER in op.effects and not op.outputs
 
 
 def stale(name: str, now: int, expected: int) -> None:
@@ -64,6 +79,7 @@ class Compiled:
         segments: per backward yield, the indices into `Binding.grads` that G then holds, in order.
         reads: per backward segment, the positions in A that it reads.
         num_replays: runs beyond the first of an op.
+        program: what it runs.
     """
 
     text: str
@@ -72,18 +88,21 @@ class Compiled:
     segments: tuple[tuple[int, ...], ...]
     reads: tuple[tuple[int, ...], ...]
     num_replays: int
+    program: Program
 
 
 class _Writer:
     """Emits lines, instruction by instruction."""
 
-    def __init__(self, binding: Binding, program: Program, mark: Callable[[int], None] | None) -> None:
+    def __init__(self, binding: Binding, program: Program, mark: Callable[[int], None] | None, is_again: bool) -> None:
         self.binding = binding
         self.graph = binding.graph
         self.program = program
         self.is_timed = mark is not None
+        self.is_again = is_again
+        self.drill = drill_of(program)
         self.table: dict[str, Any] = {"_get_rng": torch.get_rng_state, "_set_rng": torch.set_rng_state, "_stale": stale}
-        self.table |= {"_mark": mark}
+        self.table |= {"_mark": mark, "_drill": self.drill, "_write_again": write_again}
         self.names: dict[int, str] = {}
         self.lines: list[str] = []
         self.arguments: list[int] = sorted(
@@ -197,7 +216,11 @@ class _Writer:
         code = self.binding.ops[run.op]
         if op.phase is Phase.LOSS:
             self.loss(index)
+        elif code is not None and is_write(op):
+            if not self.is_again:
+                self.write_to_buffer(index, code.call)
         elif code is not None:
+            self.lines += [f"_drill({index})"] * (self.drill is not None)
             self.compute(run, code)
         elif op.phase is Phase.BACKWARD:
             self.deliver(index, run)
@@ -241,6 +264,14 @@ class _Writer:
             self.forget(pairs[0][1])
         for _, slot in kept:
             self.bind(slot)
+
+    def write_to_buffer(self, index: int, call: Call) -> None:
+        self.ensure(call)
+        text = self.call(call)
+        name, _, arguments = text.partition("(")
+        drill = [f"    _drill({index})"] * (self.drill is not None)
+        again = f"    _write_again(error, {name}, {arguments}"
+        self.lines += ["try:", *drill, "    " + text, "except Exception as error:", again]
 
     def loss(self, index: int) -> None:
         given: set[int] = set()
@@ -315,6 +346,7 @@ class _Writer:
         }
 
     def write(self) -> Compiled:
+        place: list[int] = []
         for index, instr in enumerate(self.program.instrs):
             if isinstance(instr, Run):
                 self.run(index, instr)
@@ -327,13 +359,15 @@ class _Writer:
                 if self.graph.values[instr.value].kind.value == "rng":
                     self.lines.append(f"del r{instr.value}")
             self.lines += [f"_mark({index})"] * self.is_timed
+            place += [index] * (len(self.lines) - len(place))
         if self.waiting:
             self.cut()
         unpack = f"({''.join(f't{slot}, ' for slot in self.arguments)}) = A"
-        body = "\n    ".join([unpack, "del A", *["_mark(-1)"] * self.is_timed, *self.lines])
-        text = f"def step(A, O, G):\n    {body}\n"
+        head = ["def step(A, O, G):", f"    {unpack}", "    del A", *["    _mark(-1)"] * self.is_timed]
+        text = "\n".join([*head, *[f"    {line}" for line in self.lines], ""])
         code: CodeType = compile(text, STEP_FILE, "exec")
         space = dict(self.table)
+        space["_failed_at"] = _Place(self.program, tuple(place), len(head) + 1)
         exec(code, space)
         return Compiled(
             text,
@@ -342,9 +376,52 @@ class _Writer:
             tuple(self.segments),
             tuple(self.reads),
             self.program.num_replays,
+            self.program,
         )
 
 
-def compile_step(binding: Binding, program: Program, mark: Callable[[int], None] | None = None) -> Compiled:
-    """The generated step of a verified program; it calls `mark` with -1 first, then with each instruction's index."""
-    return _Writer(binding, program, mark).write()
+def compile_step(
+    binding: Binding, program: Program, mark: Callable[[int], None] | None = None, *, is_again: bool = False
+) -> Compiled:
+    """The generated step of a verified program.
+
+    Arguments:
+        mark: called with -1 first, then with each instruction's index when it ends.
+        is_again: the forward ran before: what it writes to buffers is left out.
+    """
+    return _Writer(binding, program, mark, is_again).write()
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Which instruction a line of a generated step belongs to."""
+
+    program: Program
+    instr_of_line: tuple[int, ...]
+    first_line: int
+
+
+def failed_at(error: BaseException) -> tuple[Program, int] | None:
+    """The program and the instruction in which a generated step raised; None where none did.
+
+    The traceback is enough: ordinary steps do nothing for it.
+    """
+    found: tuple[Program, int] | None = None
+    step = error.__traceback__
+    while step is not None:
+        if step.tb_frame.f_code.co_filename == STEP_FILE:
+            place: _Place = step.tb_frame.f_globals["_failed_at"]
+            line = step.tb_lineno - place.first_line
+            lines = place.instr_of_line
+            found = place.program, lines[min(max(line, 0), len(lines) - 1)] if lines else -1
+        step = step.tb_next
+    return found
+
+
+def forget_frame(error: BaseException) -> None:
+    """A traceback must not keep the activations of a step that failed."""
+    step = error.__traceback__
+    while step is not None:
+        if step.tb_frame.f_code.co_filename == STEP_FILE:
+            step.tb_frame.clear()
+        step = step.tb_next

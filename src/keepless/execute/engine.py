@@ -15,10 +15,12 @@ from typing import Any
 import torch
 
 from keepless import _compat
+from keepless.binding import Binding
 from keepless.capture import StandingForward, is_tracing
 from keepless.errors import GuardError
-from keepless.execute.entry import Entry, reprogrammed, run_entry
+from keepless.execute.entry import Entry, equip, reprogrammed, run_entry
 from keepless.execute.nodes import Counters
+from keepless.execute.recovery import Survivor
 from keepless.execute.shelf import Shelf
 from keepless.execute.updating import Updater
 from keepless.ir import Program
@@ -50,16 +52,23 @@ class PlannedForward(StandingForward):
         updater: steps the optimizer in the backward, while this forward stands in its model.
     """
 
-    def __init__(self, model: torch.nn.Module, entries: Sequence[Entry], on_miss: Miss | None) -> None:
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        entries: Sequence[Entry],
+        on_miss: Miss | None,
+        survivor: Survivor | None = None,
+    ) -> None:
         super().__init__(model)
         self._for_training = model.training
-        self.entries = Shelf(entries)
+        self.entries = Shelf()
+        self.survivor = survivor
         self.on_miss = on_miss
         self.news: deque[News] = deque()
         self.updater: Updater | None = None
         self.counters = Counters()
-        for entry in self.entries:
-            entry.recipe.counters = self.counters
+        for entry in reversed(entries):
+            self.add(entry)
         self.__doc__ = model.forward.__doc__
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -104,12 +113,18 @@ class PlannedForward(StandingForward):
         if made is None:
             return self._unplanned(args, kwargs)
         entry = made
-        entry.recipe.counters = self.counters
-        self.counters.evicted += len(self.entries.add(entry))
+        self.add(entry)
         bound = entry.guard.check(args, kwargs)
         if isinstance(bound, str):
             raise GuardError(f"A plan made for this very call does not cover it: {bound}.")
         return run_entry(self, entry, bound)
+
+    def add(self, entry: Entry) -> None:
+        """Puts a captured step in front, as one of this model's."""
+        entry.recipe.counters = self.counters
+        if self.survivor is not None and entry.cost is not None:
+            equip(entry, entry.cost, self.survivor, _Adopt(weakref.ref(self), entry.binding))
+        self.counters.evicted += len(self.entries.add(entry))
 
     def put_in(self) -> None:
         """The module runs by its plan."""
@@ -135,6 +150,20 @@ class PlannedForward(StandingForward):
     def _unplanned(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.counters.unplanned_calls += 1
         return self.original(*args, **kwargs)
+
+
+@dataclass(frozen=True)
+class _Adopt:
+    """Later calls of a captured step run by another program."""
+
+    planned: weakref.ref[PlannedForward]
+    binding: Binding
+
+    def __call__(self, program: Program) -> None:
+        planned = self.planned()
+        for entry in list(planned.entries) if planned is not None else ():
+            if entry.binding is self.binding and planned is not None:
+                planned.entries.swap(entry, reprogrammed(entry, program))
 
 
 @torch.compiler.disable(reason="a model with a Keepless plan runs its planned step")  # type: ignore[no-untyped-call,untyped-decorator]

@@ -11,10 +11,12 @@ import torch
 from keepless import _compat
 from keepless.binding import Binding
 from keepless.capture import FlatInputs, StandingForward
+from keepless.cost import CostModel
 from keepless.errors import ReplayError
 from keepless.execute.codegen import Compiled, compile_step
 from keepless.execute.guard import Bound, Guard
 from keepless.execute.nodes import Recipe, Replayed, Step, run_step
+from keepless.execute.recovery import Rescue, Survivor, begin_again
 from keepless.ir import Effect, Phase, Program
 
 _TENSOR, _ARGUMENT, _CONSTANT = 0, 1, 2
@@ -26,6 +28,7 @@ class Entry:
     """One captured step that a planned forward can run.
 
     Arguments:
+        cost: of the captured step's ops; None where it is not known.
         again: what to do when the entry is used a second time; each is called once.
     """
 
@@ -37,6 +40,7 @@ class Entry:
     output_layout: tuple[tuple[int, Any], ...]
     leaf_arguments: tuple[int, ...]
     replay_blocker: str
+    cost: CostModel | None = None
     again: list[Callable[[], None]] = field(default_factory=list)
 
     @property
@@ -51,10 +55,23 @@ def run_entry(standing: StandingForward, entry: Entry, bound: Bound) -> Any:
     Arguments:
         standing: what stands in the place of the forward that was captured.
     """
-    arguments, recipe = bound.arguments, entry.recipe
+    arguments = bound.arguments
     leaves = [arguments[i] for i in entry.leaf_arguments]
-    step = Step(recipe, arguments, leaves, _Replay(standing, entry, arguments, bound.inputs))
-    tensors = run_step(step)
+    while True:
+        recipe = entry.recipe
+        step = Step(recipe, arguments, leaves, _Replay(standing, entry, arguments, bound.inputs))
+        try:
+            tensors = run_step(step)
+            break
+        except Exception as error:
+            rescue = recipe.rescue
+            if rescue is None or not rescue.covers(error):
+                raise
+            failure = rescue.failure(error, step, recipe.compiled)
+            if not rescue.survivor.survives:
+                rescue.told(error, failure)
+                raise
+        entry = reprogrammed(entry, begin_again(step, failure))  # out of the handler, which holds the failed step
     flat = [
         tensors[what] if kind == _TENSOR else arguments[what] if kind == _ARGUMENT else what
         for kind, what in entry.output_layout
@@ -119,8 +136,14 @@ def make_entry(
     binding: Binding,
     program: Program,
     mark: Callable[[int], None] | None = None,
+    cost: CostModel | None = None,
 ) -> Entry:
-    """Lowers a verified program for a model; the model is not changed. `mark` is told when instructions end."""
+    """Lowers a verified program for a model; the model is not changed.
+
+    Arguments:
+        mark: told when instructions end.
+        cost: of the captured step's ops, for tighter programs where there is no memory.
+    """
     compiled = compile_step(binding, program, mark)
     guard = Guard(model, flat, binding, compiled.arguments)
     positions = tuple(sorted(binding.outputs))
@@ -175,7 +198,7 @@ def make_entry(
     )
     leaf_arguments = tuple(argument_of(name) for name, _ in binding.grads)
     ordered = tuple(layout[position] for position in sorted(layout))
-    return Entry(guard, recipe, binding, program, flat, ordered, leaf_arguments, blocker)
+    return Entry(guard, recipe, binding, program, flat, ordered, leaf_arguments, blocker, cost)
 
 
 def reprogrammed(entry: Entry, program: Program) -> Entry:
@@ -183,6 +206,13 @@ def reprogrammed(entry: Entry, program: Program) -> Entry:
     compiled = compile_step(entry.binding, program)
     assert compiled.arguments == entry.compiled.arguments
     return replace(entry, recipe=replace(entry.recipe, compiled=compiled), program=program)
+
+
+def equip(entry: Entry, cost: CostModel, survivor: Survivor, adopt: Callable[[Program], None]) -> None:
+    """Gives an entry what it needs to survive where there is no memory; `adopt` makes later steps run by a program."""
+    recipe = entry.recipe
+    recipe.rescue = Rescue(entry.binding, cost, entry.replay_blocker, survivor, adopt)
+    recipe.keeps_tangents = survivor.survives and recipe.rescue.keeps_tangents
 
 
 def _what_blocks_replay(binding: Binding) -> tuple[str, tuple[int, ...]]:

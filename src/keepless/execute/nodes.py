@@ -25,7 +25,8 @@ import torch
 
 from keepless import _compat
 from keepless.errors import ReplayError, StepError
-from keepless.execute.codegen import STEP_FILE, Compiled, stale
+from keepless.execute.codegen import Compiled, forget_frame, stale
+from keepless.execute.recovery import Rescue, go_on
 
 _USED_TWICE = (
     "Trying to backward through a planned step a second time, but it was freed after the first. Specify "
@@ -54,6 +55,8 @@ class Counters:
         transfers: captured steps whose program was carried over from a known plan.
         solved: programs that a search in the background found and that took an entry's place.
         evicted: captured steps that were forgotten, as there were too many.
+        ooms: allocations that failed in planned steps.
+        tightened: programs that took an entry's place because of that.
     """
 
     steps: int = 0
@@ -65,6 +68,8 @@ class Counters:
     transfers: int = 0
     solved: int = 0
     evicted: int = 0
+    ooms: int = 0
+    tightened: int = 0
 
 
 @dataclass
@@ -84,6 +89,8 @@ class Recipe:
         rewritten: positions among the arguments of buffers that the forward changes and a replay may find changed.
         has_rng: whether the forward draws random numbers.
         get_state, set_state: of the generator.
+        rescue: how the step survives where there is no memory; None where it does not.
+        keeps_tangents: whether the gradients that come from outside are held to the end, for that.
     """
 
     compiled: Compiled
@@ -100,6 +107,8 @@ class Recipe:
     get_state: Callable[[], torch.Tensor]
     set_state: Callable[[torch.Tensor], None]
     counters: Counters = field(default_factory=Counters)
+    rescue: Rescue | None = None
+    keeps_tangents: bool = False
 
 
 class Step:
@@ -149,7 +158,7 @@ class Step:
         try:
             self.advance()
         except BaseException as error:
-            _forget_frame(error)
+            forget_frame(error)
             self.release()
             raise
         outputs = tuple(self.outputs)
@@ -174,12 +183,23 @@ class Step:
         try:
             if index == 0:
                 self.grads.extend(self.tangents or ())
-                self.tangents = None
+                if not self.recipe.keeps_tangents:
+                    self.tangents = None
             self.advance()
+            failure = None
         except BaseException as error:
-            _forget_frame(error)
-            self.release()
-            raise
+            forget_frame(error)
+            rescue = self.recipe.rescue
+            if rescue is None or not rescue.covers(error):
+                self.release()
+                raise
+            failure = rescue.failure(error, self, self.recipe.compiled)
+            if not rescue.survivor.survives:
+                self.release()
+                rescue.told(error, failure)
+                raise
+        if failure is not None:  # out of the handler, which holds the failed step
+            go_on(self, index, failure)
         self.next_segment = index + 1
         grads = self.grads.copy()
         self.grads.clear()
@@ -211,6 +231,7 @@ class Step:
         self.replay_forward = _gone
         self.tangents = None
         self.replayed = None
+        self.outputs.clear()
         self.grads.clear()
 
     def begin(self, tangents: tuple[Any, ...]) -> bool:
@@ -290,15 +311,6 @@ class Step:
 
 def _version(tensor: torch.Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
-
-
-def _forget_frame(error: BaseException) -> None:
-    """A traceback must not keep the activations of a step that failed."""
-    step = error.__traceback__
-    while step is not None:
-        if step.tb_frame.f_code.co_filename == STEP_FILE:
-            step.tb_frame.clear()
-        step = step.tb_next
 
 
 def _gone(cut_off: bool) -> Replayed:

@@ -27,6 +27,17 @@ def device_nbytes(device: torch.device | str) -> int:
     return min(limits) if limits else _physical()
 
 
+def free_nbytes(device: torch.device | str) -> int | None:
+    """Bytes that new allocations may find now, as far as the system tells; None where it does not.
+
+    CUDA: what the driver has free. CPU: what is available, within the cgroup's limit and the process's own.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return _available()
+
+
 def describe_device(device: torch.device | str) -> dict[str, str | int | bool]:
     """What the costs of ops depend on: the device, torch, threads, and the switches that choose kernels."""
     device = torch.device(device)

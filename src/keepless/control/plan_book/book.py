@@ -75,7 +75,7 @@ class Book:
         inputs = Inputs(*args, **kwargs)
         if not planned.entries:
             capture = bind(model, self.plan, flatten_inputs(inputs))
-            return make_entry(model, capture.flat, capture.binding, self.plan.program)
+            return make_entry(model, capture.flat, capture.binding, self.plan.program, cost=self.plan.cost)
         entry = self._captured(planned, model, inputs, reason)
         planned.counters.captures += 1
         self._warn(planned, entry, reason)
@@ -106,7 +106,7 @@ class Book:
                 blocking=error.blocking,
             ) from None
         self._known.append(known_of(measured.graph, program))
-        entry = make_entry(model, measured.capture.flat, measured.capture.binding, program)
+        entry = make_entry(model, measured.capture.flat, measured.capture.binding, program, cost=measured.cost)
         planned.counters.transfers += found is not None
         if self.background and found is not None and found.certificate.status is not Status.OPTIMAL:
             entry.again.append(_Later(self, planned, entry, measured, settings, found))
