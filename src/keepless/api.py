@@ -211,6 +211,7 @@ def apply(
     optimizer: torch.optim.Optimizer | None = None,
     on_oom: str = "survive",
     black_box: str | os.PathLike[str] | None = None,
+    arena: bool = False,
 ) -> M:
     """Makes a model train by a plan; the same object, state_dict keys and forward signature.
 
@@ -228,13 +229,16 @@ def apply(
             (`docs/out-of-memory.md`).
         black_box: the folder for what is written down; None for that of the environment's KEEPLESS_BLACK_BOX, or the
             current one.
+        arena: values are made in one buffer, at planned addresses, where that gives the same bits;
+            `model.forward.arena` says what is in it (`docs/allocator.md`).
 
     Raises:
         PlanError: the plan was made for another model.
+        ArenaError: an arena does not fit into the budget, or the plan is not one of the whole captured step.
         RewriteError: the plan steps an optimizer in the backward, and none, or another, is given.
         CheckpointingError: the model checkpoints already, and neither the plan nor this call takes that over.
     """
-    return control.apply(model, plan, takeover, background, optimizer, on_oom, black_box)
+    return control.apply(model, plan, takeover, background, optimizer, on_oom, black_box, arena=arena)
 
 
 def remove(model: M) -> M:
@@ -244,7 +248,7 @@ def remove(model: M) -> M:
 
 def fit(model: M, batch: Any, budget: str | int | float, **options: Any) -> M:
     """`plan` and `apply` in one: the model, training within the budget. Takes the options of both."""
-    own = {name: options.pop(name) for name in ("background", "on_oom", "black_box") if name in options}
+    own = {name: options.pop(name) for name in ("background", "on_oom", "black_box", "arena") if name in options}
     found = plan(model, batch, budget, **options)
     return apply(model, found, optimizer=options.get("optimizer"), **own)
 

@@ -14,8 +14,10 @@ from keepless.control.plan_book.recapturing import capture_of
 from keepless.control.rescue.survival import SURVIVE, Survival, check_on_oom
 from keepless.control.signature import check_signature, model_signature
 from keepless.control.takeover import check_checkpointing, give_back, is_allowed, take
-from keepless.errors import RewriteError
+from keepless.errors import ArenaError, RewriteError
 from keepless.execute import PlannedForward, Updater, make_entry
+from keepless.execute.arena import make_arena
+from keepless.execute.entry import with_arena
 from keepless.machine import OPTIMIZER_IN_BACKWARD, Plan
 from keepless.measure import innermost
 
@@ -32,6 +34,7 @@ def apply(
     black_box: str | os.PathLike[str] | None = None,
     *,
     updates: bool = True,
+    arena: bool = False,
 ) -> M:
     """See `keepless.apply`.
 
@@ -42,6 +45,11 @@ def apply(
     check_plan(plan)
     check_on_oom(on_oom)
     updater = _updater(model, plan, optimizer) if updates else None
+    if arena and (module_plans.is_by_modules(plan) or capture_of(plan, model) is None):
+        raise ArenaError(
+            "An arena needs a plan of the whole captured step that was made for this very model in this process: "
+            'keepless.plan(model, ..., engine="graph").'
+        )
     check_checkpointing(model, takeover or is_allowed(plan))
     if not module_plans.is_by_modules(plan):
         check_signature(plan.signature, model_signature(model), "model")
@@ -51,7 +59,7 @@ def apply(
         if module_plans.is_by_modules(plan):
             module_plans.apply(model, plan)
         else:
-            _put_in(model, plan, background, updater, Survival(plan, on_oom, black_box))
+            _put_in(model, plan, background, updater, Survival(plan, on_oom, black_box), arena)
     except BaseException:
         give_back(model)
         raise
@@ -78,13 +86,19 @@ def _updater(model: torch.nn.Module, plan: Plan, optimizer: torch.optim.Optimize
     return Updater(optimizer, {name: p for name, p in model.named_parameters() if p.requires_grad})
 
 
-def _put_in(model: torch.nn.Module, plan: Plan, background: bool, updater: Updater | None, survival: Survival) -> None:
+def _put_in(
+    model: torch.nn.Module, plan: Plan, background: bool, updater: Updater | None, survival: Survival, arena: bool
+) -> None:
     """A plan of single ops into a model that has none."""
     planned = PlannedForward(model, [], None, survival)
     planned.updater = updater
     capture = capture_of(plan, model)
     if capture is not None:
-        planned.add(make_entry(model, capture.flat, capture.binding, plan.program, cost=plan.cost))
+        entry = make_entry(model, capture.flat, capture.binding, plan.program, cost=plan.cost)
+        if arena:
+            made = make_arena(capture.binding, plan.program, plan.predicted, plan.budget.device)
+            entry, planned.arena = with_arena(entry, made), made.report
+        planned.add(entry)
     planned.on_miss = Book(plan, background)
     planned.put_in()
 

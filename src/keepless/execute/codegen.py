@@ -25,7 +25,7 @@ the program adds only the order.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import CodeType
 from typing import Any
@@ -34,6 +34,7 @@ import torch
 
 from keepless import _compat
 from keepless.binding import Binding, Call, OpCode, Ref, slots_of
+from keepless.capture.outs import OutForm, Overload
 from keepless.errors import StaleTensorError
 from keepless.execute.direct import direct
 from keepless.execute.drill import drill_of
@@ -94,8 +95,16 @@ class Compiled:
 class _Writer:
     """Emits lines, instruction by instruction."""
 
-    def __init__(self, binding: Binding, program: Program, mark: Callable[[int], None] | None, is_again: bool) -> None:
+    def __init__(
+        self,
+        binding: Binding,
+        program: Program,
+        mark: Callable[[int], None] | None,
+        is_again: bool,
+        placed: Mapping[int, tuple[OutForm, tuple[torch.Tensor, ...]]],
+    ) -> None:
         self.binding = binding
+        self.placed = placed
         self.graph = binding.graph
         self.program = program
         self.is_timed = mark is not None
@@ -221,11 +230,11 @@ class _Writer:
                 self.write_to_buffer(index, code.call)
         elif code is not None:
             self.lines += [f"_drill({index})"] * (self.drill is not None)
-            self.compute(run, code)
+            self.compute(index, run, code)
         elif op.phase is Phase.BACKWARD:
             self.deliver(index, run)
 
-    def compute(self, run: Run, code: OpCode) -> None:
+    def compute(self, index: int, run: Run, code: OpCode) -> None:
         call = code.replay if run.replay and code.replay is not None else code.call
         if run.reuse:
             pairs = [p for p in reuse_pairs(self.graph, self.graph.ops[run.op]) if p[0] in run.keep]
@@ -239,9 +248,12 @@ class _Writer:
             body = len(self.lines)
         elif code.state in run.keep:
             self.lines.append(f"{state} = _get_rng()")
-        text = self.call(call)
         kept = [(item, slot) for item, slot, value in code.outputs if value in run.keep]
-        if not kept:
+        placed = self.placed.get(index)
+        text = self.call(call) if placed is None else ""
+        if placed is not None:
+            self.call_into(*placed, call, code, run)
+        elif not kept:
             self.lines.append(text)
         elif kept[0][0] is None:
             self.lines.append(f"t{kept[0][1]} = {text}")
@@ -272,6 +284,21 @@ class _Writer:
         drill = [f"    _drill({index})"] * (self.drill is not None)
         again = f"    _write_again(error, {name}, {arguments}"
         self.lines += ["try:", *drill, "    " + text, "except Exception as error:", again]
+
+    def call_into(self, form: OutForm, results: tuple[torch.Tensor, ...], call: Call, code: OpCode, run: Run) -> None:
+        """Emits a call that writes into tensors of the arena, and their names."""
+        names = [self.named(tensor, "b") for tensor in results]
+        parts = [self.expression(arg) for arg in call.args]
+        keywords = [f"{key}={self.expression(value)}" for key, value in call.kwargs.items()]
+        if isinstance(form, Overload):
+            parts += [*keywords, *(f"{key}={name}" for key, name in zip(form.names, names, strict=True))]
+            self.lines.append(f"{self.named(_compat.raw_op(form.found), 'f')}({', '.join(parts)})")
+        else:
+            parts = [f"({', '.join(names)},)", *parts, *keywords]
+            self.lines.append(f"{self.named(form, 'f')}({', '.join(parts)})")
+        for name, (_, slot, value) in zip(names, code.outputs, strict=True):
+            if value in run.keep:
+                self.lines.append(f"t{slot} = {name}")
 
     def loss(self, index: int) -> None:
         given: set[int] = set()
@@ -381,15 +408,21 @@ class _Writer:
 
 
 def compile_step(
-    binding: Binding, program: Program, mark: Callable[[int], None] | None = None, *, is_again: bool = False
+    binding: Binding,
+    program: Program,
+    mark: Callable[[int], None] | None = None,
+    *,
+    is_again: bool = False,
+    placed: Mapping[int, tuple[OutForm, tuple[torch.Tensor, ...]]] | None = None,
 ) -> Compiled:
     """The generated step of a verified program.
 
     Arguments:
         mark: called with -1 first, then with each instruction's index when it ends.
         is_again: the forward ran before: what it writes to buffers is left out.
+        placed: by instruction, a form that stands for its op's call, and the tensors into which it writes.
     """
-    return _Writer(binding, program, mark, is_again).write()
+    return _Writer(binding, program, mark, is_again, placed or {}).write()
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from keepless import _compat
 from keepless.binding import Binding
 from keepless.capture import StandingForward, is_tracing
 from keepless.errors import GuardError
+from keepless.execute.arena import ArenaReport
 from keepless.execute.entry import Entry, equip, reprogrammed, run_entry
 from keepless.execute.nodes import Counters
 from keepless.execute.recovery import Survivor
@@ -50,6 +51,7 @@ class PlannedForward(StandingForward):
         counters: what happened beside the plan.
         news: better programs for entries; a thread beside may put them here.
         updater: steps the optimizer in the backward, while this forward stands in its model.
+        arena: what the plan's arena is; None without one.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class PlannedForward(StandingForward):
         self.on_miss = on_miss
         self.news: deque[News] = deque()
         self.updater: Updater | None = None
+        self.arena: ArenaReport | None = None
         self.counters = Counters()
         for entry in reversed(entries):
             self.add(entry)

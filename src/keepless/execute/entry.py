@@ -13,6 +13,7 @@ from keepless.binding import Binding
 from keepless.capture import FlatInputs, StandingForward
 from keepless.cost import CostModel
 from keepless.errors import ReplayError
+from keepless.execute.arena import Arena
 from keepless.execute.codegen import Compiled, compile_step
 from keepless.execute.guard import Bound, Guard
 from keepless.execute.nodes import Recipe, Replayed, Step, run_step
@@ -205,7 +206,15 @@ def reprogrammed(entry: Entry, program: Program) -> Entry:
     """The entry of another verified program for the same captured step: for the same calls, by the same guard."""
     compiled = compile_step(entry.binding, program)
     assert compiled.arguments == entry.compiled.arguments
-    return replace(entry, recipe=replace(entry.recipe, compiled=compiled), program=program)
+    return replace(entry, recipe=replace(entry.recipe, compiled=compiled, arena=None), program=program)
+
+
+def with_arena(entry: Entry, arena: Arena) -> Entry:
+    """The entry with an arena that was made for its program."""
+    compiled = compile_step(entry.binding, entry.program, placed=arena.runs)
+    assert compiled.arguments == entry.compiled.arguments
+    assert compiled.segments == entry.compiled.segments
+    return replace(entry, recipe=replace(entry.recipe, arena=(arena, compiled)))
 
 
 def equip(entry: Entry, cost: CostModel, survivor: Survivor, adopt: Callable[[Program], None]) -> None:

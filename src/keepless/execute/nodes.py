@@ -25,6 +25,7 @@ import torch
 
 from keepless import _compat
 from keepless.errors import ReplayError, StepError
+from keepless.execute.arena import Arena, Lease
 from keepless.execute.codegen import Compiled, forget_frame, stale
 from keepless.execute.recovery import Rescue, go_on
 
@@ -57,6 +58,7 @@ class Counters:
         evicted: captured steps that were forgotten, as there were too many.
         ooms: allocations that failed in planned steps.
         tightened: programs that took an entry's place because of that.
+        without_arena: steps that ran without the arena, as another step had it, or as there was no memory for it.
     """
 
     steps: int = 0
@@ -70,6 +72,7 @@ class Counters:
     evicted: int = 0
     ooms: int = 0
     tightened: int = 0
+    without_arena: int = 0
 
 
 @dataclass
@@ -91,6 +94,7 @@ class Recipe:
         get_state, set_state: of the generator.
         rescue: how the step survives where there is no memory; None where it does not.
         keeps_tangents: whether the gradients that come from outside are held to the end, for that.
+        arena: where most of the step's values are made, and the generated step that does so; None without one.
     """
 
     compiled: Compiled
@@ -109,6 +113,7 @@ class Recipe:
     counters: Counters = field(default_factory=Counters)
     rescue: Rescue | None = None
     keeps_tangents: bool = False
+    arena: tuple[Arena, Compiled] | None = None
 
 
 class Step:
@@ -120,6 +125,7 @@ class Step:
         "gen",
         "grads",
         "kept",
+        "lease",
         "leaves",
         "next_segment",
         "outputs",
@@ -151,7 +157,13 @@ class Step:
         self.kept = False
         self.replayed: tuple[Any, ...] | None = None
         self.rng = recipe.get_state() if recipe.has_rng else None
-        self.gen: Any = recipe.compiled.function(arguments, self.outputs, self.grads)
+        self.lease: Lease | None = None
+        compiled = recipe.compiled
+        if recipe.arena is not None:
+            self.lease = recipe.arena[0].lease()
+            compiled = recipe.arena[1] if self.lease is not None else compiled
+            recipe.counters.without_arena += self.lease is None
+        self.gen: Any = compiled.function(arguments, self.outputs, self.grads)
 
     def forward(self) -> tuple[torch.Tensor, ...]:
         """Runs up to the outputs."""
@@ -199,6 +211,7 @@ class Step:
                 rescue.told(error, failure)
                 raise
         if failure is not None:  # out of the handler, which holds the failed step
+            self.end_lease()
             go_on(self, index, failure)
         self.next_segment = index + 1
         grads = self.grads.copy()
@@ -206,6 +219,7 @@ class Step:
         if self.next_segment == len(self.recipe.compiled.segments):
             self.gen.close()
             self.done = True
+            self.end_lease()
             if not self.kept:
                 self.release()
         return grads
@@ -224,6 +238,7 @@ class Step:
         if self.gen is not None:
             self.gen.close()
         self.gen = None
+        self.end_lease()
         self.done = True
         self.kept = False
         self.arguments = ()
@@ -233,6 +248,11 @@ class Step:
         self.replayed = None
         self.outputs.clear()
         self.grads.clear()
+
+    def end_lease(self) -> None:
+        """Frees the arena, where the step has it: nothing in it is read any more."""
+        if self.lease is not None:
+            self.lease.end()
 
     def begin(self, tangents: tuple[Any, ...]) -> bool:
         """Called by the head. True: the planned backward goes on. False: a replay has made all gradients."""
