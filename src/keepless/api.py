@@ -75,6 +75,7 @@ def plan(
         land: run the plan's step a few times and plan again for what it was seen to need (`keepless.land`).
         rewrites: names of changes to the step that lower what it needs at least; `docs/rewrites.md` has them.
             "optimizer_in_backward" updates each parameter as soon as its gradient is whole, and drops that.
+            "chunked_loss" makes the logits and their loss in chunks: not bitwise, and logits are no output.
         on: a device that is not here ("rtx4090", a file that describes one; `docs/devices.md`). The step is captured
             on the CPU, or without weights on the meta device, and lowered to that device's ops; its costs are analytic
             (`plan.cost.origin`), and a budget that is a share refers to its memory. No step runs by such a plan:

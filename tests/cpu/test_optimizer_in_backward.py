@@ -358,7 +358,7 @@ class Counting(optim.SGD):
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"rewrites": ("shorter",)}, "no rewrite 'shorter'. Rewrites: optimizer_in_backward"),
+        ({"rewrites": ("shorter",)}, "no rewrite 'shorter'. Rewrites: optimizer_in_backward, chunked_loss"),
         ({"rewrites": "optimizer_in_backward"}, "no sequence of names"),
         ({"rewrites": REWRITES, "optimizer": None}, "give it, as optimizer="),
         ({"rewrites": REWRITES, "accumulate": True}, "adds to gradients"),

@@ -33,10 +33,15 @@ CUDA_RNG_NBYTES = 16
 
 
 class Assembly:
-    """Puts the drafts in order, adds loss, deliver and optimizer ops, and builds the graph."""
+    """Puts the drafts in order, adds loss, deliver and optimizer ops, and builds the graph.
 
-    def __init__(self, work: Drafting, model: torch.nn.Module) -> None:
+    Arguments:
+        withheld: flat output positions of tensors that a rewrite does not make: they are None.
+    """
+
+    def __init__(self, work: Drafting, model: torch.nn.Module, withheld: frozenset[int] = frozenset()) -> None:
         self.work = work
+        self.withheld = withheld
         self.shape = work.shape
         self.parameters = dict(torch.nn.Module.named_parameters(model))
         self.device = planned_device(model)
@@ -247,7 +252,8 @@ class Assembly:
             constants=work.constants,
             constant_homes=work.homes,
             outputs=self.outputs,
-            output_constants={i: leaf for i, leaf in enumerate(leaves) if not isinstance(leaf, torch.Tensor)},
+            output_constants={i: leaf for i, leaf in enumerate(leaves) if not isinstance(leaf, torch.Tensor)}
+            | dict.fromkeys(self.withheld),
             examples_require_grad={i: leaves[i].requires_grad for i in self.outputs},
             output_spec=work.traced.output_spec,
             grad_outputs=work.traced.grad_outputs,

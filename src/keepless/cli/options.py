@@ -47,7 +47,9 @@ LandOption = Annotated[
 ]
 RewriteOption = Annotated[
     list[str] | None,
-    typer.Option("--rewrite", help="Change the step to need less: optimizer_in_backward; may be repeated."),
+    typer.Option(
+        "--rewrite", help="Change the step to need less: optimizer_in_backward, chunked_loss; may be repeated."
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, and nothing else.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -150,6 +151,28 @@ def noise_of(run: Runner, reference: Outcome) -> float:
     once = run.step() if differing(reference, again) else reference
     pairs = [(once.loss, again.loss), *((once.grads[n], again.grads[n]) for n in once.grads)]
     return max(float((a - b).abs().max()) if a.numel() else 0.0 for a, b in pairs)
+
+
+def deviation_of(a: Outcome, b: Outcome) -> tuple[float, str]:
+    """The largest difference in a tensor, as a share of the largest number in b's, and whose; infinite where one is
+    missing, or one generator was drawn from otherwise."""
+    if not torch.equal(a.rng, b.rng):
+        return math.inf, "generator state"
+    pairs = {"loss": (a.loss, b.loss)}
+    for what, left, right in (("gradient of", a.grads, b.grads), ("buffer", a.buffers, b.buffers)):
+        for name in sorted(left.keys() | right.keys()):
+            if name not in left or name not in right:
+                return math.inf, f"{what} {name}"
+            pairs[f"{what} {name}"] = left[name], right[name]
+    worst, where = 0.0, ""
+    for name, (now, then) in pairs.items():
+        if now.numel() == 0 or _same_bits(now, then):
+            continue
+        scale = float(then.abs().max())
+        share = float((now - then).abs().max()) / scale if scale else math.inf
+        if not share <= worst:  # NaN counts as the worst, too
+            worst, where = share if share == share else math.inf, name
+    return worst, where
 
 
 def differing(a: Outcome, b: Outcome) -> list[str]:

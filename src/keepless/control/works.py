@@ -9,6 +9,7 @@ import torch
 from keepless._compat.flops import attention_flops, count_flops, has_formula
 from keepless.binding import Binding, Call, OpCode, Ref, map_refs, slots_of
 from keepless.capture import DELIVER, LOSS, OPTIMIZER, UPDATE
+from keepless.capture.chunked_ops import chunked_loss, chunked_loss_backward, chunked_work
 from keepless.cost import Work
 from keepless.cost import efficiency as kinds
 from keepless.cost.kinds import op_kind
@@ -69,6 +70,8 @@ def work_of(binding: Binding, op: Op, code: OpCode) -> Work:
     """Work of one op that the engine runs."""
     call, kind = code.call, op_kind(op.name)
     examples = binding.examples
+    if call.target in (chunked_loss, chunked_loss_backward):
+        return _of_chunks(binding, call)
     outputs = [examples[slot] for _, slot, _ in code.outputs]
     inputs = [examples[slot] for slot in slots_of(call)]
     written = sum(map(_nbytes, outputs))
@@ -80,6 +83,21 @@ def work_of(binding: Binding, op: Op, code: OpCode) -> Work:
     tensors = outputs or inputs
     dtype = str(tensors[0].dtype).removeprefix("torch.") if kind in _BY_TENSOR_CORES else "float32"
     return Work(_flops(binding, call, code, kind, [*inputs, *outputs]), read, written, kind, dtype)
+
+
+def _of_chunks(binding: Binding, call: Call) -> Work:
+    """Work of the loss over the logits in chunks."""
+    first = 1 if call.target is chunked_loss_backward else 0
+    x, w, loss = (
+        binding.examples[call.args[0 + first].slot],
+        binding.examples[call.args[1 + first].slot],
+        call.args[7 + first],
+    )
+    flops, moved, scratch, kernels = chunked_work(
+        x.shape[0], w.shape[1], x.shape[1], x.element_size(), loss.itemsize, backward=bool(first)
+    )
+    dtype = str(x.dtype).removeprefix("torch.")
+    return Work(flops, moved // 2, moved - moved // 2, kinds.MATMUL, dtype, kernels, scratch)
 
 
 def _flops(binding: Binding, call: Call, code: OpCode, kind: str, tensors: list[torch.Tensor]) -> float:

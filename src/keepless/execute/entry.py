@@ -128,7 +128,8 @@ class _Replay:
         ):
             output = self.planned.original(*args, **kwargs)
         leaves, _ = _compat.tree_flatten(output)
-        return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)], stand_ins
+        constants = binding.output_constants
+        return [t for i, t in enumerate(leaves) if isinstance(t, torch.Tensor) and i not in constants], stand_ins
 
 
 def make_entry(

@@ -11,6 +11,7 @@ from keepless.machine.plan import Plan as Plan
 from keepless.machine.plan import make_plan as make_plan
 from keepless.machine.planfile import dump_plan as dump_plan
 from keepless.machine.planfile import load_plan as load_plan
+from keepless.machine.rewrites import CHUNKED_LOSS as CHUNKED_LOSS
 from keepless.machine.rewrites import OPTIMIZER_IN_BACKWARD as OPTIMIZER_IN_BACKWARD
 from keepless.machine.rewrites import REWRITES as REWRITES
 from keepless.machine.rewrites import Rewrite as Rewrite

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from keepless.errors import RewriteError
 
 OPTIMIZER_IN_BACKWARD = "optimizer_in_backward"
+CHUNKED_LOSS = "chunked_loss"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,12 @@ REWRITES: Mapping[str, Rewrite] = {
             OPTIMIZER_IN_BACKWARD,
             True,
             "each parameter is updated as soon as its gradient is whole, and the gradient dropped",
+        ),
+        Rewrite(
+            CHUNKED_LOSS,
+            False,
+            "logits, their loss and their gradient are made in chunks of rows, and never stand as a whole; sums round "
+            "in another order, and logits are no output",
         ),
     )
 }
