@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 import keepless
-from keepless.control.allocating import allocation_of
+from keepless.control.allocating import allocation_of, restated
 from keepless.control.captured import beyond_peak
 from keepless.cost import CostModel
 from keepless.errors import InfeasibleBudget
-from keepless.machine import simulate
+from keepless.machine import make_plan, simulate
 from keepless.machine.allocation import CUBLAS_DEFAULT
 from keepless.measure.card import CardAllocator, card_allocator
 
@@ -130,3 +130,33 @@ def test_a_plan_of_the_cpu_is_shown_with_a_cards_allocator(tmp_path: Path) -> No
     assert expandable["requested"] == plain["requested"] + MIB
     for wrong in ("pages", "segments:much"):
         assert runner.invoke(app, [*command, wrong]).exit_code == 2
+
+
+def test_a_plan_that_is_made_again_has_the_allocation_of_its_own_program(card: CardAllocator) -> None:
+    model, batch = stack(depth=2)
+    widest = keepless.plan(model, batch, "4GiB", cache=True)
+    plan = keepless.plan(model, batch, widest.smallest_budget, cache=True)
+    assert restated(plan)
+    check(plan, card)
+    other = make_plan(
+        plan.graph,
+        widest.program,
+        plan.cost,
+        widest.budget,
+        plan.certificate,
+        baseline=plan.baseline,
+        signature=plan.signature,
+    )
+    assert restated(other)
+    assert other.allocation == widest.allocation != plan.allocation
+    other.budget = plan.budget
+    assert not restated(other)
+
+
+def test_a_plan_for_a_card_that_is_not_there_has_its_allocator() -> None:
+    model, batch = stack(depth=2)
+    plan = keepless.plan(model, batch, "4GiB", on="rtx4090")
+    found = plan.allocation
+    assert found is not None
+    assert found.workspaces == CUBLAS_DEFAULT
+    assert found.requested <= found.allocated <= found.reserved <= room(4 << 30)

@@ -104,6 +104,24 @@ def test_bits_of_a_language_model_whose_ids_are_looked_up() -> None:
     assert report.share > 0.8
 
 
+@pytest.mark.slow
+def test_bits_of_a_gpt2_with_dropout() -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        n_layer=3, n_embd=64, n_head=2, vocab_size=500, n_positions=64, bos_token_id=None, eos_token_id=None
+    )
+    config.use_cache = False
+    model = transformers.GPT2LMHeadModel(config).train()
+    ids = torch.randint(0, 500, (4, 64))
+    batch = {"input_ids": ids, "labels": ids}
+    widest = keepless.plan(model, batch, "4GiB", release_outputs=True)
+    report = check_bits(model, batch, 1 << 30, release_outputs=True)
+    assert report.share > 0.7
+    middle = (widest.smallest_budget + widest.baseline_peak) // 2
+    assert check_bits(model, batch, middle, release_outputs=True).share > 0.3
+
+
 def test_bits_of_a_convolutional_net_with_batch_norm() -> None:
     """Convolutions have no form that writes into a given tensor: little is in the arena, and the report says why."""
     torch.manual_seed(0)

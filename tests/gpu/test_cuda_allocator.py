@@ -81,3 +81,30 @@ def test_reserved_bytes_are_within_the_budget_where_plain_training_runs_out() ->
     assert planned["reserved"] <= budget, planned
     assert modelled["reserved"] <= budget
     assert run("plain", budget).get("oom"), "plain training fits the same share of the card"
+
+
+def test_the_arena_has_the_bits_of_the_plan_without_it() -> None:
+    import copy
+
+    import keepless
+
+    torch.manual_seed(0)
+    blocks = [
+        torch.nn.Sequential(
+            torch.nn.Linear(512, 1024), torch.nn.GELU(), torch.nn.Dropout(0.2), torch.nn.Linear(1024, 512)
+        )
+        for _ in range(4)
+    ]
+    model = keepless.with_loss(torch.nn.Sequential(*blocks).cuda(), lambda output, batch: output.square().mean())
+    plain, batch = copy.deepcopy(model), torch.randn(2048, 512, device="cuda")
+    keepless.fit(plain, batch, "8GiB")
+    keepless.fit(model, batch, "8GiB", arena=True)
+    print(model.forward.arena)
+    assert model.forward.arena.share > 0.3
+    for _ in range(2):
+        for subject in (plain, model):
+            torch.manual_seed(1)
+            subject.zero_grad()
+            subject(batch).backward()
+        pairs = zip(plain.parameters(), model.parameters(), strict=True)
+        assert all(torch.equal(a.grad, b.grad) for a, b in pairs)

@@ -15,6 +15,7 @@ from keepless.cost import CostModel
 from keepless.errors import InfeasibleBudget
 from keepless.ir import Graph, Program, format_bytes
 from keepless.machine import Allocation, Baseline, Plan, model_allocation
+from keepless.machine.allocation import EXPANDABLE
 from keepless.measure.card import CardAllocator
 from keepless.passes import from_order, reuse_storage
 from keepless.report.floor import describe_floor, find_floor
@@ -70,6 +71,21 @@ def within_card(
         smallest = with_reserve(allocation_of(low.graph, low.program, low.cost, card).reserved)
     plan.smallest_budget = min(nbytes, smallest)  # what is stated is found again
     return plan
+
+
+def restated(plan: Plan) -> bool:
+    """Models the allocation of a card's plan anew, whose program or costs have changed.
+
+    Returns:
+        Whether its reserved bytes are within the budget; True for a plan that was made for no card.
+    """
+    old = plan.allocation
+    if old is None:
+        return True
+    card = CardAllocator((old.workspaces,) if old.workspaces else (), old.mode == EXPANDABLE, old.context)
+    found = allocation_of(plan.graph, plan.program, plan.cost, card)
+    plan.signature["allocation"] = found.as_dict()
+    return with_reserve(found.reserved) <= plan.budget.limits["device"]
 
 
 def _first_that_fits(

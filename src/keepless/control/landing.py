@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from keepless.control.allocating import restated
 from keepless.control.captured import Captures
 from keepless.control.checks import check_module, check_optimizer, check_plan
 from keepless.control.parts.module_plans import is_by_modules, settings_of
@@ -161,8 +162,8 @@ def _replanned(plan: Plan, cost: CostModel) -> tuple[Solution | None, Plan | Non
     except InfeasibleBudget:
         return None, None
     again = _remade(plan, found.program, cost, plan.budget, found.certificate, found)
-    again.signature = signature
-    return found, again
+    again.signature = dict(signature)
+    return (found, again) if restated(again) else (None, None)
 
 
 def _shifted(plan: Plan, seen: Seen) -> CostModel:
@@ -212,6 +213,9 @@ def _remade(
         smallest_bound=found.smallest_bound if found is not None else floor_bound(plan.graph, cost)[0],
     )
     made.capture = plan.capture
+    if plan.allocation is not None:  # that of reserved bytes, which peaks do not tell
+        made.smallest_budget = plan.smallest_budget
+        restated(made)
     return made
 
 

@@ -209,6 +209,8 @@ def read_settings(
 
 def _card(model: torch.nn.Module, on: DeviceSpec | None) -> CardAllocator | None:
     """The allocator of the device that it is planned for."""
+    if on is not None and on.type != "cuda":
+        return None
     if on is not None:
         workspace = cublas_workspace(None, on.capability[0])
         return CardAllocator((workspace,), expandable=False, context=on.context_nbytes)
