@@ -102,8 +102,8 @@ def watch_nodes(on_node: Callable[[torch.fx.Node], None]) -> Iterator[None]:
             on_node(node)
         return node
 
-    graph_class.create_node = create_node
     try:
+        graph_class.create_node = create_node
         yield
     finally:
         graph_class.create_node = original
@@ -142,8 +142,8 @@ def quiet_fakes() -> Iterator[None]:
     """torch logs whatever fails under fake tensors with its traceback; here it is part of an error of ours."""
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     level = logger.level
-    logger.setLevel(logging.CRITICAL + 1)
     try:
+        logger.setLevel(logging.CRITICAL + 1)
         yield
     finally:
         logger.setLevel(level)
@@ -154,8 +154,8 @@ def as_if_compiling() -> Iterator[None]:
     """Model code that asks `torch.compiler.is_compiling()` is told yes, as under torch.compile."""
     compiler: Any = torch.compiler
     before = compiler._is_compiling_flag
-    compiler._is_compiling_flag = True
     try:
+        compiler._is_compiling_flag = True
         yield
     finally:
         compiler._is_compiling_flag = before
@@ -187,11 +187,12 @@ def watch_attributes(on_read: Callable[[torch.nn.Module, str, Any], None]) -> It
             on_read(self, name, value)
         return value
 
-    module_class.__getattribute__ = spy
     try:
+        module_class.__getattribute__ = spy
         yield
     finally:
-        del module_class.__getattribute__
+        with contextlib.suppress(AttributeError):  # an interrupt came before
+            del module_class.__getattribute__
 
 
 @contextlib.contextmanager
@@ -209,9 +210,9 @@ def watch_seeding(on_seed: Callable[[str], None]) -> Iterator[None]:
 
         return call
 
-    for home, name, original in saved:
-        setattr(home, name, noisy(name, original))
     try:
+        for home, name, original in saved:
+            setattr(home, name, noisy(name, original))
         yield
     finally:
         for home, name, original in saved:
@@ -225,15 +226,16 @@ def eagers_own_ops() -> Iterator[None]:
     composite: Any = torch._C.DispatchKey.CompositeImplicitAutograd
     autograd: Any = torch._C.DispatchKey.Autograd
     taken: list[tuple[Any, Any, Any]] = []
-    for name in _TAKEN_APART:
-        packet = getattr(aten, name, None)
-        for overload in packet.overloads() if packet is not None else ():
-            op: Any = getattr(packet, overload)
-            for key in (composite, autograd):
-                if key in op.py_kernels:
-                    taken.append((op, key, op.py_kernels.pop(key)))
-            op._dispatch_cache.clear()
     try:
+        for name in _TAKEN_APART:
+            packet = getattr(aten, name, None)
+            for overload in packet.overloads() if packet is not None else ():
+                op: Any = getattr(packet, overload)
+                for key in (composite, autograd):
+                    if key in op.py_kernels:
+                        taken.append((op, key, op.py_kernels[key]))
+                        del op.py_kernels[key]
+                op._dispatch_cache.clear()
         yield
     finally:
         for op, key, kernel in taken:
@@ -462,9 +464,9 @@ def function_modes_replaced(modes: list[Any]) -> Iterator[None]:
 
     c: Any = torch._C
     before = []
-    while c._len_torch_function_stack():
-        before.append(c._pop_torch_function_stack())
     try:
+        while c._len_torch_function_stack():
+            before.append(c._pop_torch_function_stack())
         with contextlib.ExitStack() as stack:
             for mode in modes:
                 if isinstance(mode, DeviceContext):

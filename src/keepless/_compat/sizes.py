@@ -49,8 +49,8 @@ class SymbolicSizes(symbolic_shapes.ShapeEnv):
                 self.answers.setdefault(question.node.expr, "false" in sys._getframe(1).f_code.co_name)
             return answer
 
-        home._static_eval_sym_bool, home._sym_node_hint_disproves = ask, lambda node, target: False
         try:
+            home._static_eval_sym_bool, home._sym_node_hint_disproves = ask, lambda node, target: False
             yield
         finally:
             home._static_eval_sym_bool, home._sym_node_hint_disproves = known, quick

@@ -44,6 +44,10 @@ class StandingForward:
         assert model is not None, "the model is gone"
         return types.MethodType(self._function, model)
 
+    def put_in(self) -> None:
+        """The module runs this one."""
+        self.module.__dict__["forward"] = self
+
     def take_out(self) -> None:
         """The module runs its own forward again, where this one stands in it."""
         model = self._model()

@@ -133,8 +133,8 @@ class _SymbolicFaking(Faking):
 def _no_collection() -> Iterator[None]:
     """No cyclic garbage is looked for: thousands of small objects are made, and all of them stay."""
     was = gc.isenabled()
-    gc.disable()
     try:
+        gc.disable()
         yield
     finally:
         if was:

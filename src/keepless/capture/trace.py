@@ -155,8 +155,8 @@ def _trace(
     as_compiled: bool,
 ) -> Traced:
     compiling = _compat.as_if_compiling() if as_compiled else contextlib.nullcontext()
-    _state.active = True
     try:
+        _state.active = True
         with torch.enable_grad(), guard_side_effects(model), compiling:
             dry = _dry_run(model, flat, batch, loss_fn, grad_outputs, faking)
             module = _export(model, flat, dry.grad_outputs, faking)
@@ -539,9 +539,10 @@ def _export(
         node.meta["keepless_source"] = _compat.user_source()
         faking.made(node)
 
-    pre = torch.nn.modules.module.register_module_forward_pre_hook(enter)
-    post = torch.nn.modules.module.register_module_forward_hook(leave, always_call=True)
+    hooks: list[Any] = []
     try:
+        hooks.append(torch.nn.modules.module.register_module_forward_pre_hook(enter))
+        hooks.append(torch.nn.modules.module.register_module_forward_hook(leave, always_call=True))
         with _compat.watch_nodes(note):
             return _compat.export_joint(step, tensors)
     except Exception as error:  # AOTAutograd raises many types; each means that the whole graph is not to be had
@@ -559,5 +560,5 @@ def _export(
             f"{type(error).__name__}: {text[0] if text else '(no message)'}"
         ) from error
     finally:
-        pre.remove()
-        post.remove()
+        for hook in hooks:
+            hook.remove()

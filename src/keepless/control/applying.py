@@ -53,15 +53,19 @@ def apply(
     check_checkpointing(model, takeover or is_allowed(plan))
     if not module_plans.is_by_modules(plan):
         check_signature(plan.signature, model_signature(model), "model")
-    remove(model)
-    take(model)
+    standing = module_steps.standing_plan(model)
     try:
+        remove(model)
+        take(model)
         if module_plans.is_by_modules(plan):
             module_plans.apply(model, plan)
         else:
             _put_in(model, plan, background, updater, Survival(plan, on_oom, black_box), arena)
     except BaseException:
-        give_back(model)
+        remove(model)
+        if standing is not None:
+            take(model)
+            standing.put_in()
         raise
     return model
 
@@ -105,8 +109,7 @@ def _put_in(
 
 def remove(model: M) -> M:
     """See `keepless.remove`."""
-    modules = module_steps.planned_modules(model)
-    planned = planned_forward(model) if modules is None else modules
+    planned = module_steps.standing_plan(model)
     if planned is not None:
         planned.take_out()
     give_back(model)

@@ -183,9 +183,11 @@ def turned_off(model: torch.nn.Module, takeover: bool) -> Iterator[None]:
     """
     check_checkpointing(model, takeover)
     model = uncompiled(model)
-    standing = _taken.pop(model, None)
-    own = Taken(model, checkpointed_places(model)) if standing is None else None
+    standing, own = _taken.get(model), None
     try:
+        _taken.pop(model, None)
+        if standing is None:
+            own = Taken(model, checkpointed_places(model))
         yield
     finally:
         if standing is not None:

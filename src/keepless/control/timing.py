@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from keepless.capture import DELIVER, UPDATE, Inputs, flatten_inputs, planned_device
-from keepless.control.applying import planned_forward, remove
+from keepless.control.applying import remove
 from keepless.control.checks import check_module, check_plan
 from keepless.control.parts.module_plans import apply as apply_modules
 from keepless.control.parts.module_plans import is_by_modules, settings_of
@@ -52,10 +52,12 @@ def measure_timeline(model: torch.nn.Module, batch: Any, plan: Plan, *, loss_fn:
     if is_by_modules(plan):
         return _by_phases(uncompiled(model), batch, plan, loss_fn, repeats)
     inputs = Inputs.of(batch)
-    standing = planned_forward(model)
     last = _last_delivery(plan)
-    with turned_off(model, is_allowed(plan)), untouched(model, planned_device(model), tensors_of(batch)) as before:
-        remove(model)
+    with (
+        turned_off(model, is_allowed(plan)),
+        without_plan(model),
+        untouched(model, planned_device(model), tensors_of(batch)) as before,
+    ):
         try:
             capture = capture_of(plan, model) or bind(model, plan, flatten_inputs(inputs))
             check_ambient(capture, "timeline")
@@ -76,8 +78,6 @@ def measure_timeline(model: torch.nn.Module, batch: Any, plan: Plan, *, loss_fn:
                 parts = memory_parts(step, device)
         finally:
             remove(model)
-            if standing is not None:
-                standing.put_in()
     order = [(index, index, "") for index in range(len(plan.program))]
     return _joined(plan, order, taken, parts)
 
@@ -97,8 +97,8 @@ def _by_phases(model: torch.nn.Module, batch: Any, plan: Plan, loss_fn: Any, rep
     with (
         turned_off(model, is_allowed(plan)),
         recording(),
-        untouched(model, device, tensors_of(inputs)) as before,
         without_plan(model),
+        untouched(model, device, tensors_of(inputs)) as before,
     ):
         run = Runner(model, inputs, batch, loss_fn, settings, device, before)
 

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 
 from keepless.capture import Inputs, flatten_inputs, planned_device
-from keepless.control.applying import planned_forward, remove
+from keepless.control.applying import remove
 from keepless.control.parts.module_plans import apply as apply_modules
 from keepless.control.parts.module_plans import settings_of
 from keepless.control.parts.module_steps import recording, standing_alone, tensors_of, uncompiled, without_plan
@@ -69,9 +69,11 @@ def captured_steps(model: torch.nn.Module, batch: Any, plan: Plan, loss_fn: Any)
         PlanError: the plan was made for another model or batch.
     """
     inputs = Inputs.of(batch)
-    standing = planned_forward(model)
-    with turned_off(model, is_allowed(plan)), untouched(model, planned_device(model), tensors_of(batch)) as before:
-        remove(model)
+    with (
+        turned_off(model, is_allowed(plan)),
+        without_plan(model),
+        untouched(model, planned_device(model), tensors_of(batch)) as before,
+    ):
         try:
             capture = capture_of(plan, model) or bind(model, plan, flatten_inputs(inputs))
             check_ambient(capture, "landing")
@@ -82,8 +84,6 @@ def captured_steps(model: torch.nn.Module, batch: Any, plan: Plan, loss_fn: Any)
             )
         finally:
             remove(model)
-            if standing is not None:
-                standing.put_in()
 
 
 @contextlib.contextmanager
@@ -103,8 +103,8 @@ def module_steps(model: torch.nn.Module, batch: Any, plan: Plan, loss_fn: Any) -
     with (
         turned_off(model, is_allowed(plan)),
         recording(),
-        untouched(model, device, tensors_of(inputs)) as before,
         without_plan(model),
+        untouched(model, device, tensors_of(inputs)) as before,
     ):
         yield _Modules(Runner(model, inputs, batch, loss_fn, settings, device, before))
 

@@ -14,7 +14,7 @@ import torch
 
 from keepless._compat import ambient_state
 from keepless.capture import Inputs, flatten_inputs, planned_device
-from keepless.control.applying import apply, planned_forward, remove
+from keepless.control.applying import apply, remove
 from keepless.control.captured import Capture
 from keepless.control.checks import check_module, check_plan
 from keepless.control.parts.module_plans import apply as apply_modules
@@ -116,12 +116,11 @@ def verify(model: torch.nn.Module, batch: Any, plan: Plan, *, loss_fn: Any, repe
         return _verify_modules(uncompiled(model), batch, plan, loss_fn, repeats)
     inputs = Inputs.of(batch)
     flat = flatten_inputs(inputs)
-    standing = planned_forward(model)
     with (
         turned_off(model, is_allowed(plan)),
+        without_plan(model),
         untouched(model, planned_device(model), tensors_of(batch)) as before,
     ):
-        remove(model)
         try:
             capture = capture_of(plan, model) or bind(model, plan, flat)
             check_ambient(capture, "verify")
@@ -136,8 +135,6 @@ def verify(model: torch.nn.Module, batch: Any, plan: Plan, *, loss_fn: Any, repe
             timed = sorted(run.step().seconds for _ in range(repeats))
         finally:
             remove(model)
-            if standing is not None:
-                standing.put_in()
     different = differing(reference, outcome)
     static = _resident(plan)
     plan.measured_peak = max(static + measured, _optimizer_peak(plan))
@@ -183,8 +180,8 @@ def _verify_modules(model: torch.nn.Module, batch: Any, plan: Plan, loss_fn: Any
     with (
         turned_off(model, is_allowed(plan)),
         recording(),
-        untouched(model, device, tensors_of(inputs)) as before,
         without_plan(model),
+        untouched(model, device, tensors_of(inputs)) as before,
     ):
         run = Runner(model, inputs, batch, loss_fn, settings, device, before)
         fits = plan.baseline_peak <= device_nbytes(device)
@@ -257,8 +254,8 @@ def with_program(
 ) -> Iterator[None]:
     """The model trains by a program; calls that mean another step are refused. `mark` as in `make_entry`."""
     entry = make_entry(model, capture.flat, capture.binding, program, mark)
-    model.__dict__["forward"] = PlannedForward(model, [entry], _refuse)
     try:
+        model.__dict__["forward"] = PlannedForward(model, [entry], _refuse)
         yield
     finally:
         remove(model)

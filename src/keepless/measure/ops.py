@@ -134,9 +134,9 @@ def measure_scratch(trials: Sequence[Trial], *, device: torch.device | str = "cp
 def _undisturbed(device: torch.device) -> Iterator[None]:
     """No garbage collection, no gradients, no autocast; the generators' states are put back."""
     was_enabled = gc.isenabled()
-    gc.disable()
     devices = [device] if device.type == "cuda" else []
     try:
+        gc.disable()
         with torch.random.fork_rng(devices), torch.no_grad(), torch.autocast(device.type, enabled=False):
             yield
     finally:

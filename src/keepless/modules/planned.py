@@ -142,8 +142,8 @@ class PlannedModules(StandingForward):
         current = self.current
         if current.is_running:  # the model calls itself: a part of the same forward
             return self.original(*args, **kwargs)
-        current.is_running = True
         try:
+            current.is_running = True
             current.calls.restart()
             chosen = _NONE
             if torch.is_grad_enabled() and not (is_tracing() or _compat.transforms_active()):
@@ -220,9 +220,7 @@ class PlannedModules(StandingForward):
 
     def put_in(self) -> None:
         """The model runs by this plan."""
-        model = self._model()
-        assert model is not None, "the model is gone"
-        model.__dict__["forward"] = self
+        super().put_in()
         for wrapped in self._wrapped.values():
             module = wrapped._model()
             if module is not None:

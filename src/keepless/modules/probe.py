@@ -95,12 +95,12 @@ class Probe:
     @contextlib.contextmanager
     def regionwise(self) -> Iterator[None]:
         """Whole steps inside the block recompute every region, and tell their pieces."""
-        handles = [
-            parameter.register_post_accumulate_grad_hook(self._noting(name))  # type: ignore[no-untyped-call]
-            for name, parameter in self.model.named_parameters()
-            if parameter.requires_grad
-        ]
+        handles: list[Any] = []
         try:
+            for name, parameter in self.model.named_parameters():
+                if parameter.requires_grad:
+                    note = self._noting(name)
+                    handles.append(parameter.register_post_accumulate_grad_hook(note))  # type: ignore[no-untyped-call]
             with (
                 forwards_replaced(self.model, self._recomputing),
                 torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack),

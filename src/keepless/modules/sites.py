@@ -77,9 +77,8 @@ def forwards_replaced(
     replaced: list[tuple[torch.nn.Module, Any]] = []
     try:
         for path, module in wrappable(model):
-            before = module.__dict__.get("forward")
+            replaced.append((module, module.__dict__.get("forward")))
             module.__dict__["forward"] = make(path, own_forward(module))
-            replaced.append((module, before))
         yield
     finally:
         for module, before in reversed(replaced):

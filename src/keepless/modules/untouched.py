@@ -178,9 +178,9 @@ def untouched(model: torch.nn.Module, device: torch.device, batch: Iterable[torc
         batch: tensors of the call; those that are leaves get no gradient from what runs in the block.
     """
     before = Before(model, device, batch)
-    before.without_gradients()
-    before.without_steppers()
     try:
+        before.without_gradients()
+        before.without_steppers()
         yield before
     finally:
         before.again()

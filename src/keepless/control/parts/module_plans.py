@@ -158,7 +158,7 @@ def _by_regions(model: torch.nn.Module, batch: Any, settings: Settings, tell: An
 
 @contextlib.contextmanager
 def _trials(model: torch.nn.Module, device: torch.device, inputs: Inputs) -> Iterator[Any]:
-    with recording(), untouched(model, device, tensors_of(inputs)) as before, as_written(), without_plan(model):
+    with recording(), without_plan(model), untouched(model, device, tensors_of(inputs)) as before, as_written():
         try:
             yield before
         except RecursionError as error:
@@ -233,10 +233,14 @@ def apply(model: torch.nn.Module, plan: Plan) -> PlannedModules:
         keys = _keys(model, plan)
     except (TypeError, ValueError, AttributeError) as error:
         raise PlanError("The plan's description of its batch is damaged. Plan again.") from error
-    planned.put_in()
-    for key in keys:
-        planned.add(key, chosen)
-    planned.on_miss = on_miss
+    try:
+        planned.put_in()
+        for key in keys:
+            planned.add(key, chosen)
+        planned.on_miss = on_miss
+    except BaseException:
+        planned.take_out()
+        raise
     return planned
 
 

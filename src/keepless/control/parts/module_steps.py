@@ -12,7 +12,11 @@ from keepless import _compat
 from keepless.capture import Inputs
 from keepless.capture.checkpointed import checkpointed_places, refuse_checkpointing
 from keepless.errors import CaptureError, ParameterError, PlanError
+from keepless.execute import PlannedForward
 from keepless.modules.planned import PlannedModules, RegionForward
+
+PLANS = (PlannedForward, PlannedModules)
+"""What stands in a planned model's place of its forward."""
 
 
 def uncompiled(model: torch.nn.Module) -> torch.nn.Module:
@@ -112,15 +116,26 @@ def planned_modules(model: torch.nn.Module) -> PlannedModules | None:
     return found if isinstance(found, PlannedModules) else None
 
 
+def standing_plan(model: torch.nn.Module) -> PlannedModules | PlannedForward | None:
+    """The plan that stands in a model, if any."""
+    found = planned_modules(model) or model.__dict__.get("forward")
+    return found if isinstance(found, PLANS) else None
+
+
 @contextlib.contextmanager
 def without_plan(model: torch.nn.Module) -> Iterator[None]:
-    """The model runs its own code inside the block; a plan that stands in it is put back afterwards."""
-    planned = planned_modules(model)
-    if planned is None:
-        yield
-        return
-    planned.take_out()
+    """The model runs its own code inside the block; a plan of any kind that stands in it is put back afterwards, in the
+    place of one that was put in meanwhile.
+    """
+    homes = dict.fromkeys((model, uncompiled(model)))
+    standing = [plan for home in homes if isinstance(plan := home.__dict__.get("forward"), PLANS)]
     try:
+        for plan in standing:
+            plan.take_out()
         yield
     finally:
-        planned.put_in()
+        for home in homes:
+            if isinstance(plan := home.__dict__.get("forward"), PLANS):
+                plan.take_out()
+        for plan in reversed(standing):
+            plan.put_in()
