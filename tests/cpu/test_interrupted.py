@@ -19,7 +19,7 @@ import keepless
 from keepless.errors import KeeplessError, MeasureError
 
 NUM_LINES = int(os.environ.get("KEEPLESS_INTERRUPTED_LINES", "4"))
-"""Lines for each function; of 300 each, run once, none left a trace."""
+"""Lines for each function."""
 ERRORS = (KeyboardInterrupt, SystemExit, MemoryError, RuntimeError)
 FUNCTIONS = (
     *(f"plan {engine}" for engine in ENGINES),
