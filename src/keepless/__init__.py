@@ -14,6 +14,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from keepless.api import Estimate as Estimate
     from keepless.api import Inputs as Inputs
     from keepless.api import Plan as Plan
     from keepless.api import StepCurve as StepCurve
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from keepless.api import account as account
     from keepless.api import apply as apply
     from keepless.api import curve as curve
+    from keepless.api import estimate as estimate
     from keepless.api import fit as fit
     from keepless.api import land as land
     from keepless.api import load as load
@@ -52,6 +54,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "keepless.api": (
+        "Estimate",
         "Inputs",
         "Plan",
         "StepCurve",
@@ -59,6 +62,7 @@ _HOMES = {
         "account",
         "apply",
         "curve",
+        "estimate",
         "fit",
         "land",
         "load",

@@ -10,7 +10,7 @@ import torch
 
 from keepless import control
 from keepless.capture import Inputs
-from keepless.control import Progress, StepCurve, Verification
+from keepless.control import Estimate, Progress, StepCurve, Verification
 from keepless.cost import DeviceSpec
 from keepless.ir import Timeline
 from keepless.machine import Plan, load_plan, read_rewrites
@@ -145,6 +145,55 @@ def land(
         ParameterError: `rounds` is out of range, the model has no weights, or the optimizer is not the planned one.
     """
     return control.land(model, batch, plan, loss_fn=loss_fn, optimizer=optimizer, rounds=rounds)
+
+
+def estimate(
+    model: torch.nn.Module,
+    batch: Any,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    loss_fn: LossFn | None = None,
+    accumulate: bool = False,
+    release_outputs: bool = False,
+    outside: str | int = 0,
+    on: str | os.PathLike[str] | DeviceSpec | None = None,
+    takeover: bool = False,
+    progress: Progress | None = None,
+) -> Estimate:
+    """What a training step would need, before any step is run and without a budget: bytes by category and module at
+    the peak of the plain step and of the smallest plan, the first, steady and accumulating step, and the largest ops.
+
+    The step is captured on fake tensors; each distinct op then runs once, alone, for its scratch. Nothing is timed.
+    The peaks are those that `plan` predicts; `estimate.margin` says by how much they may be off.
+
+    ::
+
+        estimate = keepless.estimate(model, batch, optimizer=optimizer)
+        print(estimate)
+        estimate.plain_budget, estimate.smallest_budget     # bytes
+
+    Arguments:
+        model, batch, optimizer, loss_fn, accumulate, release_outputs, outside, on, takeover: as in `plan`; the model
+            may be on the meta device.
+        progress: called with (stage, done, total).
+
+    Raises:
+        CaptureError: the model cannot be captured as one graph; `plan` measures such a model by running it.
+        MeasureError: the optimizer cannot be tried.
+        DeviceError: `on` is not known, or is no CUDA device.
+    """
+    return control.make_estimate(
+        model,
+        batch,
+        optimizer=optimizer,
+        loss_fn=loss_fn,
+        accumulate=accumulate,
+        release_outputs=release_outputs,
+        outside=outside,
+        on=on,
+        takeover=takeover,
+        progress=progress,
+    )
 
 
 def curve(
@@ -343,6 +392,7 @@ def with_loss(model: torch.nn.Module, loss_fn: LossFn, num_targets: int = 0) -> 
 
 
 __all__ = [
+    "Estimate",
     "Inputs",
     "MeasuredAccount",
     "Plan",
@@ -351,6 +401,7 @@ __all__ = [
     "account",
     "apply",
     "curve",
+    "estimate",
     "fit",
     "land",
     "load",

@@ -13,6 +13,7 @@ from keepless.cli import graphs
 from keepless.cli.allocators import AllocatorOption, read_allocator
 from keepless.cli.curves import curve_command
 from keepless.cli.devices import devices_command
+from keepless.cli.estimates import estimate_command
 from keepless.cli.options import (
     Accumulates,
     BatchSize,
@@ -134,6 +135,7 @@ def plan_command(
 
 app.command("curve")(curve_command)
 app.command("devices")(devices_command)
+app.command("estimate")(estimate_command)
 app.command("timeline")(timeline_command)
 
 

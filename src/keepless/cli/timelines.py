@@ -85,10 +85,11 @@ def timeline_command(
         else:
             if (budget is None) == (plan is None):
                 raise UsageError("Of a model, give --budget or --plan.")
-            if measure and device == "meta":
-                raise UsageError("--device meta has no weights: there is no step to measure.")
-            from keepless.cli.models import Recipe, build
+            from keepless.cli.models import Recipe, build, device_and_target
 
+            device, on = device_and_target(subject, device)
+            if measure and (device == "meta" or on is not None):
+                raise UsageError("A step can be measured only where the device and the weights are.")
             built = build(Recipe(subject, batch_size, seq_len, dtype, optimizer, device, 1e-3, seed))
             options = {
                 "solver": solver,
@@ -98,6 +99,7 @@ def timeline_command(
                 "release_outputs": release_outputs,
                 "outside": read_budget(outside),
                 "cache": cache,
+                "on": on,
             }
             found = load_plan(plan) if plan is not None else _planned(built, str(budget), options)
             measured = _measured(built, found, repeats) if measure else None

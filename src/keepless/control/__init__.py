@@ -7,6 +7,8 @@ from keepless.control.captured import Captures as Captures
 from keepless.control.curves import BudgetPoint as BudgetPoint
 from keepless.control.curves import StepCurve as StepCurve
 from keepless.control.curves import make_curve as make_curve
+from keepless.control.estimating import Estimate as Estimate
+from keepless.control.estimating import make_estimate as make_estimate
 from keepless.control.landing import check_landing as check_landing
 from keepless.control.landing import land as land
 from keepless.control.planning import Progress as Progress

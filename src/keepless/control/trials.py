@@ -137,6 +137,12 @@ def _real(binding: Binding, slot: int, storages: dict[int, torch.Tensor]) -> tor
 
 def measure_loss(binding: Binding, loss_fn: Any, batch: Any) -> OpCost:
     """The caller's own loss, forward and backward, on made-up outputs of the captured shapes."""
+    trial = loss_trial(binding, loss_fn, batch)
+    return measure_ops([trial], device=binding.device)[trial.key]
+
+
+def loss_trial(binding: Binding, loss_fn: Any, batch: Any) -> Trial:
+    """A trial of the caller's own loss, as `measure_loss` runs it."""
     graph = binding.graph
     outputs: dict[int, torch.Tensor] = {}
     for position, slot in binding.outputs.items():
@@ -152,8 +158,7 @@ def measure_loss(binding: Binding, loss_fn: Any, batch: Any) -> OpCost:
             return torch.autograd.grad(loss_fn(output, batch), wanted)
 
     tangents = sum(graph.values[binding.slot_value[slot]].nbytes for slot in binding.tangents)
-    trial = Trial("keepless.loss", lambda: run, tangents)
-    return measure_ops([trial], device=binding.device)[trial.key]
+    return Trial("keepless.loss", lambda: run, tangents)
 
 
 @contextlib.contextmanager

@@ -17,6 +17,12 @@ def device_of(signature: Mapping[str, object]) -> str:
     return str(device.get("name", ""))
 
 
+def margin_of(signature: Mapping[str, object]) -> int | None:
+    """Bytes by which the peak of a plan that was made elsewhere may be off; None for one that was measured."""
+    found = _table(signature, ON).get("margin")
+    return found if isinstance(found, int) and not isinstance(found, bool) else None
+
+
 def describe_elsewhere(signature: Mapping[str, object], spread: float) -> list[str]:
     """Lines for people; none for a plan that was measured where it was made."""
     name = device_of(signature)

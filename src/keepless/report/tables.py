@@ -216,6 +216,21 @@ def steps_text(plan: Plan) -> str:
     return "\n".join(lines)
 
 
+def estimate_text(plan: Plan, title: str, budget: int) -> str:
+    """A program's bytes at its peak by category, its largest modules, and the kinds of its steps, in some lines."""
+    account = peak_account(plan)
+    lines = [f"{title}: peak {format_bytes(account.peak)}, a budget of {format_bytes(budget)}"]
+    lines.append(f"  at {where(account)}")
+    lines += [f"  {name:<17} {format_bytes(nbytes):>11}" for name, nbytes in account.categories.items()]
+    rows = sorted(((sum(row.values()), name) for name, row in account.modules.items()), reverse=True)
+    shown = ", ".join(f"{name or '(model)'} {format_bytes(nbytes)}" for nbytes, name in rows[:4])
+    rest = sum(nbytes for nbytes, _ in rows[4:])
+    more = f", {len(rows) - 4} others {format_bytes(rest)}" if len(rows) > 4 else ""
+    lines.append(f"  by module: {shown}{more}")
+    lines += [f"  {line}" for line in steps_text(plan).splitlines()]
+    return "\n".join(lines)
+
+
 def where(account: PeakAccount) -> str:
     """Where the peak is, in words."""
     return f"{account.where}, in the {account.phase}" if account.phase else account.where

@@ -1,0 +1,63 @@
+"""The command `estimate`: what a training step would need, before any step is run."""
+
+from __future__ import annotations
+
+from keepless.cli.options import (
+    Accumulates,
+    BatchSize,
+    Debug,
+    Device,
+    Dtype,
+    Json,
+    ModelArgument,
+    Optimizer,
+    Outside,
+    Releases,
+    Seed,
+    SeqLen,
+    TakeoverOption,
+)
+from keepless.cli.session import planning, read_budget, session
+from keepless.report.account import peak_account
+from keepless.report.account_table import account_table
+
+
+def estimate_command(
+    model: ModelArgument,
+    batch_size: BatchSize = 8,
+    seq_len: SeqLen = 128,
+    dtype: Dtype = "float32",
+    optimizer: Optimizer = "adamw",
+    device: Device = "cpu",
+    seed: Seed = 0,
+    accumulate: Accumulates = False,
+    release_outputs: Releases = False,
+    outside: Outside = "0",
+    takeover: TakeoverOption = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show what a training step would need: bytes by category and module, no budget, no step, nothing timed."""
+    with session(as_json, debug) as current:
+        from keepless import api
+        from keepless.cli.models import Recipe, build, device_and_target
+
+        device, on = device_and_target(model, device)
+        built = build(Recipe(model, batch_size, seq_len, dtype, optimizer, device, 1e-3, seed))
+        with planning("estimate") as progress:
+            found = api.estimate(
+                built.model,
+                built.batch,
+                optimizer=built.optimizer,
+                loss_fn=built.loss_fn,
+                accumulate=accumulate,
+                release_outputs=release_outputs,
+                outside=read_budget(outside),  # type: ignore[arg-type]
+                on=on,
+                takeover=takeover,
+                progress=progress,
+            )
+        current.answer = found.as_dict()
+        current.show(account_table(peak_account(found.plain), "The plain step, at its peak"))
+        current.show(account_table(peak_account(found.smallest), "The smallest plan, at its peak"))
+        current.show(str(found))
