@@ -25,6 +25,7 @@ import torch
 
 from keepless import _compat
 from keepless.errors import MeasureError
+from keepless.measure._profiler import run_traced
 
 _CUDA_BLOCK = 512
 """Bytes to which CUDA's caching allocator rounds."""
@@ -111,7 +112,8 @@ def optimizer_footprint(
             if device == "cuda" and form == "for-loop" and recipe.may_be_foreach:
                 form = "foreach"
             with FakeTensorMode():
-                state_nbytes, scratches = shadow_run(recipe, groups, form, Storages(data_dependent_errors()))
+                ran = shadow_run(recipe, groups, form, Storages(data_dependent_errors()))
+            scratches = ran.with_kernels()
             seconds = None if device else _timed(recipe, groups, form)
         except Exception as error:
             name = type(optimizer).__name__
@@ -122,11 +124,13 @@ def optimizer_footprint(
     trying = {id(param) for param in flat}
     own: dict[int, int] = {}
     missing = 0
-    for param, predicted in zip(flat, state_nbytes, strict=True):
+    for param, predicted in zip(flat, ran.state, strict=True):
         present = optimizer.state.get(param)
         own[id(param)] = _state_nbytes([present]) if present else predicted
         missing += 0 if present else predicted
     others = _state_nbytes(state for param, state in optimizer.state.items() if id(param) not in trying)
+    others += ran.beyond
+    missing += 0 if optimizer.state else ran.beyond
     first, steady = (scratch + NUMBERS for scratch in scratches)
     return OptimizerFootprint(
         state_nbytes=sum(own.values()) + others,
@@ -239,6 +243,8 @@ class Storages(_compat.TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Bytes of the storages that ops make, while they live.
 
     Where an optimizer reads a number that a fake cannot know (Adafactor's norms), it gets 1: no allocation hangs on it.
+    Products and factorizations (Muon's) need room of their own, which no fake shows: `kernels` has each kind of call,
+    and the highest level at which it stood since the step began.
     """
 
     def __init__(self, unknowable: tuple[type[BaseException], ...]) -> None:
@@ -246,7 +252,21 @@ class Storages(_compat.TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.unknowable = unknowable
         self.resident = 0
         self.peak = 0
+        self.kernels: dict[_Kernel, int] = {}
         self._known: dict[int, weakref.ref[Any]] = {}
+
+    def begin(self) -> None:
+        """Begins a step: the peak is looked for from here on."""
+        self.peak, self.kernels = self.resident, {}
+
+    def beyond(self, params: Iterable[torch.Tensor], states: Iterable[object]) -> int:
+        """Bytes that live beside parameters, their gradients and these states."""
+        known = [leaf for state in states for leaf in _compat.tree_leaves(state) if isinstance(leaf, torch.Tensor)]
+        for param in params:
+            known += [param, *([param.grad] if param.grad is not None else [])]
+        seen = {id(tensor.untyped_storage()) for tensor in known}
+        found = [(key, storage) for key, ref in self._known.items() if (storage := ref()) is not None]
+        return sum(int(storage.nbytes()) for key, storage in found if key not in seen)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         before = {id(t.untyped_storage()) for t in _compat.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
@@ -259,6 +279,9 @@ class Storages(_compat.TorchDispatchMode):  # type: ignore[no-untyped-call]
         for leaf in _compat.tree_leaves(result):
             if isinstance(leaf, torch.Tensor) and id(leaf.untyped_storage()) not in before:
                 self._add(leaf)
+        kernel = _Kernel.of(func, args, kwargs or {})
+        if kernel is not None:
+            self.kernels[kernel] = max(self.kernels.get(kernel, 0), self.resident)
         return result
 
     def _add(self, tensor: torch.Tensor) -> None:
@@ -277,6 +300,61 @@ class Storages(_compat.TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.peak = max(self.peak, self.resident)
 
 
+_WITH_ROOM = frozenset({"mm", "addmm", "bmm", "baddbmm", "addbmm", "convolution"})
+
+
+@dataclass(frozen=True)
+class _Kernel:
+    """A kind of call that may need room beside its results: the op, and what its arguments look like."""
+
+    func: Any
+    args: tuple[Any, ...]
+    kwargs: tuple[tuple[str, Any], ...]
+
+    @classmethod
+    def of(cls, func: Any, args: Any, kwargs: Mapping[str, Any]) -> _Kernel | None:
+        """The kind of a call on the CPU; None for one that needs no more than its results."""
+        name = str(func).split(".")[1]
+        if name not in _WITH_ROOM and "linalg" not in name:
+            return None
+
+        def look(item: Any) -> Any:
+            if isinstance(item, torch.Tensor):
+                return _Look(tuple(item.shape), tuple(item.stride()), item.dtype, item.device.type)
+            return tuple(map(look, item)) if isinstance(item, (list, tuple)) else item
+
+        found = cls(func, tuple(map(look, args)), tuple((key, look(item)) for key, item in kwargs.items()))
+        is_elsewhere = any(isinstance(item, _Look) and item.device != "cpu" for item in found.args)
+        return None if is_elsewhere else found
+
+    def scratch(self) -> int:
+        """Bytes beside its results, of one real call on random numbers."""
+
+        def real(item: Any) -> Any:
+            if isinstance(item, _Look):
+                made = torch.empty_strided(item.shape, item.stride, dtype=item.dtype)
+                return made.normal_() if item.dtype.is_floating_point else made.zero_()
+            return list(map(real, item)) if isinstance(item, tuple) else item
+
+        args, kwargs = list(map(real, self.args)), {key: real(item) for key, item in self.kwargs}
+        with torch.no_grad():
+            result, events = run_traced(lambda: self.func(*args, **kwargs))
+        level = peak = 0
+        for nbytes in events:
+            level += nbytes
+            peak = max(peak, level)
+        del result
+        return peak - level
+
+
+@dataclass(frozen=True)
+class _Look:
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: str
+
+
 def _nbytes(tensor: torch.Tensor) -> int:
     nbytes = int(tensor.untyped_storage().nbytes())
     return -(-nbytes // _CUDA_BLOCK) * _CUDA_BLOCK if tensor.device.type == "cuda" else nbytes
@@ -290,21 +368,50 @@ def _state_nbytes(states: Iterable[object]) -> int:
     return sum({id(t.untyped_storage()): _nbytes(t) for t in counted}.values())
 
 
-def shadow_run(recipe: Recipe, groups: _Groups, form: str, storages: Storages) -> tuple[list[int], list[int]]:
-    """State bytes per parameter, and the highest temporaries of each of two steps, beyond the whole state."""
+@dataclass(frozen=True)
+class ShadowRun:
+    """What two steps of a shadow optimizer showed.
+
+    Arguments:
+        state: bytes of state per parameter.
+        beyond: bytes that stay in no parameter's state: in attributes of the optimizer, say.
+        scratches: highest temporaries of each step, beyond all that stays.
+        kernels: of each step, kinds of calls with room of their own, and the level at which each stood, less all that
+            stays.
+    """
+
+    state: list[int]
+    beyond: int
+    scratches: list[int]
+    kernels: list[dict[_Kernel, int]]
+
+    def with_kernels(self) -> list[int]:
+        """The temporaries of each step, with the room that kernels need. Not under fake tensors: calls are real."""
+        room = {kernel: kernel.scratch() for kernel in {kernel for step in self.kernels for kernel in step}}
+        return [
+            max([scratch, *(level + room[kernel] for kernel, level in step.items())])
+            for scratch, step in zip(self.scratches, self.kernels, strict=True)
+        ]
+
+
+def shadow_run(recipe: Recipe, groups: _Groups, form: str, storages: Storages) -> ShadowRun:
+    """Two steps of a shadow optimizer over fake parameters."""
 
     def fake(param: torch.Tensor) -> torch.Tensor:
         return torch.empty_strided(param.size(), param.stride(), dtype=param.dtype, device=param.device)
 
     shadow, shadows = recipe.shadow(groups, fake, foreach=form == "foreach")
     scratches: list[int] = []
+    kernels: list[dict[_Kernel, int]] = []
     with storages:
         for _ in range(2):
-            storages.peak = storages.resident
+            storages.begin()
             plain_step(shadow)
             scratches.append(storages.peak - storages.resident)
+            kernels.append({kernel: level - storages.resident for kernel, level in storages.kernels.items()})
     flat = [param for group in shadows for param in group]
-    return [_state_nbytes([shadow.state.get(param, {})]) for param in flat], scratches
+    beyond = storages.beyond(flat, shadow.state.values())
+    return ShadowRun([_state_nbytes([shadow.state.get(param, {})]) for param in flat], beyond, scratches, kernels)
 
 
 def _timed(recipe: Recipe, groups: _Groups, form: str) -> float | None:

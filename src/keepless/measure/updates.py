@@ -119,7 +119,8 @@ def _costs(
         if key not in known:
             form = pilot(recipe, alone)
             with FakeTensorMode():
-                known[key] = max(shadow_run(recipe, alone, form, Storages(data_dependent_errors()))[1])
+                ran = shadow_run(recipe, alone, form, Storages(data_dependent_errors()))
+            known[key] = max(ran.with_kernels())
         if group not in overheads:
             overheads[group] = _call_seconds(recipe, alone)
         share = (whole.seconds_estimate or 0.0) * param.numel() / max(1, total)
