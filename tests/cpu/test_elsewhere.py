@@ -213,6 +213,18 @@ def test_a_plan_for_a_card_that_is_not_here() -> None:
     assert plan.cost.scratch[step.id] > here.cost.scratch[mine.id], "on CUDA AdamW steps lists of tensors"
 
 
+def test_the_allocator_s_settings_are_those_of_this_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = Block(), torch.randn(8192, 256)
+    found = {}
+    for config in ("", "expandable_segments:True"):
+        monkeypatch.setenv("PYTORCH_ALLOC_CONF", config)
+        allocation = keepless.plan(model, x, "1GiB", on="h100").allocation
+        assert allocation is not None
+        assert allocation.workspaces == 32 << 20
+        found[config] = allocation.mode
+    assert found == {"": "segments", "expandable_segments:True": "expandable segments"}
+
+
 def test_optimizers_that_step_in_the_backward() -> None:
     """Each parameter's update is priced by its bytes; whole gradients never stand together."""
     model, x = Block(), torch.randn(8192, 256)

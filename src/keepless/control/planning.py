@@ -45,7 +45,6 @@ from keepless.files import remove_abandoned
 from keepless.ir import Budget, parse_bytes
 from keepless.ir.text import fingerprint
 from keepless.machine import OPTIMIZER_IN_BACKWARD, Baseline, Plan, make_plan, read_rewrites
-from keepless.machine.allocation import cublas_workspace
 from keepless.measure import (
     CostCache,
     describe_device,
@@ -54,7 +53,7 @@ from keepless.measure import (
     optimizer_footprint,
     optimizer_updates,
 )
-from keepless.measure.card import CardAllocator, card_allocator
+from keepless.measure.card import CardAllocator, allocator_elsewhere, card_allocator
 from keepless.modules.blocks import Blocks
 from keepless.passes import evaluate
 from keepless.solve import SOLVERS, Solution, Solver, named_solver, smallest, solve
@@ -212,8 +211,7 @@ def _card(model: torch.nn.Module, on: DeviceSpec | None) -> CardAllocator | None
     if on is not None and on.type != "cuda":
         return None
     if on is not None:
-        workspace = cublas_workspace(None, on.capability[0])
-        return CardAllocator((workspace,), expandable=False, context=on.context_nbytes)
+        return allocator_elsewhere(on)
     return card_allocator(planned_device(model)) if any(True for _ in model.parameters()) else None
 
 

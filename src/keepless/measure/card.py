@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from keepless.cost import DeviceSpec
 from keepless.machine.allocation import cublas_workspace, expandable_segments
 
 
@@ -38,10 +39,15 @@ def card_allocator(device: torch.device) -> CardAllocator | None:
         return None
     major, _ = torch.cuda.get_device_capability(device)
     free, total = torch.cuda.mem_get_info(device)
+    return _allocator(major, max(0, total - free - torch.cuda.memory_reserved(device)))
+
+
+def allocator_elsewhere(device: DeviceSpec) -> CardAllocator:
+    """The allocator of a CUDA device that is not here, with the settings of this environment."""
+    return _allocator(device.capability[0], device.context_nbytes)
+
+
+def _allocator(major: int, context: int) -> CardAllocator:
     workspace = cublas_workspace(os.environ.get("CUBLAS_WORKSPACE_CONFIG"), major)
     config = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF")
-    return CardAllocator(
-        (workspace,) if workspace else (),
-        expandable_segments(config),
-        max(0, total - free - torch.cuda.memory_reserved(device)),
-    )
+    return CardAllocator((workspace,) if workspace else (), expandable_segments(config), context)
