@@ -8,7 +8,7 @@ flow between pieces. What lives and dies within one piece is scratch of its ops.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -64,6 +64,7 @@ class StepGraph:
         self.makes: list[set[int]] = [set() for _ in range(2 * self.count + 1)]
         self.flows: dict[int, int] = {}
         self.gradient_of: dict[str, int] = {}
+        self.handed: list[tuple[int, int]] = []
 
     def build(self) -> Graph:
         """The graph."""
@@ -167,6 +168,7 @@ class StepGraph:
             freed = survey.freed.get(storage)
             held = used if freed is None else used | {min(cut.piece_of(freed), self.count - 1)}
             is_output = storage in survey.outputs
+            is_held = is_output and (not self.shape.release_outputs or storage == self.loss)
             last = max(held, default=maker)
             if not is_output and not savers.get(storage) and last <= maker:
                 continue
@@ -179,12 +181,33 @@ class StepGraph:
             for piece in held:
                 if piece > maker:
                     self.reads[piece].add(value)
+            if is_held and self._is_read_once(maker, held):
+                self.reads[self.count].add(value)
+                value = self._handed(value)
             for piece in savers.get(storage, ()):
                 self.reads[cut.tree.backward(piece)].add(value)
-            if is_output:
+            if is_output and value not in self.makes[self.count]:
                 self.reads[self.count].add(value)
-                if not self.shape.release_outputs or storage == self.loss:
-                    self.pinned.add(value)
+                self.pinned |= {value} if is_held else set()
+
+    def _is_read_once(self, maker: int, readers: set[int]) -> bool:
+        """Whether a piece may run again, and none that reads what it makes."""
+        owners = self.cut.owners
+        return owners[maker] >= 0 and all(owners[piece] < 0 for piece in readers if piece > maker)
+
+    def _handed(self, value: int) -> int:
+        """What the caller holds of a value from the loss on.
+
+        The first copy stays, whether or not its piece runs again. Held as the piece's own, it would be dropped before
+        that and made anew: too few bytes in between, which the piece's scratch then makes up for in every plan.
+        """
+        item = self.values.items[value]
+        self.values.items[value] = replace(item, kind=Kind.ACTIVATION)
+        held = self.values.new(f"{item.name}.held", item.nbytes, Kind.OUTPUT, item.dtype)
+        self.makes[self.count].add(held)
+        self.handed.append((held, value))
+        self.pinned.add(held)
+        return held
 
     def _is_inside(self, piece: int, storage: int) -> bool:
         """Whether a piece keeps what it saves to itself."""
@@ -227,7 +250,7 @@ class StepGraph:
         inputs = self.reads[number] - self.makes[number]
         row = tuple(sorted(inputs)), tuple(sorted(self.makes[number]))
         if number == self.count:
-            return Op(number, LOSS, *row, Phase.LOSS, frozenset({Effect.OPAQUE}))
+            return Op(number, LOSS, *row, Phase.LOSS, frozenset({Effect.OPAQUE}), tuple(self.handed))
         is_forward = number < self.count
         owner = self.cut.owners[number if is_forward else 2 * self.count - number]
         call = self.survey.calls[owner] if owner >= 0 else None

@@ -7,6 +7,7 @@ tensors at once: it is surveyed again with everything kept.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 from typing import Any
@@ -78,7 +79,8 @@ class Survey:
 
     Arguments:
         calls: of the modules inside the model, in the order in which they begin; nested or apart.
-        saved: tensors that were saved, in order; a storage may be saved more than once.
+        saved: tensors that were saved and still are when the forward ends, in order; a storage may be saved more than
+            once.
         made: moment at which each storage was first seen. Those of the model's state and the batch have moment -1.
         freed: moment at which a storage was first missed; storages that outlived the forward are not in it.
         flows: storages that gradients flow through -> bytes of the gradient.
@@ -110,6 +112,15 @@ class _NeededAtOnce(Exception):
     """A saved tensor was wanted during the forward."""
 
 
+class _Kept:
+    """What stands for a saved tensor, for as long as autograd holds it."""
+
+    __slots__ = ("__weakref__", "tensor")
+
+    def __init__(self, tensor: torch.Tensor | None) -> None:
+        self.tensor = tensor
+
+
 class _Survey:
     """A survey on its way."""
 
@@ -120,6 +131,7 @@ class _Survey:
         self.noted = noted
         self.moment = 0
         self.calls = Calls()
+        self.kept: list[weakref.ref[_Kept]] = []
 
     def number_of(self, tensor: torch.Tensor) -> int:
         found = self.found
@@ -141,13 +153,19 @@ class _Survey:
     def pack(self, tensor: torch.Tensor) -> Any:
         self.found.saved.append(Saved(self.number_of(tensor), self.moment))
         self.moment += 1
-        return tensor.detach() if self.keeps else None
+        kept = _Kept(tensor.detach() if self.keeps else None)
+        self.kept.append(weakref.ref(kept))
+        return kept
 
-    def unpack(self, kept: Any) -> torch.Tensor:
-        if kept is None:
+    def unpack(self, kept: _Kept) -> torch.Tensor:
+        if kept.tensor is None:
             raise _NeededAtOnce
-        tensor: torch.Tensor = kept
-        return tensor
+        return kept.tensor
+
+    def forget_the_dead(self) -> None:
+        """What autograd has let go of already was saved for a branch that no loss depends on: `x.max().item()`."""
+        pairs = zip(self.found.saved, self.kept, strict=True)
+        self.found.saved = [item for item, kept in pairs if kept() is not None]
 
     def wrapped(self, path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
         def watched(*args: Any, **kwargs: Any) -> Any:
@@ -269,6 +287,7 @@ def _surveyed(
         torch.autograd.graph.saved_tensors_hooks(run.pack, run.unpack),
     ):
         output = model(*args, **kwargs)
+    run.forget_the_dead()
     found.outputs = run.numbers(output)
     readers = graphs.graph_behind(tensors_in(output))
     for look in (call.noted for call in found.calls if call.noted is not None):

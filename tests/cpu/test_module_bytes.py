@@ -1,0 +1,78 @@
+"""Predicted bytes of plans of module calls, beside those of their steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import keepless
+
+
+class LargeHead(nn.Module):
+    """Logits that are larger than all else, and a loss of the model's own."""
+
+    def __init__(self, width: int = 64, classes: int = 1024) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)) for _ in range(3)
+        )
+        self.head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width), nn.Linear(width, classes))
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Loss and logits."""
+        for block in self.blocks:
+            x = x + block(x)
+        logits = self.head(x)
+        return {"logits": logits, "loss": F.cross_entropy(logits, labels)}
+
+
+@pytest.mark.parametrize("engine", ["eager", "blocks"])
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("own_loss", [True, False])
+def test_outputs_that_a_replay_would_make_again_count_once(engine: str, share: float, own_loss: bool) -> None:
+    """The caller holds the logits throughout; whether the head runs again or not, the prediction is near."""
+    torch.manual_seed(0)
+    model = LargeHead()
+    batch = {"x": torch.randn(1024, 64), "labels": torch.randint(0, 1024, (1024,))}
+
+    def loss_fn(output: Any, _: Any) -> torch.Tensor:
+        return output["loss"]  # type: ignore[no-any-return]
+
+    options: dict[str, Any] = {"engine": engine, "cache": False, "loss_fn": None if own_loss else loss_fn}
+    ends = keepless.plan(model, batch, "1GiB", **options)
+    budget = int(ends.smallest_budget + share * (ends.baseline_peak - ends.smallest_budget))
+    plan = keepless.plan(model, batch, budget, **options)
+    assert plan.measured_peak is not None
+    assert plan.measured_peak <= budget
+    assert plan.predicted_peak == pytest.approx(plan.measured_peak, rel=0.01)
+
+
+class LooksAside(LargeHead):
+    """Looks at what its blocks give, in a branch of the graph that no loss depends on."""
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """As it was."""
+        for block in self.blocks:
+            x = x + block(x)
+            if x.abs().max().item() > 1e6:
+                raise AssertionError
+        return {"loss": F.cross_entropy(self.head(x)[:, :8], labels % 8)}
+
+
+@pytest.mark.parametrize("engine", ["eager", "blocks"])
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_what_a_dead_branch_saved_is_not_held(engine: str, share: float) -> None:
+    """`x.abs().max().item()` saves `x.abs()` only until its graph is gone, before the next block."""
+    torch.manual_seed(0)
+    model = LooksAside(width=128, classes=16)
+    batch = {"x": torch.randn(1024, 128), "labels": torch.randint(0, 1024, (1024,))}
+    ends = keepless.plan(model, batch, "1GiB", engine=engine, cache=False)
+    budget = int(ends.smallest_budget + share * (ends.baseline_peak - ends.smallest_budget))
+    plan = keepless.plan(model, batch, budget, engine=engine, cache=False)
+    assert plan.measured_peak is not None
+    assert plan.measured_peak <= budget
+    assert plan.predicted_peak == pytest.approx(plan.measured_peak, rel=0.015)
