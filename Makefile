@@ -7,7 +7,7 @@ CONSTRAINTS := constraints.txt
 OLDEST ?= .venv-oldest
 NEWEST ?= .venv-newest
 
-.PHONY: help demo test test-fast test-pure test-oldest test-newest test-upstream check lint types imports format bench bench-planner bench-gpu clean
+.PHONY: help demo test test-fast test-pure test-oldest test-newest test-upstream check lint types imports format bench bench-fidelity bench-planner bench-gpu clean
 
 help:
 	@echo "make demo       train a small GPT-2 four ways inside and outside a budget (out/)"
@@ -16,6 +16,7 @@ help:
 	@echo "make test-oldest, make test-newest  the same on the oldest and the newest torch that is supported"
 	@echo "make test-upstream TORCH_SRC=...  PyTorch's own checkpoint tests, of a source checkout, with ours in its place"
 	@echo "make bench      the committed figures (benchmarks/results/)"
+	@echo "make bench-fidelity  are steps as high and as long as their plans said?"
 	@echo "make bench-planner  how near the optimum plans are, and how soon"
 
 $(VENV)/.ready: pyproject.toml $(CONSTRAINTS)
@@ -96,6 +97,11 @@ bench: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.step
 	$(BIN)/python -m benchmarks.checkpoint
 	$(BIN)/python -m benchmarks.lengths
+
+# An hour on 2 quiet cores; what has a row already is not run again. FIDELITY_ARGS="--first 12", say.
+bench-fidelity: $(VENV)/.ready
+	$(BIN)/python -m benchmarks.fidelity $(FIDELITY_ARGS); status=$$?; \
+	$(BIN)/python -m benchmarks.fidelity_figures && exit $$status
 
 bench-planner: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.planner
