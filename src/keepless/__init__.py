@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from keepless.api import Estimate as Estimate
+    from keepless.api import Fits as Fits
     from keepless.api import Inputs as Inputs
     from keepless.api import Plan as Plan
     from keepless.api import StepCurve as StepCurve
@@ -26,10 +27,14 @@ if TYPE_CHECKING:
     from keepless.api import fit as fit
     from keepless.api import land as land
     from keepless.api import load as load
+    from keepless.api import max_batch as max_batch
+    from keepless.api import max_depth as max_depth
+    from keepless.api import max_length as max_length
     from keepless.api import plan as plan
     from keepless.api import remove as remove
     from keepless.api import timeline as timeline
     from keepless.api import verify as verify
+    from keepless.api import with_depth as with_depth
     from keepless.api import with_loss as with_loss
     from keepless.eager import checkpoint as checkpoint
     from keepless.eager import checkpoint_sequential as checkpoint_sequential
@@ -46,6 +51,7 @@ if TYPE_CHECKING:
     from keepless.errors import OutOfMemory as OutOfMemory
     from keepless.errors import PlanError as PlanError
     from keepless.errors import RecomputeError as RecomputeError
+    from keepless.errors import SizeError as SizeError
     from keepless.errors import StaleTensorError as StaleTensorError
     from keepless.errors import TornStep as TornStep
     from keepless.measure.out_of_memory import is_out_of_memory as is_out_of_memory
@@ -55,6 +61,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "keepless.api": (
         "Estimate",
+        "Fits",
         "Inputs",
         "Plan",
         "StepCurve",
@@ -66,10 +73,14 @@ _HOMES = {
         "fit",
         "land",
         "load",
+        "max_batch",
+        "max_depth",
+        "max_length",
         "plan",
         "remove",
         "timeline",
         "verify",
+        "with_depth",
         "with_loss",
     ),
     "keepless.eager": (
@@ -90,6 +101,7 @@ _HOMES = {
         "OutOfMemory",
         "PlanError",
         "RecomputeError",
+        "SizeError",
         "StaleTensorError",
         "TornStep",
     ),

@@ -26,6 +26,7 @@
     |-- ArenaError           an arena that cannot be made within the budget, or an address plan that is wrong
     |-- MeasureError         a measurement failed
     |-- RewriteError         a rewrite that is unknown, or that this step or this optimizer does not allow
+    |-- SizeError            what is asked of `max_batch` and the like has no answer: its sizes, or what makes the batch
     `-- SolverError          an unknown solver, or a solver that broke its contract
 
 User mistakes are one of these; an `AssertionError` is our own bug.
@@ -198,6 +199,11 @@ class MeasureError(KeeplessError):
 
 class RewriteError(KeeplessError, ValueError):
     """A rewrite that is unknown, or that this step or this optimizer does not allow; says why."""
+
+
+class SizeError(KeeplessError, ValueError):
+    """What is asked of `max_batch` and the like has no answer: sizes that are none, or what is to make the batch fails
+    or makes the same for each size."""
 
 
 class SolverError(KeeplessError):

@@ -333,3 +333,35 @@ class Recurrent(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         loss: torch.Tensor = self.rnn(x)[0].square().mean()
         return loss
+
+
+# ---- models whose batch has any size: (model, a batch of a size, its loss where the model has none)
+
+
+def sized_gpt2() -> tuple[nn.Module, Callable[[int], Any], None]:
+    """A GPT-2 of two layers with dropout, on texts of 32 tokens."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    shape = {"n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": 32, "vocab_size": 64}
+    model = GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=0, eos_token_id=0, use_cache=False)).train()
+
+    def make_batch(size: int) -> dict[str, torch.Tensor]:
+        ids = torch.randint(0, 64, (size, 32))
+        return {"input_ids": ids, "labels": ids}
+
+    return model, make_batch, None
+
+
+def sized_convnet() -> tuple[nn.Module, Callable[[int], Any], Callable[[Any, Any], torch.Tensor]]:
+    """Convolutions with BatchNorm and dropout; the loss stays outside."""
+    parts: list[nn.Module] = []
+    for channels_in, channels in ((3, 8), (8, 8), (8, 16), (16, 16)):
+        parts += [nn.Conv2d(channels_in, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), nn.ReLU()]
+    model = nn.Sequential(*parts, nn.Dropout(0.1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4))
+    return model.train(), lambda size: torch.randn(size, 3, 16, 16), lambda output, _: output.square().mean()
+
+
+SIZED: dict[str, Callable[[], tuple[nn.Module, Callable[[int], Any], Any]]] = {
+    "gpt2": sized_gpt2,
+    "convnet": sized_convnet,
+}

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
+import keepless
 from keepless.capture import Inputs, StepShape, flatten_inputs, lower, trace_step
+from keepless.errors import InfeasibleBudget
 from keepless.execute import PlannedForward, make_entry
 from keepless.passes import from_order, reuse_storage
 
@@ -104,5 +106,48 @@ def rewritten(name: str, plan_path: str = "", seed: int = 0) -> Callable[[], Any
         optimizer.step()
         parameters = {name: zoo.digest(p) for name, p in workload.model.named_parameters()}
         return {"loss": float(loss.detach()).hex(), "parameters": zoo.digest_all(parameters)}
+
+
+def fitting(kind: str, size: int, plan_path: str) -> Callable[[], Any]:
+    """Steps of one of `models.SIZED` on a batch of a size, under a saved plan."""
+    import models
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model, make_batch, loss_fn = models.SIZED[kind]()
+    optimizer = torch.optim.AdamW(model.parameters())
+    batch = make_batch(size)
+    keepless.apply(model, keepless.load(plan_path), background=False)
+
+    def step() -> dict[str, float]:
+        optimizer.zero_grad()
+        inputs = Inputs.of(batch)
+        output = model(*inputs.args, **inputs.kwargs)
+        loss = models.loss_in(output) if loss_fn is None else loss_fn(output, batch)
+        del output
+        loss.backward()
+        optimizer.step()
+        return {"loss": float(loss.detach()), "unplanned": model.__dict__["forward"].counters.unplanned_calls}
+
+    return step
+
+
+def planning_within(kind: str, budget: int) -> Callable[[], Any]:
+    """Planning alone, of a model with one op of 128 MiB, or of one that reads 64 MiB of frozen weights."""
+    torch.set_num_threads(1)
+    if kind == "large op":
+        model: nn.Module = nn.Sequential(nn.Linear(8, 4096), nn.Tanh(), nn.Linear(4096, 1))
+        batch = torch.ones(8192, 8)
+    else:
+        table = nn.Embedding(64, 1 << 18).requires_grad_(False)
+        model, batch = nn.Sequential(table, nn.AdaptiveAvgPool1d(16), nn.Linear(16, 1)), torch.zeros(2, 1).long()
+    state = sum(p.nbytes for p in model.parameters())
+
+    def step() -> dict[str, int]:
+        try:
+            plan = keepless.plan(model, batch, budget, loss_fn=lambda output, _: output.mean(), cache=False)
+        except InfeasibleBudget as error:
+            return {"state": state, "smallest": error.smallest_budget, "told": "not run" in str(error)}
+        return {"state": state, "smallest": plan.smallest_budget, "told": False}
 
     return step

@@ -9,6 +9,12 @@ from keepless.control.curves import StepCurve as StepCurve
 from keepless.control.curves import make_curve as make_curve
 from keepless.control.estimating import Estimate as Estimate
 from keepless.control.estimating import make_estimate as make_estimate
+from keepless.control.fits import Fits as Fits
+from keepless.control.fits import SizeTried as SizeTried
+from keepless.control.fits import max_batch as max_batch
+from keepless.control.fits import max_depth as max_depth
+from keepless.control.fits import max_length as max_length
+from keepless.control.fits import with_depth as with_depth
 from keepless.control.landing import check_landing as check_landing
 from keepless.control.landing import land as land
 from keepless.control.planning import Progress as Progress

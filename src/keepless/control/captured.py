@@ -117,12 +117,14 @@ class Measured:
     Arguments:
         signature: what it was captured from, as JSON values.
         elsewhere: the step on a device that is not here, where it was captured for one.
+        num_unrun: ops for which the budget had no room: their scratch bytes are left out (`control.room`).
     """
 
     capture: Capture
     cost: CostModel
     signature: dict[str, object]
     elsewhere: Elsewhere | None = None
+    num_unrun: int = 0
 
     @property
     def graph(self) -> Graph:

@@ -203,7 +203,7 @@ def _scratched(model: torch.nn.Module, batch: Any, settings: Settings, tell: Pro
         capture, given = capture_call(model, flat, batch, settings, None)
         tell("capture", 1, 1)
         binding = capture.binding
-        trials = op_trials(binding)
+        trials = op_trials(binding, model)
         tell("measure", 0, 1)
         with measuring():
             scratch = measure_scratch(trials, device=binding.device)

@@ -26,6 +26,7 @@ from keepless.control.parts.block_plans import BLOCKS
 from keepless.control.parts.region_plans import EAGER
 from keepless.control.plan_book.templates import Templates
 from keepless.control.reserve import budget_with_reserve, explain_infeasible, with_reserve
+from keepless.control.room import room_for_trials
 from keepless.control.signature import batch_signature, model_signature, optimizer_facts
 from keepless.control.takeover import with_takeover
 from keepless.control.trials import cost_model, measure_costs, measure_loss, untouched
@@ -245,7 +246,10 @@ def make_with(model: torch.nn.Module, batch: Any, settings: Settings, progress: 
 
 
 def measure_step(model: torch.nn.Module, batch: Any, settings: Settings, progress: Progress | None = None) -> Measured:
-    """The captured and measured step for settings that are already read; their budget and solver do not matter."""
+    """The captured and measured step for settings that are already read; their solver does not matter.
+
+    Ops for which the budget has no room are not run (`control.room`).
+    """
     tell = progress or _silent
     flat = flatten_inputs(Inputs.of(batch))
     if settings.on is not None:
@@ -255,11 +259,15 @@ def measure_step(model: torch.nn.Module, batch: Any, settings: Settings, progres
         capture, given = capture_call(model, flat, batch, settings, None)
         tell("capture", 1, 1)
         binding = capture.binding
+        room = room_for_trials(model, flat.tensors, settings.budget, binding.device)
         with measuring():
-            costs = measure_costs(binding, settings.cache, lambda done, total: tell("measure", done, total))
-        loss = measure_loss(binding, settings.loss_fn, batch) if settings.loss_fn is not None else None
+            costs = measure_costs(
+                binding, settings.cache, lambda done, total: tell("measure", done, total), model=model, room=room
+            )
+        loss = measure_loss(binding, settings.loss_fn, batch, room) if settings.loss_fn is not None else None
     cost = cost_model(binding, costs, optimizer=settings.optimizer, loss=loss, accumulate=settings.accumulate)
-    return Measured(capture, cost, {**model_signature(model), **batch_signature(flat), **given})
+    unrun = sum(cost.n == 0 for cost in (*costs.values(), loss) if cost is not None)
+    return Measured(capture, cost, {**model_signature(model), **batch_signature(flat), **given}, num_unrun=unrun)
 
 
 def _measure_elsewhere(
@@ -353,8 +361,9 @@ def solve_measured(measured: Measured, settings: Settings) -> Plan:
             found = solve(graph, cost, budget, solver=settings.solver, seed=settings.seed)
         except InfeasibleBudget as error:
             low = smallest(graph, cost)
+            own = _own_lowest(settings.solver, error)
             raise explain_infeasible(
-                graph, cost, settings.budget, low.program, low.peak, error.bound, _own_lowest(settings.solver, error)
+                graph, cost, settings.budget, low.program, low.peak, error.bound, own, measured.num_unrun
             ) from None
         return plan_of(measured, found, budget)
 

@@ -48,6 +48,7 @@ def explain_infeasible(
     peak: int,
     bound: int,
     own: tuple[str, int] | None = None,
+    num_unrun: int = 0,
 ) -> InfeasibleBudget:
     """The error with what the floor is made of, and what would lower it.
 
@@ -57,6 +58,7 @@ def explain_infeasible(
         peak: the smallest that is stated for it.
         bound: no program has a lower one.
         own: name and lowest peak of the solver that was asked for, where that is another one.
+        num_unrun: ops that were not run, as they need more than the budget alone.
     """
     needed = with_reserve(peak)
     floor = find_floor(graph, cost, lowest)
@@ -76,6 +78,9 @@ def explain_infeasible(
         )
         helps = [*floor.advice, f"a budget of {least} bytes", f"the default planner with {max(needed, budget)} bytes"]
         needed = least
+    if num_unrun:
+        ops = "1 op needs" if num_unrun == 1 else f"{num_unrun} ops need"
+        text += f", to which the scratch bytes of what was not run come ({ops} more than this budget leaves)"
     return InfeasibleBudget(
         f"{text}; no plan can need less than {format_bytes(bound)}. {describe_floor(graph, floor)} What would help: "
         f"{'; '.join(helps[:-1])}; or {helps[-1]}.",

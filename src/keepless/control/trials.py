@@ -11,8 +11,9 @@ import torch
 from keepless import _compat
 from keepless.binding import Binding, Call, OpCode, map_refs, slots_of
 from keepless.capture import DELIVER, LOSS, OPTIMIZER, UPDATE
+from keepless.control.room import cost_of_unrun, own_params, split_by_room
 from keepless.cost import CostModel, Origin
-from keepless.ir import Effect, Kind, Op
+from keepless.ir import Effect, Kind
 from keepless.measure import CostCache, OpCost, OptimizerFootprint, Trial, measure_ops
 from keepless.measure.delivery import hand_over_seconds
 
@@ -20,9 +21,14 @@ ACCUMULATE_BYTES_PER_S = 4e9
 """Rate of `grad += new` before it is measured: three passes over memory at a modest 12 GB/s."""
 
 
-def op_trials(binding: Binding) -> list[Trial]:
-    """A trial per distinct op that the engine runs."""
+def op_trials(binding: Binding, model: torch.nn.Module | None = None) -> list[Trial]:
+    """A trial per distinct op that the engine runs.
+
+    Arguments:
+        model: that was captured: ops read its own parameters, and no copies are made of them.
+    """
     trials: dict[str, Trial] = {}
+    params = own_params(binding, model) if model is not None else {}
     for op, code in zip(binding.graph.ops, binding.ops, strict=True):
         if code is not None and op.key not in trials:
             nbytes = sum(
@@ -30,7 +36,8 @@ def op_trials(binding: Binding) -> list[Trial]:
                 for value in op.outputs
                 if binding.graph.values[value].kind is not Kind.RNG
             )
-            trials[op.key] = Trial(op.key, _maker(binding, op, code), nbytes)
+            own = {} if may_write(code.call.target) else params
+            trials[op.key] = Trial(op.key, _maker(binding, code, own), nbytes, _made_nbytes(binding, code, own))
     return list(trials.values())
 
 
@@ -97,19 +104,47 @@ def held_nbytes(binding: Binding) -> int:
 
 
 def measure_costs(
-    binding: Binding, cache: CostCache | None, progress: Callable[[int, int], None] | None = None
+    binding: Binding,
+    cache: CostCache | None,
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    model: torch.nn.Module | None = None,
+    room: int | None = None,
 ) -> dict[str, OpCost]:
-    """Costs by op key, from the cache where it has them."""
-    return measure_ops(op_trials(binding), cache=cache, device=binding.device, progress=progress)
+    """Costs by op key, from the cache where it has them.
+
+    Arguments:
+        model: that was captured, see `op_trials`.
+        room: bytes that a trial may take; ops that need more are not run, and their costs have `n` 0 (`control.room`).
+    """
+    trials = op_trials(binding, model)
+    if room is None:
+        return measure_ops(trials, cache=cache, device=binding.device, progress=progress)
+    fitting, others = split_by_room(trials, room)
+    costs = measure_ops(fitting, cache=cache, device=binding.device, progress=progress)
+    known = cache.load(binding.device, [trial.key for trial in others]) if cache is not None else {}
+    return costs | {trial.key: known.get(trial.key) or cost_of_unrun(trial) for trial in others}
 
 
-def _maker(binding: Binding, op: Op, code: OpCode) -> Callable[[], Callable[[], object]]:
+def may_write(target: Any) -> bool:
+    """Whether an op may write what it is given: only what has a schema says that it does not."""
+    schema = getattr(target, "_schema", None)
+    return schema is None or bool(schema.is_mutable)
+
+
+def _made_nbytes(binding: Binding, code: OpCode, params: Mapping[int, torch.Tensor]) -> int:
+    """Bytes of the inputs that a trial makes."""
+    values = {binding.slot_value[slot] for slot in slots_of(code.call) if slot not in binding.constants}
+    return sum(binding.graph.values[value].nbytes for value in values if value not in params)
+
+
+def _maker(binding: Binding, code: OpCode, params: Mapping[int, torch.Tensor]) -> Callable[[], Callable[[], object]]:
     def make() -> Callable[[], object]:
         storages: dict[int, torch.Tensor] = {}
         tensors: dict[int, torch.Tensor] = {}
         call: Call = code.call
         for slot in slots_of(call):
-            tensors[slot] = _real(binding, slot, storages)
+            tensors[slot] = _real(binding, slot, storages, params)
         args = map_refs(call.args, tensors.__getitem__)
         kwargs = map_refs(dict(call.kwargs), tensors.__getitem__)
         target: Any = call.target
@@ -118,12 +153,20 @@ def _maker(binding: Binding, op: Op, code: OpCode) -> Callable[[], Callable[[], 
     return make
 
 
-def _real(binding: Binding, slot: int, storages: dict[int, torch.Tensor]) -> torch.Tensor:
-    """A tensor like the slot's, filled with plain numbers; slots of one value share storage."""
+def _real(
+    binding: Binding, slot: int, storages: dict[int, torch.Tensor], params: Mapping[int, torch.Tensor]
+) -> torch.Tensor:
+    """A tensor like the slot's, filled with plain numbers; slots of one value share storage.
+
+    Arguments:
+        params: values that are there, and are only read.
+    """
     example = binding.examples[slot]
     if slot in binding.constants:
         return binding.constants[slot]
     value = binding.slot_value[slot]
+    if value in params and params[value].dtype == example.dtype:
+        return params[value].as_strided(example.size(), example.stride(), example.storage_offset())
     base = storages.get(value)
     if base is None or base.dtype != example.dtype:
         # A fake may be smaller than the real thing, whose size only its kernel knows (the workspace of an LSTM layer).
@@ -135,30 +178,42 @@ def _real(binding: Binding, slot: int, storages: dict[int, torch.Tensor]) -> tor
     return base.as_strided(example.size(), example.stride(), example.storage_offset())
 
 
-def measure_loss(binding: Binding, loss_fn: Any, batch: Any) -> OpCost:
-    """The caller's own loss, forward and backward, on made-up outputs of the captured shapes."""
+def measure_loss(binding: Binding, loss_fn: Any, batch: Any, room: int | None = None) -> OpCost:
+    """The caller's own loss, forward and backward, on made-up outputs of the captured shapes.
+
+    Arguments:
+        room: as in `measure_costs`.
+    """
     trial = loss_trial(binding, loss_fn, batch)
+    if room is not None and trial.input_nbytes + trial.output_nbytes > room:
+        return cost_of_unrun(trial)
     return measure_ops([trial], device=binding.device)[trial.key]
 
 
 def loss_trial(binding: Binding, loss_fn: Any, batch: Any) -> Trial:
     """A trial of the caller's own loss, as `measure_loss` runs it."""
     graph = binding.graph
-    outputs: dict[int, torch.Tensor] = {}
-    for position, slot in binding.outputs.items():
-        tensor = _real(binding, slot, {}).clone()
-        outputs[position] = tensor.requires_grad_(position in binding.grad_outputs)
-    count = len(binding.outputs) + len(binding.output_constants)
-    flat = [outputs.get(i, binding.output_constants.get(i)) for i in range(count)]
-    output = _compat.tree_unflatten(flat, binding.output_spec)
-    wanted = [outputs[position] for position in binding.grad_outputs]
 
-    def run() -> object:
-        with torch.enable_grad():
-            return torch.autograd.grad(loss_fn(output, batch), wanted)
+    def make() -> Callable[[], object]:
+        outputs: dict[int, torch.Tensor] = {}
+        for position, slot in binding.outputs.items():
+            tensor = _real(binding, slot, {}, {})
+            tensor = tensor.clone() if slot in binding.constants else tensor
+            outputs[position] = tensor.requires_grad_(position in binding.grad_outputs)
+        count = len(binding.outputs) + len(binding.output_constants)
+        flat = [outputs.get(i, binding.output_constants.get(i)) for i in range(count)]
+        output = _compat.tree_unflatten(flat, binding.output_spec)
+        wanted = [outputs[position] for position in binding.grad_outputs]
+
+        def run() -> object:
+            with torch.enable_grad():
+                return torch.autograd.grad(loss_fn(output, batch), wanted)
+
+        return run
 
     tangents = sum(graph.values[binding.slot_value[slot]].nbytes for slot in binding.tangents)
-    return Trial("keepless.loss", lambda: run, tangents)
+    made = sum(graph.values[binding.slot_value[slot]].nbytes for slot in binding.outputs.values())
+    return Trial("keepless.loss", make, tangents, made)
 
 
 @contextlib.contextmanager

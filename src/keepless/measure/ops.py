@@ -51,11 +51,13 @@ class Trial:
         key: equal for ops that cost the same.
         make: allocates real inputs on the op's device and returns a thunk that runs the op once.
         output_nbytes: bytes of new storage that the op's outputs hold.
+        input_nbytes: bytes that `make` allocates.
     """
 
     key: str
     make: Callable[[], Callable[[], object]]
     output_nbytes: int
+    input_nbytes: int = 0
 
 
 def measure_ops(

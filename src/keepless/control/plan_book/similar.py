@@ -13,6 +13,7 @@ import torch
 from keepless.capture import Inputs, flatten_inputs
 from keepless.control.captured import Captures, Measured, Settings
 from keepless.control.planning import capture_call, measuring
+from keepless.control.room import room_for_trials, split_by_room
 from keepless.control.signature import batch_signature, model_signature
 from keepless.control.trials import cost_model, held_nbytes, op_trials, untouched
 from keepless.cost import KnownCosts, Origin, scaled_scratch, transferred_seconds
@@ -46,16 +47,20 @@ def measure_like(
         capture, given = capture_call(model, flat, inputs, settings, chosen, captures.templates(model))
         binding = capture.binding
         graph = binding.graph
-        trials = op_trials(binding)
+        trials = op_trials(binding, model)
         cache = settings.cache
         exact = cache.load(binding.device, [trial.key for trial in trials]) if cache is not None else {}
         with measuring():
             missing = [trial for trial in trials if trial.key not in scratch and trial.key not in exact]
-            scratch |= measure_scratch(missing, device=binding.device)
+            room = room_for_trials(model, flat.tensors, settings.budget, binding.device)
+            fitting, others = split_by_room(missing, room)
+            scratch |= measure_scratch(fitting, device=binding.device)
+            unrun = {trial.key: 0 for trial in others}  # the call does not fit; they are not known for another one
     known = KnownCosts(plan.graph, plan.cost)
     seconds = transferred_seconds(graph, [known], {key: cost.seconds for key, cost in exact.items()})
+    known_scratch = scratch | unrun
     costs = {
-        trial.key: exact.get(trial.key) or OpCost(seconds[trial.key], scratch[trial.key], plan.cost.spread, 0)
+        trial.key: exact.get(trial.key) or OpCost(seconds[trial.key], known_scratch[trial.key], plan.cost.spread, 0)
         for trial in trials
     }
     loss, before = None, plan.graph.loss_op
@@ -64,4 +69,4 @@ def measure_like(
         loss = OpCost(seconds[graph.ops[graph.loss_op].key], max(0, nbytes - held_nbytes(binding)), 0.0, 0)
     cost = cost_model(binding, costs, optimizer=settings.optimizer, loss=loss, accumulate=settings.accumulate)
     signature = {**model_signature(model), **batch_signature(flat), **given}
-    return Measured(capture, replace(cost, origin=Origin.LEARNED), signature)
+    return Measured(capture, replace(cost, origin=Origin.LEARNED), signature, num_unrun=len(unrun))
