@@ -209,6 +209,7 @@ MAKERS: dict[str, Callable[[Subject], Any]] = {
     **{f"plan {engine}": lambda s, engine=engine: s.plan(engine) for engine in ENGINES},
     "plan auto": lambda s: s.plan(),
     "curve": lambda s: keepless.curve(s.model, s.batch, optimizer=s.optimizer, points=3, cache=False, **s.options),
+    "estimate": lambda s: keepless.estimate(s.model, s.batch, optimizer=s.optimizer, **s.options),
     "infeasible": lambda s: s.plan(budget=67_000),
 }
 """What makes something of a model and a batch; a new function is a line here."""
@@ -218,5 +219,6 @@ USERS: dict[str, Callable[[Subject, keepless.Plan, Path], Any]] = {
     "file": by_file,
     "verify": lambda s, plan, _: keepless.verify(s.model, s.batch, plan, repeats=1),
     "timeline": lambda s, plan, _: keepless.timeline(s.model, s.batch, plan, repeats=1),
+    "account": lambda s, plan, _: keepless.account(s.model, s.batch, plan),
 }
 """What uses a plan; likewise."""

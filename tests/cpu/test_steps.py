@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import targets
+import torch
+import zoo
 
 import keepless
 from keepless.measure import measure_peak
@@ -37,3 +40,19 @@ def test_each_kind_of_step_is_predicted(name: str, accumulate: bool, tmp_path: P
     assert max(step.peak for step in planned) == pytest.approx(plan.predicted_peak, abs=64)
     if name == "weights":
         assert steps["steady"].phase == "optimizer"
+
+
+@pytest.mark.parametrize("engine", ["blocks", "eager"])
+def test_plans_of_module_calls_have_kinds_of_steps(engine: str) -> None:
+    """They differ by state and gradients of parameters; what passes between blocks is none of these."""
+    workload = zoo.build("gpt2", "tiny")
+    optimizer = torch.optim.AdamW(workload.model.parameters())
+    gradients = sum(p.numel() * p.element_size() for p in workload.model.parameters())
+    options: dict[str, Any] = {"engine": engine, "optimizer": optimizer, "release_outputs": True, "cache": False}
+    fresh, adding = (workload.plan(zoo.PLENTY, accumulate=accumulate, **options) for accumulate in (False, True))
+    for plan in (fresh, adding):
+        steps = predicted_steps(plan)
+        assert steps["accumulating"].is_planned is (plan is adding)
+        assert steps["first"].peak <= steps["steady"].peak <= steps["accumulating"].peak
+        assert steps["accumulating"].peak <= steps["steady"].peak + gradients
+        assert steps["accumulating" if plan is adding else "steady"].peak == plan.predicted_peak

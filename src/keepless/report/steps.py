@@ -59,8 +59,8 @@ class StepPrediction:
 def predicted_steps(plan: Plan) -> dict[str, StepPrediction]:
     """The three kinds of steps, by name. O(edges of the program).
 
-    Of plans of module calls that accumulate, single gradients are not known: a step that begins without any is taken to
-    have all of them from the loss on.
+    Of plans of blocks and of module calls that accumulate, single gradients are not known: a step that begins without
+    any is taken to have all of them from the loss on.
     """
     levels = _levels(plan)
     accumulates = _accumulates(plan)
@@ -92,6 +92,8 @@ def _levels(plan: Plan) -> dict[str, list[int]]:
     handed = _handed_over(plan)
     accumulates = _accumulates(plan)
     total = sum(graph.values[v].nbytes for v in graph.inputs if graph.values[v].name == EXISTING)
+    if accumulates and sum(graph.values[v].nbytes for v in handed) != total:
+        handed = {}  # captured blocks hand over gradients of what passes between them, too
     total = total or sum(graph.values[v].nbytes for v in handed)
     levels: dict[str, list[int]] = {kind: [] for kind in KINDS}
     is_after_loss = False
@@ -152,7 +154,7 @@ def _handed_over(plan: Plan) -> dict[int, int]:
             at.update(dict.fromkeys(op.inputs, index))
         elif not delivered:
             at.update({value: index for value in instr.keep if value in gradients and value not in at})
-    return at
+    return at if _accumulates(plan) else {value: index for value, index in at.items() if value in graph.pinned}
 
 
 def _number(signature: Mapping[str, object], name: str, default: int) -> int:
