@@ -34,6 +34,8 @@ User mistakes are one of these; an `AssertionError` is our own bug.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 
 class KeeplessError(Exception):
     """Base of everything that Keepless raises on purpose."""
@@ -50,13 +52,23 @@ class InfeasibleBudget(KeeplessError):
         smallest_budget: bytes of the smallest budget for which a plan was found.
         bound: bytes that every plan needs at least (proven).
         blocking: the op that sets the floor, as "name (module, source line)".
+        rewrites: names of rewrites that would lower it -> the smallest budget with them, in bytes.
     """
 
-    def __init__(self, message: str, *, smallest_budget: int, bound: int, blocking: str = "") -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        smallest_budget: int,
+        bound: int,
+        blocking: str = "",
+        rewrites: Mapping[tuple[str, ...], int] | None = None,
+    ) -> None:
         super().__init__(message)
         self.smallest_budget = smallest_budget
         self.bound = bound
         self.blocking = blocking
+        self.rewrites = dict(rewrites or {})
 
 
 class CaptureError(KeeplessError):

@@ -28,6 +28,7 @@ from keepless.errors import (
     KeeplessError,
     PlanError,
     ProgramError,
+    RewriteError,
     SolverError,
 )
 
@@ -99,6 +100,9 @@ def session(as_json: bool, debug: bool) -> Iterator[Session]:
                     "smallest_budget": error.smallest_budget,
                     "bound": error.bound,
                     "blocking": error.blocking,
+                    "rewrites": [
+                        {"rewrites": list(names), "smallest_budget": nbytes} for names, nbytes in error.rewrites.items()
+                    ],
                 }
             if isinstance(error, ProgramError):
                 facts |= {"rule": error.rule, "index": error.index}
@@ -127,6 +131,7 @@ def _code(error: Exception) -> int:
             DeviceError,
             GraphError,
             PlanError,
+            RewriteError,
             SolverError,
             FileNotFoundError,
             IsADirectoryError,

@@ -21,6 +21,7 @@ from keepless.control.allocating import within_card
 from keepless.control.captured import Capture, Captures, Measured, Settings, beyond_peak
 from keepless.control.checks import check_module, check_optimizer
 from keepless.control.elsewhere import faking_for, loss_work, step_elsewhere, target_of
+from keepless.control.offers import with_offers
 from keepless.control.parts import module_plans, module_steps
 from keepless.control.parts.block_plans import BLOCKS
 from keepless.control.parts.region_plans import EAGER
@@ -141,7 +142,7 @@ def make(
     if engine in (BLOCKS, EAGER):
         return module_plans.make(model, batch, settings, tell, engine, blocks)
     try:
-        return make_with(model, batch, settings, progress)
+        return make_with(model, batch, settings, progress, optimizer)
     except CaptureError as error:
         if isinstance(error, (LossError, CheckpointingError)):  # the same for every engine
             raise
@@ -233,12 +234,26 @@ def check_rewrites(rewrites: tuple[str, ...], *, has_optimizer: bool, accumulate
         )
 
 
-def make_with(model: torch.nn.Module, batch: Any, settings: Settings, progress: Progress | None = None) -> Plan:
-    """A plan for settings that are already read."""
+def make_with(
+    model: torch.nn.Module,
+    batch: Any,
+    settings: Settings,
+    progress: Progress | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> Plan:
+    """A plan for settings that are already read.
+
+    Arguments:
+        optimizer: the caller's, to say what its rewrite would gain where nothing fits.
+    """
     tell = progress or _silent
     measured = measure_step(model, batch, settings, tell)
     tell("solve", 0, 1)
-    plan = solve_measured(measured, settings)
+    try:
+        plan = solve_measured(measured, settings)
+    except InfeasibleBudget as error:
+        flat = flatten_inputs(Inputs.of(batch))
+        raise with_offers(error, model, flat, batch, measured, settings, optimizer) from None
     tell("solve", 1, 1)
     if measured.is_here:
         plan.capture = Captures(replace(measured.capture, settings=settings_of_plan(settings, plan)))

@@ -195,7 +195,8 @@ def _some(params: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def _small(param: torch.Tensor) -> torch.Tensor:
-    return torch.zeros(tuple(min(n, _SIDE) for n in param.shape), dtype=param.dtype, device=param.device)
+    device = "cpu" if param.is_meta else param.device  # weights that are not there yet have no bits to compare
+    return torch.zeros(tuple(min(n, _SIDE) for n in param.shape), dtype=param.dtype, device=device)
 
 
 def _same_all(one: Any, other: Any) -> bool:

@@ -1,0 +1,145 @@
+"""What rewrites would gain where a budget is too small: smallest budgets of the rewritten steps, really planned.
+
+Only an infeasible budget asks for this. The step is traced once more and lowered for each rewrite; scratch bytes of ops
+that are new are measured, by one run each, and the smallest peak is found by the default planner.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from keepless.binding import Binding
+from keepless.capture import FlatInputs, lower, trace_step
+from keepless.control.captured import Measured, Settings
+from keepless.control.reserve import with_reserve
+from keepless.control.trials import cost_model, held_nbytes, op_trials, untouched
+from keepless.errors import InfeasibleBudget, KeeplessError
+from keepless.ir import format_bytes
+from keepless.machine import OPTIMIZER_IN_BACKWARD, REWRITES
+from keepless.measure import OpCost, measure_scratch, optimizer_updates
+from keepless.solve import SOLVERS, named_solver, smallest
+
+_LEAST_GAIN = 0.005
+"""Of the smallest budget: less is not worth a rewrite."""
+_HELP = "What would help: "
+
+
+@dataclass(frozen=True)
+class Offer:
+    """Rewrites that would lower the smallest budget.
+
+    Arguments:
+        rewrites: their names, those that are asked for already among them.
+        smallest_budget: with them, in bytes.
+        gain: bytes below the smallest budget without.
+    """
+
+    rewrites: tuple[str, ...]
+    smallest_budget: int
+    gain: int
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the step gives the same bits."""
+        return all(REWRITES[name].is_exact for name in self.rewrites)
+
+    def __str__(self) -> str:
+        return (
+            f"rewrites={self.rewrites} lowers the smallest budget by {format_bytes(self.gain)} to "
+            f"{format_bytes(self.smallest_budget)} ({'same bits' if self.is_exact else 'not bitwise'})"
+        )
+
+
+def with_offers(
+    error: InfeasibleBudget,
+    model: torch.nn.Module,
+    flat: FlatInputs,
+    batch: Any,
+    measured: Measured,
+    settings: Settings,
+    optimizer: torch.optim.Optimizer | None,
+) -> InfeasibleBudget:
+    """The error with what rewrites would gain, first among what would help."""
+    base = error.smallest_budget
+    if settings.card is not None or named_solver(settings.solver) is not SOLVERS["keepless"]:
+        base = with_reserve(smallest(measured.graph, measured.cost).peak)  # other bytes are in the error's
+    offers = find_offers(model, flat, batch, measured, settings, optimizer, base)
+    if not offers:
+        return error
+    before, found, after = str(error).partition(_HELP)
+    shown = "; ".join(map(str, offers))
+    text = f"{before}{_HELP}{shown}; {after}" if found else f"{before} {_HELP}{shown}."
+    return InfeasibleBudget(
+        text,
+        smallest_budget=error.smallest_budget,
+        bound=error.bound,
+        blocking=error.blocking,
+        rewrites={offer.rewrites: offer.smallest_budget for offer in offers},
+    )
+
+
+def find_offers(
+    model: torch.nn.Module,
+    flat: FlatInputs,
+    batch: Any,
+    measured: Measured,
+    settings: Settings,
+    optimizer: torch.optim.Optimizer | None,
+    base: int,
+) -> list[Offer]:
+    """Rewrites that lower the smallest budget, each alone and all that do together.
+
+    Arguments:
+        base: the smallest budget without them, in bytes.
+    """
+    absent = [name for name in REWRITES if name not in settings.rewrites]
+    if optimizer is None or settings.accumulate:
+        absent = [name for name in absent if name != OPTIMIZER_IN_BACKWARD]
+    if not absent or settings.on is not None:
+        return []
+    try:
+        with untouched(model):
+            traced = trace_step(model, flat, batch=batch, loss_fn=settings.loss_fn, grad_outputs=None)
+    except KeeplessError:
+        return []
+    offers: list[Offer] = []
+
+    def consider(names: tuple[str, ...]) -> None:
+        chosen = tuple(name for name in REWRITES if name in names or name in settings.rewrites)
+        own = replace(settings, rewrites=chosen)
+        try:
+            if OPTIMIZER_IN_BACKWARD in names and optimizer is not None and settings.optimizer is not None:
+                trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+                updates = optimizer_updates(optimizer, trained, settings.optimizer)
+                own = replace(own, optimizer=replace(settings.optimizer, updates=updates))
+            with untouched(model):
+                needed = _smallest_budget(lower(traced, flat, model, own.shape), measured, own)
+        except KeeplessError:  # it does not apply to this step
+            return
+        if base - needed > _LEAST_GAIN * base:
+            offers.append(Offer(chosen, needed, base - needed))
+
+    for name in absent:
+        consider((name,))
+    if len(offers) > 1:
+        consider(tuple(absent))
+    return offers
+
+
+def _smallest_budget(binding: Binding, measured: Measured, settings: Settings) -> int:
+    """The smallest budget of a rewritten step, its ops measured as far as the plain step has not the same."""
+    graph, cost = measured.graph, measured.cost
+    held = held_nbytes(measured.capture.binding)
+    known = {op.key: OpCost(cost.seconds[op.id], max(0, cost.scratch[op.id] - held), 0.0, 0) for op in graph.ops}
+    trials = [trial for trial in op_trials(binding) if trial.key not in known]
+    scratch = measure_scratch(trials, device=binding.device)
+    typical = sum(cost.seconds) / max(1, len(cost.seconds))  # only bytes are asked for
+    known |= {key: OpCost(typical, nbytes, 0.0, 0) for key, nbytes in scratch.items()}
+    loss = None
+    if graph.loss_op is not None and settings.loss_fn is not None:
+        loss = known[graph.ops[graph.loss_op].key]
+    rewritten = cost_model(binding, known, optimizer=settings.optimizer, loss=loss, accumulate=settings.accumulate)
+    return with_reserve(smallest(binding.graph, rewritten).peak)
