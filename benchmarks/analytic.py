@@ -51,15 +51,17 @@ LARGE = {
     "llama-8b": (
         {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
         'like = "h100"\nname = "h100"\nsource = "table"\n',
+        1,
         "36GiB",
     ),
     "llama-70b": (
         {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
         'like = "h100"\nname = "h100-640"\nmemory = "640GiB"\nsource = "eight cards\' memory as one"\n',
-        "280GiB",
+        4,
+        "400GiB",
     ),
 }
-"""Name -> (fields of the config, the device's file, budget); a row of 4096 tokens in bfloat16, without an optimizer."""
+"""Name -> (fields of the config, the device's file, rows, budget); 4096 tokens a row, bfloat16, no optimizer."""
 
 
 def measured(name: str, size: str, seed: int) -> tuple[Graph, tuple[Work, ...], CostModel]:
@@ -104,13 +106,13 @@ def compare(models: Sequence[str], size: str, seed: int, table: Table) -> None:
 
 def plan_large(name: str, table: Table) -> None:
     """Rows of what planning a step takes in a process of its own."""
-    fields, device, budget = LARGE[name]
+    fields, device, batch, budget = LARGE[name]
     with tempfile.TemporaryDirectory(prefix="keepless-analytic-") as folder:
         config, card = Path(folder) / "config.json", Path(folder) / "card.toml"
         config.write_text(json.dumps(LLAMA | fields))
         card.write_text(device)
         command = [sys.executable, "-m", "keepless.cli", "plan", f"hf:{config}", "--device", str(card), "--json"]
-        command += ["--dtype", "bfloat16", "--batch-size", "1", "--seq-len", "4096", "--optimizer", "none"]
+        command += ["--dtype", "bfloat16", "--batch-size", str(batch), "--seq-len", "4096", "--optimizer", "none"]
         command += ["--budget", budget, "--release-outputs"]
         start = time.perf_counter()
         with open(Path(folder) / "plan.json", "w+b") as out:
@@ -136,7 +138,7 @@ def main() -> None:
     """Measures, prints and writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default=",".join(MODELS))
-    parser.add_argument("--size", default="large")
+    parser.add_argument("--size", default="small")
     parser.add_argument("--large", action="store_true", help="plan the large models, too")
     parser.add_argument("--only-large", action="store_true", help="plan the large models only")
     parser.add_argument("--seed", type=int, default=0)
