@@ -12,6 +12,7 @@ from keepless import control
 from keepless.capture import Inputs
 from keepless.control import Estimate, Fits, Progress, StepCurve, Verification
 from keepless.cost import DeviceSpec
+from keepless.errors import ParameterError
 from keepless.ir import Timeline
 from keepless.machine import Plan, load_plan, read_rewrites
 from keepless.modules.blocks import Blocks
@@ -90,6 +91,10 @@ def plan(
         CheckpointingError: the model checkpoints already, without `takeover`; carries the places.
         CaptureError: the model cannot be captured as one graph; BatchError, LossError and ParameterError say more.
     """
+    if land and on is not None:
+        raise ParameterError(
+            "land=True runs the plan's step, and on= plans for a device that is not here: leave one out."
+        )
     if land:
         control.check_landing(read_rewrites(rewrites))
     found = control.make(

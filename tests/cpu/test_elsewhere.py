@@ -294,6 +294,8 @@ def test_what_cannot_be_planned_elsewhere_is_refused(tmp_path: Path) -> None:
         keepless.plan(model, x, "1GiB", on="rtx409")
     with pytest.raises(ParameterError, match="on= plans a captured step"):
         keepless.plan(model, x, "1GiB", on="l4", engine="eager")
+    with pytest.raises(ParameterError, match="land=True runs"):
+        keepless.plan(model, x, "1GiB", on="l4", land=True)
     with pytest.raises(InfeasibleBudget) as caught:
         keepless.plan(model, x, "1MiB", on="l4")
     assert caught.value.smallest_budget > 1 << 20

@@ -119,6 +119,8 @@ def plan_command(
             "cache": cache,
             "land": land,
         }
+        if land and on is not None:
+            raise UsageError("--land runs the plan's step, and --device names a device that is not here.")
         if land:
             _refuse_meta(recipe, "to land a plan runs its step")
         check_picture(picture)
