@@ -151,3 +151,26 @@ def planning_within(kind: str, budget: int) -> Callable[[], Any]:
         return {"state": state, "smallest": plan.smallest_budget, "told": False}
 
     return step
+
+
+def steps_of_optimizer(kind: str, options: dict[str, Any], plan_path: str = "") -> Callable[[], Any]:
+    """Plain steps of a model of large weights under a plan, with an optimizer of torch's; without a path, the plan."""
+    import keepless
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model = nn.Sequential(*[part for _ in range(4) for part in (nn.Linear(512, 512, bias=False), nn.Tanh())])
+    subject = keepless.with_loss(model, lambda output, _: output.square().mean())
+    batch = torch.randn(64, 512)
+    optimizer = getattr(torch.optim, kind)(subject.parameters(), **options)
+    if not plan_path:
+        plan = keepless.plan(subject, batch, "1GiB", optimizer=optimizer, cache=False)
+        return lambda: plan
+    keepless.apply(subject, keepless.load(plan_path))
+
+    def step() -> None:
+        optimizer.zero_grad()
+        subject(batch).backward()
+        optimizer.step()
+
+    return step

@@ -42,6 +42,32 @@ def test_each_kind_of_step_is_predicted(name: str, accumulate: bool, tmp_path: P
         assert steps["steady"].phase == "optimizer"
 
 
+OPTIMIZERS: list[tuple[str, dict[str, Any]]] = [
+    ("SGD", {"momentum": 0.9}),
+    ("AdamW", {"foreach": True}),
+    ("AdamW", {"fused": True}),
+    ("Adafactor", {}),
+    ("Adagrad", {}),
+    *([("Muon", {})] if hasattr(torch.optim, "Muon") else []),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "options"), OPTIMIZERS)
+def test_steps_of_any_optimizer_are_predicted(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
+    """First and steady step within 1 % in a fresh process, where weights, state and temporaries are most of it."""
+    plan = targets.steps_of_optimizer(kind, options)()
+    path = tmp_path / "step.plan"
+    plan.save(path)
+    arguments = {"kind": kind, "options": options, "plan_path": str(path)}
+    found = measure_peak("targets:steps_of_optimizer", arguments, steps=3)
+    steps = predicted_steps(plan)
+    assert steps["first"].peak == pytest.approx(found.peaks[0], rel=0.01)
+    assert steps["steady"].peak == pytest.approx(found.peaks[1], rel=0.01)
+    assert steps["steady"].peak == pytest.approx(found.peaks[2], rel=0.01)
+    assert max(found.peaks) <= plan.predicted_peak + 64
+
+
 @pytest.mark.parametrize("engine", ["blocks", "eager"])
 def test_plans_of_module_calls_have_kinds_of_steps(engine: str) -> None:
     """They differ by state and gradients of parameters; what passes between blocks is none of these."""
