@@ -1,0 +1,133 @@
+"""A thousand planned steps: nothing adds up, neither bytes nor Python's objects."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from typing import Any
+
+import models as zoo
+import pytest
+import torch
+from subjects import ENGINES, WIDTH, Blocks, dense, subject
+
+import keepless
+from keepless.capture import Inputs
+from keepless.measure import interposer, measure_peak
+from keepless.modules import planned as modules_planned
+
+STEPS = 100
+"""Training steps in each step of the meter's."""
+
+
+def enduring(engine: str) -> Any:
+    """Trains a small GPT by a plan that recomputes."""
+    torch.set_num_threads(1)
+    one = subject("gpt")
+    plan = one.plan(engine, one.plan(engine).smallest_budget + 2000)
+    assert plan.num_replays
+    keepless.apply(one.model, plan)
+    inputs = Inputs.of(one.batch)
+
+    def step() -> dict[str, Any]:
+        for _ in range(STEPS):
+            one.optimizer.zero_grad(set_to_none=False)
+            loss = zoo.loss_in(one.model(*inputs.args, **inputs.kwargs))
+            loss.backward()
+            one.optimizer.step()
+        return {"loss": float(loss.detach())}
+
+    return step
+
+
+@pytest.mark.slow
+def test_bytes_of_a_thousand_steps() -> None:
+    """Levels and peaks are those of the second hundred, to the byte, with the garbage collector off within each."""
+    found = measure_peak(f"{__name__}:enduring", {"engine": "graph"}, steps=11)
+    assert set(found.ends[1:]) == {found.ends[1]}
+    assert set(found.peaks[1:]) == {found.peaks[1]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_heap_of_a_thousand_steps(engine: str) -> None:
+    """The same in large blocks of the heap, whoever allocates them."""
+    reason = interposer.available()
+    if reason is not None:
+        pytest.skip(reason)
+    found = measure_peak(f"{__name__}:enduring", {"engine": engine}, steps=11, method="interposer")
+    assert set(found.ends[2:]) == {found.ends[2]}
+
+
+def live() -> tuple[int, int]:
+    """Bytes of the tensors that Python knows, and how many objects there are."""
+    gc.collect()
+    objects = gc.get_objects()
+    storages = {
+        one.untyped_storage()._cdata: one.untyped_storage().nbytes()
+        for one in objects
+        if type(one) in (torch.Tensor, torch.nn.Parameter)
+    }
+    return sum(storages.values()), len(objects)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+def test_objects(engine: str) -> None:
+    """What Python holds after ten steps is what it holds after many."""
+    step = enduring(engine)
+    found = []
+    for _ in range(3):
+        step()
+        found.append(live())
+    assert found[1] == found[2]
+
+
+def train(model: torch.nn.Module, number: int) -> None:
+    """A step on a batch of this size, with gradients that stand already."""
+    model(torch.ones(number, WIDTH)).backward()
+    model.zero_grad(set_to_none=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["graph", "eager"])
+def test_shapes_that_never_come_again(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once the plan book is full, each new size takes the place of another, and all that belonged to it is gone.
+
+    Plans of blocks trace each size in full, and torch remembers single ops of that by shape, without a bound.
+    """
+    most, steps = 4, 10
+    model = Blocks(dense(), dense())
+    keepless.fit(model, torch.ones(4, WIDTH), "1GiB", engine=engine, cache=False, accumulate=True, background=False)
+    model.zero_grad(set_to_none=False)
+    planned = model.__dict__["forward"]
+    if engine == "graph":
+        planned.entries.most = most
+    else:
+        monkeypatch.setattr(modules_planned, "_MOST_ENTRIES", most)
+    found = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for number in range(5, 5 + 4 * steps):
+            train(model, number)
+            if number % steps == 4:
+                found.append(live())
+    assert len(planned.entries) == most
+    assert found[-1] == found[-2]
+
+
+@pytest.mark.slow
+def test_shapes_that_come_again_after_they_were_forgotten() -> None:
+    """More sizes than the plan book holds, over and over."""
+    model = Blocks(dense(), dense())
+    keepless.fit(model, torch.ones(4, WIDTH), "1GiB", engine="graph", cache=False, accumulate=True, background=False)
+    model.__dict__["forward"].entries.most = 16
+    found = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(4):
+            for number in range(4, 34):
+                train(model, number)
+            found.append(live())
+    assert model.__dict__["forward"].counters.evicted > 60
+    assert found[-1] == found[-2]
