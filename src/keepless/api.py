@@ -466,7 +466,9 @@ def apply(
         background: a better plan for such a call is searched for in a process beside, once the call comes again.
             Results are the same bits either way.
         takeover: turn off the model's own checkpointing until `remove`, also where the plan was not made with it.
-        optimizer: the loop's, where the plan steps it in the backward (`rewrites`); the loop stays as it is.
+        optimizer: the loop's, which stays as it is. Where the plan steps it in the backward (`rewrites`) it must be
+            given; elsewhere its steps are looked after: refused where there is no memory for them, and `TornStep` where
+            one ends half way. None hooks nothing.
         on_oom: what a step does where the device has less memory than was planned for: "survive" goes on inside the
             failing call, by a tighter program and with the same bits; "raise" only writes down what happened
             (`docs/out-of-memory.md`).

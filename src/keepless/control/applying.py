@@ -11,6 +11,7 @@ from keepless.control.checks import check_module, check_optimizer, check_plan
 from keepless.control.parts import module_plans, module_steps
 from keepless.control.plan_book.book import Book
 from keepless.control.plan_book.recapturing import capture_of
+from keepless.control.rescue.optimizer import OptimizerGuard
 from keepless.control.rescue.survival import SURVIVE, Survival, check_on_oom
 from keepless.control.signature import check_signature, model_signature
 from keepless.control.takeover import check_checkpointing, give_back, is_allowed, take
@@ -45,6 +46,11 @@ def apply(
     check_plan(plan)
     check_on_oom(on_oom)
     updater = _updater(model, plan, optimizer) if updates else None
+    survival = Survival(plan, on_oom, black_box)
+    guard = None
+    if optimizer is not None and OPTIMIZER_IN_BACKWARD not in plan.rewrites:
+        check_optimizer(optimizer, model)
+        guard = OptimizerGuard(model, optimizer, survival)
     if arena and (module_plans.is_by_modules(plan) or capture_of(plan, model) is None):
         raise ArenaError(
             "An arena needs a plan of the whole captured step that was made for this very model in this process: "
@@ -58,9 +64,9 @@ def apply(
         remove(model)
         take(model)
         if module_plans.is_by_modules(plan):
-            module_plans.apply(model, plan)
+            module_plans.apply(model, plan, survival, guard)
         else:
-            _put_in(model, plan, background, updater, Survival(plan, on_oom, black_box), arena)
+            _put_in(model, plan, background, updater, survival, guard, arena)
     except BaseException:
         remove(model)
         if standing is not None:
@@ -91,11 +97,17 @@ def _updater(model: torch.nn.Module, plan: Plan, optimizer: torch.optim.Optimize
 
 
 def _put_in(
-    model: torch.nn.Module, plan: Plan, background: bool, updater: Updater | None, survival: Survival, arena: bool
+    model: torch.nn.Module,
+    plan: Plan,
+    background: bool,
+    updater: Updater | None,
+    survival: Survival,
+    guard: OptimizerGuard | None,
+    arena: bool,
 ) -> None:
     """A plan of single ops into a model that has none."""
     planned = PlannedForward(model, [], None, survival)
-    planned.updater = updater
+    planned.updater, planned.guard = updater, guard
     capture = capture_of(plan, model)
     if capture is not None:
         entry = make_entry(model, capture.flat, capture.binding, plan.program, cost=plan.cost)

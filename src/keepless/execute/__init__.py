@@ -3,6 +3,7 @@
 from keepless.execute.codegen import Compiled as Compiled
 from keepless.execute.codegen import compile_step as compile_step
 from keepless.execute.drill import drilling as drilling
+from keepless.execute.engine import Attached as Attached
 from keepless.execute.engine import Miss as Miss
 from keepless.execute.engine import News as News
 from keepless.execute.engine import PlannedForward as PlannedForward

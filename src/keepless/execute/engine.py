@@ -10,7 +10,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -29,6 +29,16 @@ from keepless.ir import Program
 Miss = Callable[["PlannedForward", torch.nn.Module, tuple[Any, ...], dict[str, Any], str], Entry | None]
 """What a planned forward does about a call that no entry covers: gives a new entry, None where there is nothing to
 plan, or raises."""
+
+
+class Attached(Protocol):
+    """What is in place as long as a planned forward stands in its model."""
+
+    def put_in(self) -> None:
+        """It is in place."""
+
+    def take_out(self) -> None:
+        """It is not."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +62,7 @@ class PlannedForward(StandingForward):
         news: better programs for entries; a thread beside may put them here.
         updater: steps the optimizer in the backward, while this forward stands in its model.
         arena: what the plan's arena is; None without one.
+        guard: looks after the optimizer's own steps, as long.
     """
 
     def __init__(
@@ -69,6 +80,7 @@ class PlannedForward(StandingForward):
         self.news: deque[News] = deque()
         self.updater: Updater | None = None
         self.arena: ArenaReport | None = None
+        self.guard: Attached | None = None
         self.counters = Counters()
         for entry in reversed(entries):
             self.add(entry)
@@ -132,13 +144,15 @@ class PlannedForward(StandingForward):
     def put_in(self) -> None:
         """The module runs by its plan."""
         self.module.__dict__["forward"] = self
-        if self.updater is not None:
-            self.updater.put_in()
+        for attached in (self.updater, self.guard):
+            if attached is not None:
+                attached.put_in()
 
     def take_out(self) -> None:
         """The module runs its own forward again, where this one stands in it, and no optimizer steps in backwards."""
-        if self.updater is not None:
-            self.updater.take_out()
+        for attached in (self.updater, self.guard):
+            if attached is not None:
+                attached.take_out()
         super().take_out()
 
     def _take_over(self) -> None:

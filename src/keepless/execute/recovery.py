@@ -246,8 +246,8 @@ def _cannot_run_again(step: Step, rescue: Rescue) -> str:
         return f"{rescue.blocker}, so that the forward cannot run again as it ran"
     if step.tangents is None:
         return (
-            "gradients that came from outside of the captured step were larger than is held for this; with the loss "
-            "inside of it (keepless.with_loss) steps go on"
+            "the gradients that came into it from outside are larger than is held for this; with the loss inside of "
+            "the step (keepless.with_loss) they are small"
         )
     for position, argument in enumerate(step.arguments):
         now = 0 if argument.is_inference() else argument._version

@@ -298,6 +298,23 @@ class _Segment:
         self.composer.add(copied, self.cost.seconds[op.id], self.cost.scratch[op.id] + extra)
 
 
+def own_costs(segments: Sequence[Segment], graph: Graph, cost: CostModel) -> dict[Site, CostModel]:
+    """The costs of each segment's own ops, in their numbers there; its LOSS op costs nothing."""
+    found: dict[Site, CostModel] = {}
+    for segment in segments:
+        seconds: list[float] = []
+        scratch: list[int] = []
+        for first, last in (segment.forward, segment.backward):
+            own = [op for op in range(first, last + 1) if graph.ops[op].name not in (HAND_OVER, REST)]
+            seconds += [cost.seconds[op] for op in own]
+            scratch += [cost.scratch[op] for op in own]
+            if first == segment.forward[0]:
+                seconds.append(0.0)
+                scratch.append(0)
+        found[segment.site] = CostModel(tuple(seconds), tuple(scratch), cost.links, cost.origin)
+    return found
+
+
 def own_orders(segments: Sequence[Segment], graph: Graph, order: Iterable[int]) -> dict[Site, list[int]]:
     """An order of the composite graph as an order of each segment's own ops, its LOSS op between the halves.
 

@@ -24,6 +24,7 @@ from keepless.eager import forward as regions
 from keepless.eager.determinism import CHECKS
 from keepless.eager.forward import Options
 from keepless.errors import PlanError
+from keepless.execute import Attached, Survivor
 from keepless.modules.segments import Segment
 from keepless.modules.sites import Calls, Site
 
@@ -124,6 +125,8 @@ class PlannedModules(StandingForward):
     Attributes:
         entries: kind of step -> the calls that it recomputes.
         planned_on_the_spot: how many kinds of steps were planned when they came.
+        survivor: how captured calls go on where there is no memory.
+        guard: looks after the optimizer's steps, as long as this forward stands in its model.
     """
 
     def __init__(self, model: torch.nn.Module, on_miss: Miss | None) -> None:
@@ -135,6 +138,8 @@ class PlannedModules(StandingForward):
         self.current = _Current()
         self._for_training = model.training
         self._wrapped: dict[str, RegionForward] = {}
+        self.survivor: Survivor | None = None
+        self.guard: Attached | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -213,6 +218,8 @@ class PlannedModules(StandingForward):
         while len(self.entries) >= _MOST_ENTRIES:
             del self.entries[next(iter(self.entries))]
         self.entries[key] = chosen
+        for segment in chosen.segments.values():
+            segment.survivor = self.survivor
         for path in chosen.paths:
             if path not in self._wrapped:
                 wrapped = self._wrapped[path] = RegionForward(self, path, modules[path])
@@ -221,6 +228,8 @@ class PlannedModules(StandingForward):
     def put_in(self) -> None:
         """The model runs by this plan."""
         super().put_in()
+        if self.guard is not None:
+            self.guard.put_in()
         for wrapped in self._wrapped.values():
             module = wrapped._model()
             if module is not None:
@@ -229,6 +238,8 @@ class PlannedModules(StandingForward):
     def take_out(self) -> None:
         """The model and its modules run their own forwards again."""
         super().take_out()
+        if self.guard is not None:
+            self.guard.take_out()
         for wrapped in self._wrapped.values():
             wrapped.take_out()
 

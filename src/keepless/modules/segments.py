@@ -10,7 +10,8 @@ from keepless.capture import StandingForward
 from keepless.eager import forward as regions
 from keepless.eager.determinism import CHECKS
 from keepless.eager.forward import Options
-from keepless.execute import Entry, run_entry
+from keepless.execute import Entry, Survivor, equip, reprogrammed, run_entry
+from keepless.ir import Program
 from keepless.modules.sites import without_caches
 
 Bind = Callable[[StandingForward, tuple[Any, ...], dict[str, Any]], "Entry | str"]
@@ -27,11 +28,13 @@ class Segment:
     Attributes:
         entry: the lowered program, None before the first call.
         missed: why calls ran without it -> how many.
+        survivor: how the call goes on where there is no memory.
     """
 
     bind: Bind
     entry: Entry | None = None
     missed: dict[str, int] | None = None
+    survivor: Survivor | None = None
 
     def __call__(self, standing: StandingForward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         args, kwargs = without_caches(args, kwargs)
@@ -40,10 +43,17 @@ class Segment:
             if isinstance(found, str):
                 return self._missed(found, standing, args, kwargs)
             self.entry = found
+            if self.survivor is not None and found.cost is not None:
+                equip(found, found.cost, self.survivor, self._adopt)
         bound = self.entry.guard.check(args, kwargs)
         if isinstance(bound, str):
             return self._missed(bound, standing, args, kwargs)
         return run_entry(standing, self.entry, bound)
+
+    def _adopt(self, program: Program) -> None:
+        """Later calls run by another program."""
+        if self.entry is not None:
+            self.entry = reprogrammed(self.entry, program)
 
     def _missed(self, reason: str, standing: StandingForward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.missed = self.missed or {}

@@ -335,11 +335,19 @@ def chosen_of(plan: Plan) -> Chosen:
         ]
         order = [instr.op for instr in plan.program if isinstance(instr, Run)]
         orders = composite.own_orders(segments, graph, order)
+        costs = composite.own_costs(segments, graph, plan.cost)
         again = {instr.op for instr in plan.program if isinstance(instr, Run) and instr.replay}
         sites = frozenset(Site(str(path), int(number)) for path, number, op in regions if int(op) in again)
         runs = {
             segment.site: Segment(
-                _Bind(library, orders[segment.site], tuple(map(int, row[6])), frozenset(map(int, row[7])), str(row[8]))
+                _Bind(
+                    library,
+                    orders[segment.site],
+                    tuple(map(int, row[6])),
+                    frozenset(map(int, row[7])),
+                    str(row[8]),
+                    costs[segment.site],
+                )
             )
             for segment, row in zip(segments, rows, strict=True)
         }
@@ -359,6 +367,7 @@ class _Bind:
     received: tuple[int, ...]
     shared: frozenset[int]
     fingerprint: str
+    cost: CostModel
 
     def __call__(self, standing: StandingForward, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Entry | str:
         module = standing.module
@@ -369,7 +378,9 @@ class _Bind:
             return str(error)
         if fingerprint(binding.graph) != self.fingerprint:
             return "its captured graph is not the one that was planned"
-        return make_entry(module, flat.without_tensors(), binding, own_program(binding.graph, self.order))
+        return make_entry(
+            module, flat.without_tensors(), binding, own_program(binding.graph, self.order), cost=self.cost
+        )
 
 
 def own_program(graph: Graph, order: list[int]) -> Program:

@@ -43,6 +43,7 @@ from keepless.errors import (
     PlanError,
     SolverError,
 )
+from keepless.execute import Attached, Survivor
 from keepless.machine import Plan, managed_share
 from keepless.measure.steps import increments
 from keepless.modules.blocks import Blocks
@@ -199,8 +200,14 @@ def _landed(run: Runner, settings: Settings, tell: Any, solve: Callable[[int], P
     )
 
 
-def apply(model: torch.nn.Module, plan: Plan) -> PlannedModules:
+def apply(
+    model: torch.nn.Module, plan: Plan, survivor: Survivor | None = None, guard: Attached | None = None
+) -> PlannedModules:
     """Puts a plan of module calls into a model that has none. Calls of other shapes are planned on the spot.
+
+    Arguments:
+        survivor: how captured calls go on where there is no memory.
+        guard: in place as long as the plan is.
 
     Raises:
         PlanError: the plan was made for another model.
@@ -210,6 +217,7 @@ def apply(model: torch.nn.Module, plan: Plan) -> PlannedModules:
     check_alone(model)
     chosen = _chosen(plan)
     planned = PlannedModules(model, None)
+    planned.survivor, planned.guard = survivor, guard
     settings = settings_of(plan)
 
     def on_miss(here: PlannedModules, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Chosen:
