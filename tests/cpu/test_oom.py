@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import random
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -18,13 +19,13 @@ from torch import nn
 import keepless
 from keepless import _compat
 from keepless.capture import Inputs
-from keepless.control.rescue.files import read_black_box
 from keepless.control.rescue.survival import MOST_NOTCHES, Survival
 from keepless.execute import PlannedForward, drilling
 from keepless.execute.codegen import is_write
 from keepless.ir import Phase, Program, Run
 from keepless.machine import Plan
 from keepless.report.black_box import black_box_text, program_fingerprint
+from keepless.report.black_box_file import read_black_box
 
 CPU_TEXT = (
     "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate "
@@ -505,3 +506,30 @@ def test_the_predicate_knows_the_words() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60, dtype=torch.uint8)
     assert keepless.is_out_of_memory(caught.value)
+
+
+def test_show_prints_a_black_box(inject: Callable[..., Injected], invoke: Callable[..., Any], tmp_path: Path) -> None:
+    model, batch, plan = prepared("tied")
+    drill = inject(model, plan)
+    drill.at(drill.runs(Phase.BACKWARD)[5])
+    model(**batch)["loss"].backward()
+    (path,) = drill.planned.survivor.files  # type: ignore[union-attr]
+    shown = invoke("show", path)
+    assert shown.exit_code == 0
+    assert "out of memory in the" in shown.output
+    assert "suggested budget" in shown.output
+    told = invoke("show", path, "--json")
+    assert json.loads(told.output)["plan"]["fingerprint"] == program_fingerprint(plan.program)
+    document = read_black_box(path)
+    for text in ("", "{}", json.dumps(document)[:-9], json.dumps({**document, "version": 2})):
+        damaged = tmp_path / "damaged.json"
+        damaged.write_text(text)
+        assert invoke("show", str(damaged)).exit_code != 0
+        with pytest.raises(keepless.PlanError):
+            read_black_box(damaged)
+
+
+def test_train_takes_on_oom(invoke: Callable[..., Any]) -> None:
+    done = invoke("train", "factories:tiny", "--budget", "64MiB", "-n", "2", "--on-oom", "raise", "--json")
+    assert done.exit_code == 0, done.output
+    assert invoke("train", "factories:tiny", "--budget", "64MiB", "--on-oom", "ignore").exit_code == 2

@@ -13,8 +13,8 @@ from torch import nn
 
 import keepless
 from keepless.control.rescue import optimizer as guarding
-from keepless.control.rescue.files import read_black_box
 from keepless.errors import MeasureError
+from keepless.report.black_box_file import read_black_box
 
 BATCH = torch.linspace(-1, 1, 64).reshape(8, 8)
 

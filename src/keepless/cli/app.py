@@ -17,6 +17,7 @@ from keepless.cli.estimates import estimate_command
 from keepless.cli.options import (
     Accumulates,
     BatchSize,
+    BlackBoxOption,
     BlocksOption,
     BudgetOption,
     Caches,
@@ -29,6 +30,7 @@ from keepless.cli.options import (
     LandOption,
     LearningRate,
     ModelArgument,
+    OnOomOption,
     Optimizer,
     Outside,
     PictureOption,
@@ -58,6 +60,8 @@ from keepless.cost import format_graph
 from keepless.files import temporary_folder, write_whole
 from keepless.ir import format_bytes
 from keepless.machine import Plan, load_plan
+from keepless.report.black_box import black_box_text
+from keepless.report.black_box_file import is_black_box, read_black_box
 from keepless.report.tables import blocks_table, format_percent, parts_table, peak_table, plan_dict, steps_text, verdict
 
 if TYPE_CHECKING:
@@ -160,6 +164,8 @@ def train(
     blocks: BlocksOption = None,
     takeover: TakeoverOption = False,
     rewrite: RewriteOption = None,
+    on_oom: OnOomOption = "survive",
+    black_box: BlackBoxOption = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -167,6 +173,8 @@ def train(
     with session(as_json, debug) as current:
         recipe = _recipe(model, batch_size, seq_len, dtype, optimizer, device, learning_rate, seed)
         _refuse_meta(recipe)
+        if on_oom not in ("survive", "raise"):
+            raise UsageError(f"--on-oom {on_oom}: survive or raise.")
         check_target(save)
         built = _build(recipe)
         options: dict[str, Any] = {
@@ -181,7 +189,7 @@ def train(
         from keepless import api
         from keepless.cli.training import train_step
 
-        api.apply(built.model, found, optimizer=built.optimizer)
+        api.apply(built.model, found, optimizer=built.optimizer, on_oom=on_oom, black_box=black_box)
         losses, seconds = [], []
         for number in range(1, steps + 1):
             loss, took = train_step(built)
@@ -258,15 +266,19 @@ def verify(
 
 @app.command()
 def show(
-    file: Annotated[Path, typer.Argument(help="A plan file.")],
+    file: Annotated[Path, typer.Argument(help="A plan file, or a black box.")],
     picture: PictureOption = None,
     values: Values = False,
     allocator: AllocatorOption = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Show a saved plan: what is kept, what is made again, bytes, time and reasons. Needs no torch."""
+    """Show a saved plan: what is kept, what is made again, bytes, time and reasons; or a black box. Needs no torch."""
     with session(as_json, debug) as current:
+        if is_black_box(file):
+            current.answer = read_black_box(file)
+            current.show(black_box_text(current.answer))
+            return
         check_picture(picture)
         state = read_allocator(allocator)
         plan = load_plan(file)

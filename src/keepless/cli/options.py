@@ -45,6 +45,16 @@ TakeoverOption = Annotated[
 LandOption = Annotated[
     bool, typer.Option("--land", help="Run the planned step a few times and plan again for what it was seen to need.")
 ]
+OnOomOption = Annotated[
+    str,
+    typer.Option(
+        "--on-oom", help="Where the device has less memory than was planned for: survive, or raise the error as it is."
+    ),
+]
+BlackBoxOption = Annotated[
+    Path | None,
+    typer.Option("--black-box", help="Folder of what is written down about it. [default: KEEPLESS_BLACK_BOX, or here]"),
+]
 RewriteOption = Annotated[
     list[str] | None,
     typer.Option(

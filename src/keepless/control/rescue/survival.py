@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from keepless.control.rescue.files import MOST_FILES, folder_of, write_black_box
 from keepless.control.reserve import with_reserve
 from keepless.errors import KeeplessError, ParameterError
 from keepless.execute import Failure, Note, Rescue
@@ -17,6 +16,7 @@ from keepless.ir import Program
 from keepless.machine import Plan, simulate
 from keepless.measure import describe_device, free_nbytes
 from keepless.report.black_box import describe_instruction, describe_plan, describe_timeline, program_fingerprint
+from keepless.report.black_box_file import MOST_FILES, folder_of, write_black_box
 from keepless.solve.notches import Notches
 
 SURVIVE, RAISE = "survive", "raise"
