@@ -57,6 +57,11 @@ def frozen():
     return torch.nn.Linear(8, 1).requires_grad_(False), torch.randn(4, 8), loss_of
 
 
+def sized(batch_size=64, depth=2):
+    layers = [torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.GELU()) for _ in range(depth)]
+    return torch.nn.Sequential(*layers), torch.randn(batch_size, 64), loss_of
+
+
 def noisy():
     print("a factory that prints")
     return tiny()

@@ -1,4 +1,4 @@
-"""The commands: plan, curve, devices, train, verify, show, demo, env; and those of `graphs`."""
+"""The commands: plan, curve, fits, devices, train, verify, show, demo, env; and those of `graphs`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from keepless.cli.allocators import AllocatorOption, read_allocator
 from keepless.cli.curves import curve_command
 from keepless.cli.devices import devices_command
 from keepless.cli.estimates import estimate_command
+from keepless.cli.fits import fits_command
 from keepless.cli.options import (
     Accumulates,
     BatchSize,
@@ -143,6 +144,7 @@ app.command("curve")(curve_command)
 app.command("devices")(devices_command)
 app.command("estimate")(estimate_command)
 app.command("timeline")(timeline_command)
+app.command("fits")(fits_command)
 
 
 @app.command()

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,8 +83,11 @@ def device_and_target(spec: str, device: str) -> tuple[str, DeviceSpec | None]:
     return device, None  # mps, xpu ...: `build` says that they cannot be used
 
 
-def build(recipe: Recipe) -> Built:
+def build(recipe: Recipe, sizes: Mapping[str, int] | None = None) -> Built:
     """Builds what a recipe says.
+
+    Arguments:
+        sizes: what a factory is called with; None for its own sizes.
 
     Raises:
         UsageError: the name, the factory or an option cannot be used.
@@ -103,7 +106,7 @@ def build(recipe: Recipe) -> Built:
     if recipe.spec.startswith("hf:"):
         model, batch, loss_fn = _hugging_face(recipe, device)
     else:
-        model, batch, loss_fn = _factory(recipe.spec, device)
+        model, batch, loss_fn = call_factory(recipe.spec, device, sizes or {})
     optimizer = None
     trainable = [p for p in model.parameters() if p.requires_grad]
     if recipe.optimizer != "none" and trainable:  # planning says what is wrong where nothing can be trained
@@ -112,7 +115,12 @@ def build(recipe: Recipe) -> Built:
     return Built(model, batch, loss_fn, optimizer)
 
 
-def _factory(spec: str, device: torch.device) -> tuple[torch.nn.Module, Any, Any]:
+def factory_of(spec: str) -> Callable[..., Any]:
+    """The function that package.module:factory names.
+
+    Raises:
+        UsageError: there is none.
+    """
     name, colon, attribute = spec.partition(":")
     if not colon or not name or not attribute:
         raise UsageError(f"The model {spec!r} is neither package.module:factory nor hf:PATH_TO_CONFIG.json.")
@@ -130,7 +138,19 @@ def _factory(spec: str, device: torch.device) -> tuple[torch.nn.Module, Any, Any
         found = getattr(found, part)
     if not callable(found):
         raise UsageError(f"{spec!r} is a {type(found).__name__}, not a function that returns (model, batch).")
-    made = found()
+    return found  # type: ignore[no-any-return]
+
+
+def call_factory(spec: str, device: torch.device, sizes: Mapping[str, int]) -> tuple[torch.nn.Module, Any, Any]:
+    """Model, batch and loss that a factory returns.
+
+    Arguments:
+        sizes: what it is called with (`batch_size`, `seq_len`, `depth`); empty for its own sizes.
+
+    Raises:
+        UsageError: there is no such factory, or it returns something else.
+    """
+    made = factory_of(spec)(**sizes)
     if not isinstance(made, tuple) or len(made) not in (2, 3) or not isinstance(made[0], torch.nn.Module):
         raise UsageError(f"{spec!r} must return (model, batch) or (model, batch, loss_fn), the model a Module.")
     loss_fn = made[2] if len(made) == 3 else None
@@ -150,6 +170,22 @@ def _move(batch: Any, device: torch.device) -> Any:
 
 
 def _hugging_face(recipe: Recipe, device: torch.device) -> tuple[torch.nn.Module, Any, None]:
+    config = config_of(recipe)
+    model = model_of(recipe, config, device)
+    longest: int = getattr(config, "max_position_embeddings", None) or 0
+    is_learned = any(isinstance(m, torch.nn.Embedding) and m.num_embeddings == longest for m in model.modules())
+    if is_learned and recipe.seq_len > longest:
+        path = recipe.spec.removeprefix("hf:")
+        raise UsageError(f"--seq-len {recipe.seq_len} is more than the {longest} positions of the config {path!r}.")
+    return model, batch_of(model, recipe, device), None
+
+
+def config_of(recipe: Recipe) -> Any:
+    """The config that an hf: model is made from.
+
+    Raises:
+        UsageError: it cannot be read, or transformers cannot use it.
+    """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     path = recipe.spec.removeprefix("hf:")
@@ -170,22 +206,29 @@ def _hugging_face(recipe: Recipe, device: torch.device) -> tuple[torch.nn.Module
         raise UsageError(f"transformers cannot use the config {path!r}: {str(error)[:500]}") from None
     if hasattr(config, "use_cache"):
         config.use_cache = False
+    return config
+
+
+def model_of(recipe: Recipe, config: Any, device: torch.device) -> torch.nn.Module:
+    """The model of a config, in the recipe's dtype and in training mode.
+
+    Raises:
+        UsageError: it cannot be made.
+    """
+    import transformers
+
+    path = recipe.spec.removeprefix("hf:")
     if recipe.dtype not in DTYPES:
         raise UsageError(f"There is no dtype {recipe.dtype!r}; use {', '.join(DTYPES)}.")
-    make = _constructor(transformers, fields.get("architectures"), path)
+    make = _constructor(transformers, config.architectures, path)
     try:
         with device:
-            model = make(config)
+            model: torch.nn.Module = make(config)
     except Exception as error:  # whatever a config of odd numbers ends in
         raise UsageError(
             f"transformers cannot make a model of the config {path!r}: {type(error).__name__}: {str(error)[:500]}"
         ) from None
-    model = model.to(DTYPES[recipe.dtype]).train()
-    longest: int = getattr(config, "max_position_embeddings", None) or 0
-    is_learned = any(isinstance(m, torch.nn.Embedding) and m.num_embeddings == longest for m in model.modules())
-    if is_learned and recipe.seq_len > longest:
-        raise UsageError(f"--seq-len {recipe.seq_len} is more than the {longest} positions of the config {path!r}.")
-    return model, _random_batch(model, config, recipe, device), None
+    return model.to(DTYPES[recipe.dtype]).train()
 
 
 def _constructor(transformers: Any, names: Any, path: str) -> Callable[[Any], Any]:
@@ -205,7 +248,7 @@ def _constructor(transformers: Any, names: Any, path: str) -> Callable[[Any], An
 
 
 _NO_BATCH = ("MultipleChoice", "NextSentencePrediction", "ForPreTraining")
-"""Heads for which `_random_batch` has no labels."""
+"""Heads for which `batch_of` has no labels."""
 
 
 def _check_batch(model: Any) -> None:
@@ -225,8 +268,14 @@ def _check_batch(model: Any) -> None:
         )
 
 
-def _random_batch(model: Any, config: Any, recipe: Recipe, device: torch.device) -> dict[str, torch.Tensor]:
+def batch_of(model: Any, recipe: Recipe, device: torch.device) -> dict[str, torch.Tensor]:
+    """A batch of random data for a model of transformers.
+
+    Raises:
+        UsageError: for a kind of model for which there is none.
+    """
     _check_batch(model)
+    config = model.config
     name = type(model).__name__
     size, count = recipe.batch_size, recipe.seq_len
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from keepless.control.reserve import default_reserve
 from keepless.ir import format_bytes
 from keepless.machine import Plan
+from keepless.machine.elsewhere import describe_elsewhere, margin_of
 from keepless.report.decisions import format_seconds
 from keepless.report.tables import format_percent
 
@@ -81,8 +82,10 @@ class Fits:
 
     @property
     def margin(self) -> float:
-        """Share of the budget that stays free for what predictions miss."""
-        return default_reserve(self.budget) / self.budget
+        """Share of the budget by which the peak may be more: what stays free for that; on a device that is not here,
+        what of the peak is an estimate."""
+        elsewhere = margin_of(self.plan.signature)
+        return (default_reserve(self.budget) if elsewhere is None else elsewhere) / self.budget
 
     @property
     def seconds_per_unit(self) -> float:
@@ -110,12 +113,15 @@ class Fits:
 
     def __str__(self) -> str:
         plan = self.plan
+        elsewhere = describe_elsewhere(plan.signature, plan.cost.spread)
+        free = "are estimated" if elsewhere else "stay free for what predictions miss"
         lines = [
             f"{self.axis} {self.size} fits in {format_bytes(self.budget)}: predicted peak "
             f"{format_bytes(plan.predicted_peak)}, step {format_seconds(plan.predicted_seconds)} "
             f"({format_percent(plan.overhead)} over everything kept); {format_bytes(self.budget * self.margin)} "
-            f"({self.margin:.1%}) stay free for what predictions miss",
+            f"({self.margin:.1%}) {free}",
             self.reason,
+            *elsewhere,
         ]
         return "\n".join([*lines, sizes_text(self.axis, self.tried)])
 
