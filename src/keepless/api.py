@@ -10,7 +10,17 @@ import torch
 
 from keepless import control
 from keepless.capture import Inputs
-from keepless.control import Estimate, Fits, Progress, StepCurve, Verification
+from keepless.control import (
+    Estimate,
+    Fits,
+    Progress,
+    StepCurve,
+    Verification,
+    max_batch,
+    max_depth,
+    max_length,
+    with_depth,
+)
 from keepless.cost import DeviceSpec
 from keepless.errors import ParameterError
 from keepless.ir import Timeline
@@ -19,7 +29,6 @@ from keepless.modules.blocks import Blocks
 from keepless.report import MeasuredAccount, measured_account
 from keepless.solve import Solver
 
-C = TypeVar("C")
 M = TypeVar("M", bound=torch.nn.Module)
 LossFn = Callable[[Any, Any], torch.Tensor]
 
@@ -256,193 +265,6 @@ def curve(
         rewrites=rewrites,
         on=on,
     )
-
-
-def max_batch(
-    model: torch.nn.Module,
-    make_batch: Callable[[int], Any],
-    budget: str | int | float,
-    *,
-    optimizer: torch.optim.Optimizer | None = None,
-    loss_fn: LossFn | None = None,
-    max_overhead: float | None = None,
-    accumulate: bool = False,
-    release_outputs: bool = False,
-    outside: str | int = 0,
-    low: int = 1,
-    high: int | None = None,
-    multiple_of: int = 1,
-    seed: int = 0,
-    cache: bool = True,
-    progress: Progress | None = None,
-    takeover: bool = False,
-    on: str | os.PathLike[str] | DeviceSpec | None = None,
-) -> Fits:
-    """The largest batch for which there is a plan within a budget, with that plan. No training step is run.
-
-    ::
-
-        found = keepless.max_batch(model, lambda n: data[:n], budget="8GiB", optimizer=optimizer)
-        print(found)                                # 96 fits, 97 does not: why, and what was tried
-        keepless.apply(model, found.plan)
-
-    A few sizes are captured, their ops run alone, and their smallest peaks found; the line through these says where to
-    look next. It ends at a size for which there is a plan beside a size for which the planner finds none.
-
-    Arguments:
-        model, budget, optimizer, loss_fn, accumulate, release_outputs, outside, seed, cache, takeover, on: see `plan`.
-        make_batch: the batch of a size, on the model's device; called for each size that is tried. The generators of
-            torch, Python and NumPy are put back.
-        max_overhead: how much longer the step may be than the same step with everything kept: 0.2 is twenty percent.
-        low, high: the sizes among which to look; None for no end.
-        multiple_of: only multiples of it.
-        progress: called with (stage, done, total); stages are "sizes", "measure" and "solve".
-
-    Raises:
-        InfeasibleBudget: not even `low` fits; carries its smallest budget.
-        SizeError: make_batch fails, or makes the same batch for different sizes; or there are no such sizes.
-        CaptureError: the model cannot be captured as one graph; BatchError, LossError and ParameterError say more.
-    """
-    return control.max_batch(
-        model,
-        make_batch,
-        budget,
-        optimizer=optimizer,
-        loss_fn=loss_fn,
-        max_overhead=max_overhead,
-        accumulate=accumulate,
-        release_outputs=release_outputs,
-        outside=outside,
-        low=low,
-        high=high,
-        multiple_of=multiple_of,
-        solver="keepless",
-        seed=seed,
-        cache=cache,
-        progress=progress,
-        takeover=takeover,
-        on=on,
-    )
-
-
-def max_length(
-    model: torch.nn.Module,
-    make_batch: Callable[[int], Any],
-    budget: str | int | float,
-    *,
-    optimizer: torch.optim.Optimizer | None = None,
-    loss_fn: LossFn | None = None,
-    max_overhead: float | None = None,
-    accumulate: bool = False,
-    release_outputs: bool = False,
-    outside: str | int = 0,
-    low: int = 8,
-    high: int | None = None,
-    multiple_of: int = 8,
-    seed: int = 0,
-    cache: bool = True,
-    progress: Progress | None = None,
-    takeover: bool = False,
-    on: str | os.PathLike[str] | DeviceSpec | None = None,
-) -> Fits:
-    """The longest sequence for which there is a plan within a budget: `max_batch` over lengths.
-
-    A model that has positions for so many tokens only ends the search where they end; `ended_by` is "model" then.
-
-    Arguments:
-        make_batch: the batch of a length.
-        The others as in `max_batch`.
-
-    Raises:
-        InfeasibleBudget, SizeError, CaptureError: as `max_batch`.
-    """
-    return control.max_length(
-        model,
-        make_batch,
-        budget,
-        optimizer=optimizer,
-        loss_fn=loss_fn,
-        max_overhead=max_overhead,
-        accumulate=accumulate,
-        release_outputs=release_outputs,
-        outside=outside,
-        low=low,
-        high=high,
-        multiple_of=multiple_of,
-        solver="keepless",
-        seed=seed,
-        cache=cache,
-        progress=progress,
-        takeover=takeover,
-        on=on,
-    )
-
-
-def max_depth(
-    make_model: Callable[[int], torch.nn.Module],
-    batch: Any,
-    budget: str | int | float,
-    *,
-    make_optimizer: Callable[[Any], torch.optim.Optimizer] | None = None,
-    loss_fn: LossFn | None = None,
-    max_overhead: float | None = None,
-    accumulate: bool = False,
-    release_outputs: bool = False,
-    outside: str | int = 0,
-    low: int = 1,
-    high: int | None = None,
-    multiple_of: int = 1,
-    seed: int = 0,
-    cache: bool = True,
-    progress: Progress | None = None,
-    on: str | os.PathLike[str] | DeviceSpec | None = None,
-) -> Fits:
-    """The deepest model for which there is a plan within a budget: `max_batch` over the number of layers.
-
-    ::
-
-        make = lambda depth: AutoModelForCausalLM.from_config(keepless.with_depth(config, depth))
-        keepless.max_depth(make, batch, budget="8GiB", make_optimizer=torch.optim.AdamW)
-
-    Arguments:
-        make_model: a model of a depth, in the modes that the step will have. It is called with torch.device("meta") as
-            the default, so that no weights are made; once more without, where that fails.
-        make_optimizer: from the model's trainable parameters to their optimizer.
-        The others as in `max_batch`.
-
-    Raises:
-        InfeasibleBudget, SizeError, CaptureError: as `max_batch`.
-    """
-    return control.max_depth(
-        make_model,
-        batch,
-        budget,
-        make_optimizer=make_optimizer,
-        loss_fn=loss_fn,
-        max_overhead=max_overhead,
-        accumulate=accumulate,
-        release_outputs=release_outputs,
-        outside=outside,
-        low=low,
-        high=high,
-        multiple_of=multiple_of,
-        solver="keepless",
-        seed=seed,
-        cache=cache,
-        progress=progress,
-        on=on,
-    )
-
-
-def with_depth(config: C, depth: int) -> C:
-    """A copy of a config with another number of layers: of transformers, or any object that names it alike.
-
-    Lists with an entry for each layer (`layer_types`, say) are cut, or go on as they began.
-
-    Raises:
-        SizeError: the config has none of the names under which a number of layers stands.
-    """
-    return control.with_depth(config, depth)
 
 
 def apply(

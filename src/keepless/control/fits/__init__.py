@@ -1,8 +1,8 @@
 """What fits: the largest batch, length or depth for which there is a plan within a budget."""
 
 from keepless.control.fits.depth import with_depth as with_depth
-from keepless.control.fits.finding import max_batch as max_batch
-from keepless.control.fits.finding import max_depth as max_depth
-from keepless.control.fits.finding import max_length as max_length
+from keepless.control.fits.doors import max_batch as max_batch
+from keepless.control.fits.doors import max_depth as max_depth
+from keepless.control.fits.doors import max_length as max_length
 from keepless.control.fits.result import Fits as Fits
 from keepless.control.fits.result import SizeTried as SizeTried

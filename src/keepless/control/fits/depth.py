@@ -30,7 +30,13 @@ def depth_name(config: Any) -> str:
 
 
 def with_depth(config: C, depth: int) -> C:
-    """See `keepless.with_depth`."""
+    """A copy of a config with another number of layers: of transformers, or any object that names it alike.
+
+    Lists with an entry for each layer (`layer_types`, say) are cut, or go on as they began.
+
+    Raises:
+        SizeError: the config has none of the names under which a number of layers stands.
+    """
     name = depth_name(config)
     before: int = getattr(config, name)
     made = copy.deepcopy(config)
