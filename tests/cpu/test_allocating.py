@@ -160,3 +160,17 @@ def test_a_plan_for_a_card_that_is_not_there_has_its_allocator() -> None:
     assert found is not None
     assert found.workspaces == CUBLAS_DEFAULT
     assert found.requested <= found.allocated <= found.reserved <= room(4 << 30)
+
+
+@pytest.mark.slow
+def test_budgets_in_the_middle_are_made_use_of() -> None:
+    """Fragmentation differs from program to program: a margin in the later rounds meets a budget by a fast plan."""
+    model, batch = stack(depth=8)
+    widest = keepless.plan(model, batch, "4GiB", on="rtx4090")
+    smallest = keepless.plan(model, batch, widest.smallest_budget, on="rtx4090")
+    for share in (0.5, 0.8):
+        nbytes = int(widest.smallest_budget + share * (widest.baseline_peak - widest.smallest_budget))
+        plan = keepless.plan(model, batch, nbytes, on="rtx4090")
+        assert plan.allocation is not None
+        assert 0.75 * nbytes < plan.allocation.reserved <= room(nbytes)
+        assert plan.predicted_seconds < smallest.predicted_seconds
