@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from keepless.control.reserve import with_reserve
+from keepless.control.reserve import default_reserve, with_reserve
 from keepless.cost import CostModel
 from keepless.errors import InfeasibleBudget
 from keepless.ir import Graph, Program, format_bytes
@@ -26,6 +26,9 @@ MARGINS = (0, LARGE_SEGMENT // 2, 2 * LARGE_SEGMENT)
 fragmented in another way. Programs of a GPT-2 of 6 layers reserved 38 to 75 MiB beyond their peaks. After these plans
 comes the one of the smallest peak.
 """
+
+SLACK = 4096
+"""Bytes by which a budget for a stated smallest peak is larger than that: shares are rounded."""
 
 
 def allocation_of(graph: Graph, program: Program, cost: CostModel, card: CardAllocator) -> Allocation:
@@ -49,7 +52,7 @@ def within_card(
     Raises:
         InfeasibleBudget: none of the plans tried has so few reserved bytes; says how many the last one needs.
     """
-    plan, allocation, over = _first_that_fits(make, lowest, nbytes, card)
+    plan, allocation, lowest = _first_that_fits(make, lowest, nbytes, card)
     needed = with_reserve(allocation.reserved)
     if needed > nbytes:
         graph = plan.graph
@@ -68,11 +71,8 @@ def within_card(
     everything = reuse_storage(plan.graph, from_order(plan.graph, range(len(plan.graph.ops))))
     kept = allocation_of(plan.graph, everything, plan.cost, card).reserved
     plan.baseline = Baseline(with_reserve(kept), plan.baseline.seconds)
-    if lowest is None:  # as if the smallest plan were as fragmented as this one
-        smallest = plan.smallest_budget + max(0, allocation.reserved - plan.predicted_peak - over)
-    else:
-        low = lowest()
-        smallest = with_reserve(allocation_of(low.graph, low.program, low.cost, card).reserved)
+    low = lowest()
+    smallest = with_reserve(allocation_of(low.graph, low.program, low.cost, card).reserved)
     plan.smallest_budget = min(nbytes, smallest)  # what is stated is found again
     return plan
 
@@ -94,21 +94,37 @@ def restated(plan: Plan) -> bool:
 
 def _first_that_fits(
     make: Callable[[int], Plan], lowest: Callable[[], Plan] | None, nbytes: int, card: CardAllocator
-) -> tuple[Plan, Allocation, int]:
-    """The plan, or where none fits the one of the smallest peak; and the bytes for which it was made less."""
+) -> tuple[Plan, Allocation, Callable[[], Plan]]:
+    """The plan, or where none fits the one of the smallest peak; and how to have that one."""
     over, needed = sum(card.workspaces), 0
-    for margin in (*MARGINS, None):
+    for margin in (*MARGINS, 0):
         try:
             plan = make(over)
-        except InfeasibleBudget:
-            if lowest is None:
-                raise
+        except InfeasibleBudget as error:
+            lowest = lowest or _lowest_by(make, nbytes, error.smallest_budget, over, error)
             break
         allocation = allocation_of(plan.graph, plan.program, plan.cost, card)
-        if with_reserve(allocation.reserved) <= nbytes or (lowest is None and margin is None):
-            return plan, allocation, over
+        lowest = lowest or _lowest_by(make, nbytes, plan.smallest_budget, over)
+        if with_reserve(allocation.reserved) <= nbytes:
+            return plan, allocation, lowest
         needed = max(needed, allocation.reserved - plan.predicted_peak)
-        over = needed + (margin or 0)
+        over = needed + margin
     assert lowest is not None
     plan = lowest()
-    return plan, allocation_of(plan.graph, plan.program, plan.cost, card), over
+    return plan, allocation_of(plan.graph, plan.program, plan.cost, card), lowest
+
+
+def _lowest_by(
+    make: Callable[[int], Plan], nbytes: int, smallest: int, over: int, error: InfeasibleBudget | None = None
+) -> Callable[[], Plan]:
+    """The plan of the smallest peak, as the one for a budget with room for just that peak.
+
+    Arguments:
+        smallest: the smallest budget that was stated, for so many bytes less (`over`).
+        error: raised where that peak is above the budget.
+    """
+    peak = smallest - default_reserve(smallest) - over
+    room = nbytes - default_reserve(nbytes) - peak
+    if room < 0 and error is not None:
+        raise error
+    return lambda: make(max(0, room - SLACK))

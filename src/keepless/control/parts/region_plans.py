@@ -8,7 +8,7 @@ from keepless.capture import flatten_inputs
 from keepless.control.allocating import within_card
 from keepless.control.captured import Settings
 from keepless.control.parts.module_costs import MeasuredModules
-from keepless.control.reserve import budget_with_reserve, explain_infeasible, with_reserve
+from keepless.control.reserve import budget_with_reserve, default_reserve, explain_infeasible, with_reserve
 from keepless.control.runner import Runner
 from keepless.control.signature import batch_signature, model_signature, module_facts
 from keepless.cost import CostModel
@@ -32,8 +32,14 @@ def solved(run: Runner, measured: MeasuredModules, settings: Settings, over: int
     """
     if settings.card is None:
         return _solved(run, measured, settings, over)
-    card = settings.card.with_handles(2)
-    return within_card(lambda more: _solved(run, measured, settings, over + more), None, settings.budget, card)
+
+    def make(more: int) -> Plan:
+        plan = _solved(run, measured, settings, over + more)
+        smallest = plan.smallest_budget
+        plan.smallest_budget = with_reserve(smallest - default_reserve(smallest) + more)
+        return plan
+
+    return within_card(make, None, settings.budget, settings.card.with_handles(2))
 
 
 def _solved(run: Runner, measured: MeasuredModules, settings: Settings, over: int) -> Plan:
