@@ -48,6 +48,8 @@ from benchmarks.fidelity_figures import DONE, FAILED, INFEASIBLE, REFUSED, Measu
 from keepless.errors import InfeasibleBudget, KeeplessError
 from keepless.measure import describe_device, measure_peak
 
+from checkpoint_models import Case  # isort: skip  (found through benchmarks.sized)
+
 FACTORS: dict[str, tuple[str, ...]] = {
     "model": tuple(sized.MODELS),
     "engine": ("graph", "blocks", "eager"),
@@ -198,18 +200,29 @@ def measured(run: pairwise.Run, seed: int) -> Measured:
     start = time.perf_counter()
     try:
         row = _measured(run, row, seed)
-    except InfeasibleBudget as error:
-        row = replace(row, status=INFEASIBLE, reason=_line(error), budget=error.smallest_budget)
-    except KeeplessError as error:
-        row = replace(row, status=REFUSED, reason=f"{type(error).__name__}: {_line(error)}")
+    except _NotPlanned as error:
+        row = error.row
     except Exception as error:
         print(traceback.format_exc(), file=sys.stderr)
         row = replace(row, status=FAILED, reason=f"{type(error).__name__}: {_line(error)}")
     return replace(row, run_seconds=time.perf_counter() - start)
 
 
+class _NotPlanned(Exception):
+    """There is no plan for a combination.
+
+    Arguments:
+        row: that says why.
+    """
+
+    def __init__(self, row: Measured) -> None:
+        super().__init__(row.reason)
+        self.row = row
+
+
 def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:400]
+    text = " ".join(str(error).split())
+    return text if len(text) <= 400 else f"{text[:200]} ... {text[-195:]}"
 
 
 def _measured(run: pairwise.Run, row: Measured, seed: int) -> Measured:
@@ -223,18 +236,15 @@ def _measured(run: pairwise.Run, row: Measured, seed: int) -> Measured:
         "engine": run["engine"],
         "seed": seed,
     }
-    with silent(), torch.autocast("cpu", torch.bfloat16, enabled=run["dtype"] == "bf16"):
-        everything = keepless.plan(case.model, call, PLENTY, **options)
-        ends = Ends(everything.smallest_budget, everything.baseline_peak)
-        budget = stated = ends.budget(run["budget_level"])
-        plan = None
-        while plan is None:
-            try:
-                plan = keepless.plan(case.model, call, budget, **options)
-            except InfeasibleBudget as error:
-                if run["budget_level"] != "smallest" or not budget < error.smallest_budget < MOST_MORE * stated:
-                    raise
-                budget = error.smallest_budget
+    try:
+        with silent(), torch.autocast("cpu", torch.bfloat16, enabled=run["dtype"] == "bf16"):
+            plan, stated = _planned(case, call, run["budget_level"], options)
+    except InfeasibleBudget as error:
+        raise _NotPlanned(replace(row, status=INFEASIBLE, reason=_line(error), budget=error.smallest_budget)) from error
+    except KeeplessError as error:
+        reason = f"{type(error).__name__}: {_line(error)}"
+        raise _NotPlanned(replace(row, status=REFUSED, reason=reason)) from error
+    budget = plan.budget.limits["device"]
     row = replace(
         row,
         reason="" if budget == stated else f"the smallest budget was stated as {stated} bytes, {budget - stated} less",
@@ -260,6 +270,19 @@ def _measured(run: pairwise.Run, row: Measured, seed: int) -> Measured:
         landed_predicted_seconds=landed.predicted_seconds,
         landed_measured_seconds=step_seconds(run, landed),
     )
+
+
+def _planned(case: Case, call: Any, level: str, options: dict[str, Any]) -> tuple[keepless.Plan, int]:
+    """The plan for a level of the budget, and that budget as it was stated: a smallest one may turn out too small."""
+    everything = keepless.plan(case.model, call, PLENTY, **options)
+    budget = stated = Ends(everything.smallest_budget, everything.baseline_peak).budget(level)
+    while True:
+        try:
+            return keepless.plan(case.model, call, budget, **options), stated
+        except InfeasibleBudget as error:
+            if level != "smallest" or not budget < error.smallest_budget < MOST_MORE * stated:
+                raise
+            budget = error.smallest_budget
 
 
 def _peaks(run: pairwise.Run, plan: keepless.Plan) -> tuple[int, ...]:

