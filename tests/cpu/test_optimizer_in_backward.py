@@ -18,8 +18,9 @@ from torch import nn
 import keepless
 from keepless.capture import UPDATE
 from keepless.control.works import works_of
-from keepless.errors import ProgramError, RewriteError, StepError
-from keepless.ir import Effect, Graph, Kind, Phase
+from keepless.errors import ProgramError, RewriteError, StepError, TornStep
+from keepless.execute import drilling
+from keepless.ir import Effect, Graph, Kind, Phase, Program, Run
 from keepless.machine import OPTIMIZER_IN_BACKWARD, verify
 from keepless.measure import measure_peak, optimizer_footprint, optimizer_updates
 from keepless.passes import from_order
@@ -478,3 +479,121 @@ def test_accounts_and_work_know_updates() -> None:
             assert works[op.id].scratch == footprint.updates[graph.values[param].name].scratch_nbytes
             moved += works[op.id].written - 2 * works[op.id].scratch - graph.values[param].nbytes
     assert moved == pytest.approx(whole.state_nbytes, rel=0.01)
+
+
+@pytest.mark.parametrize("where", ["before", "after", "twice"])
+def test_gradients_from_elsewhere_count(where: str) -> None:
+    """A penalty on weights in the loop, or a second call, in the same backward: an update waits for all parts."""
+    torch.manual_seed(0)
+    model, batch = dropouts()
+    twin, other = copy.deepcopy(model), torch.randn(5, 8)
+
+    def run(one: nn.Module, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+        torch.manual_seed(5)
+        for _ in range(3):
+            optimizer.zero_grad()
+            penalty = torch.zeros(())
+            if where == "before":
+                penalty = sum((p.square().sum() for p in one.parameters()), penalty)
+            loss = one(batch)
+            if where == "after":
+                penalty = sum((p.square().sum() for p in one.parameters()), penalty)
+            if where == "twice":
+                penalty = one(other)
+            (loss + 0.1 * penalty).backward()
+            optimizer.step()
+        return [p.detach().clone() for p in one.parameters()]
+
+    expected = run(twin, optim.AdamW(twin.parameters()))
+    optimizer = optim.AdamW(model.parameters())
+    keepless.fit(model, batch, 1 << 20, optimizer=optimizer, rewrites=REWRITES)
+    assert all(models.same_bits(a, b) for a, b in zip(run(model, optimizer), expected, strict=True))
+    assert model.forward.counters.steps == (6 if where == "twice" else 3)
+
+
+def test_out_of_memory_is_survived_until_the_first_update(tmp_path: Path) -> None:
+    """An op that finds no memory: the step goes on with the same bits, or, where weights have changed, a typed error.
+
+    No parameter ever holds anything but its old value or the right new one.
+    """
+    torch.manual_seed(0)
+    layers = [part for _ in range(4) for part in (nn.Linear(200, 200), nn.Tanh(), nn.Dropout(0.2))]
+    model, batch = models.Loss(nn.Sequential(*layers)), torch.randn(300, 200)
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+    smallest = keepless.plan(model, batch, PLENTY, optimizer=optimizer, rewrites=REWRITES, solver="recompute_all")
+    plan = keepless.plan(
+        model, batch, (smallest.smallest_budget + smallest.baseline_peak) // 2, optimizer=optimizer, rewrites=REWRITES
+    )
+    before = [p.detach().clone() for p in model.parameters()]
+    failing: list[int] = []
+    reasons: list[str] = []
+
+    def hook(program: Program, index: int) -> None:
+        if failing and index == failing[0]:
+            failing.clear()
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1024 bytes.")
+
+    def step() -> bool:
+        with torch.no_grad():
+            for p, old in zip(model.parameters(), before, strict=True):
+                p.copy_(old)
+        keepless.apply(model, plan, optimizer=optimizer, black_box=tmp_path, background=False)
+        torch.manual_seed(4)
+        try:
+            model(batch).backward()
+        except keepless.OutOfMemory as error:
+            reasons.append(str(error))
+            return False
+        finally:
+            model.zero_grad()
+        return True
+
+    with drilling(hook):
+        assert step()
+        right = [p.detach().clone() for p in model.parameters()]
+        ended = {True: 0, False: 0}
+        for index, instr in list(enumerate(plan.program))[::3]:
+            if isinstance(instr, Run) and plan.graph.ops[instr.op].phase is not Phase.LOSS:
+                failing[:] = [index]
+                went_on = step()
+                if failing:  # an update has no op of the engine's
+                    continue
+                now = list(model.parameters())
+                changed = [not torch.equal(p, old) for p, old in zip(now, before, strict=True)]
+                assert all(torch.equal(p, r) for p, r, c in zip(now, right, changed, strict=True) if c)
+                assert went_on == all(changed)
+                assert went_on or any(changed) or "smallest peak already" in reasons[-1]
+                assert went_on or not any(changed) or "has changed since the forward" in reasons[-1]
+                ended[went_on] += 1
+    assert min(ended.values()) >= 2, ended
+
+
+def test_an_update_without_memory_is_a_torn_step() -> None:
+    """It names the parameter, and those that are updated; the others keep their values."""
+
+    class Failing(optim.SGD):
+        """Finds no memory for its third update."""
+
+        count = -1000
+
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            Failing.count += any(p.grad is not None for group in self.param_groups for p in group["params"])
+            if Failing.count == 3:
+                raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1024 bytes.")
+            super().step()
+
+    torch.manual_seed(0)
+    layers = [part for _ in range(4) for part in (nn.Linear(200, 200), nn.Tanh())]
+    model, batch = models.Loss(nn.Sequential(*layers)), torch.randn(30, 200)
+    optimizer = Failing(model.parameters(), lr=0.1)
+    keepless.fit(model, batch, PLENTY, optimizer=optimizer, rewrites=REWRITES)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    Failing.count = 0
+    with pytest.raises(TornStep, match="no memory for the optimizer's update") as caught:
+        model(batch).backward()
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert set(caught.value.updated) == changed
+    assert len(changed) == 2
+    assert not changed & set(caught.value.half_updated)
+    assert all(p is q for p, q in zip(optimizer.param_groups[0]["params"], model.parameters(), strict=True))

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from keepless import _compat
-from keepless.errors import RewriteError, StepError
-from keepless.measure import innermost, step_alone
+from keepless.errors import RewriteError, StepError, TornStep
+from keepless.measure import innermost, is_out_of_memory, step_alone
 
 
 class Updater:
@@ -40,7 +40,8 @@ class Updater:
                 f"{absent[0]} gets a gradient, and the optimizer that is given does not have it: give the one that "
                 "steps this model."
             )
-        self._updated: set[int] = set()
+        self._updated: dict[int, None] = {}
+        self._steps = False
         self._handles: list[Any] = []
 
     def put_in(self) -> None:
@@ -55,7 +56,8 @@ class Updater:
                 updater.update(param)
 
         def stepped(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-            if (updater := me()) is not None:
+            updater = me()
+            if updater is not None and not updater._steps:  # a subclass may call its parent's step, hooks and all
                 updater._updated.clear()
 
         self._handles = [_compat.after_gradient(param, whole) for param in self._parameters.values()]
@@ -72,6 +74,7 @@ class Updater:
 
         Raises:
             StepError: it has been updated since the loop's last `optimizer.step()`; it is not updated again.
+            TornStep: there was no memory for its update.
         """
         if param.grad is None:
             return
@@ -81,7 +84,23 @@ class Updater:
                 "updated it already: this model's optimizer steps in the backward. Call optimizer.step() after each "
                 "backward, as without a plan; gradients cannot be accumulated over several."
             )
-        self._updated.add(id(param))
-        with _compat.no_autocast():
-            step_alone(self.optimizer, param, self._groups[id(param)])
+        self._steps = True
+        try:
+            with _compat.no_autocast():
+                step_alone(self.optimizer, param, self._groups[id(param)])
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            name = self._names[id(param)]
+            updated = tuple(self._names[one] for one in self._updated)
+            raise TornStep(
+                f"There was no memory for the optimizer's update of {name}, in the backward ({error}). {len(updated)} "
+                "parameters are updated by this step, this one may be in part, and the others are not: load the last "
+                "state of model and optimizer, and plan for a smaller budget.",
+                updated=updated,
+                half_updated=(name,),
+            ) from error
+        finally:
+            self._steps = False
+        self._updated[id(param)] = None
         param.grad = None
