@@ -107,6 +107,8 @@ def rewritten(name: str, plan_path: str = "", seed: int = 0) -> Callable[[], Any
         parameters = {name: zoo.digest(p) for name, p in workload.model.named_parameters()}
         return {"loss": float(loss.detach()).hex(), "parameters": zoo.digest_all(parameters)}
 
+    return step
+
 
 def fitting(kind: str, size: int, plan_path: str) -> Callable[[], Any]:
     """Steps of one of `models.SIZED` on a batch of a size, under a saved plan."""
