@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -205,11 +206,26 @@ def by_hand(subject: Subject, plan: keepless.Plan, folder: Path) -> None:
     keepless.remove(keepless.remove(subject.model))
 
 
+def largest_batch(subject: Subject) -> keepless.Fits:
+    """What fits, among batches of two and four rows."""
+
+    def make_batch(size: int) -> Inputs:
+        random.random()
+        inputs = Inputs.of(subject.batch)
+        rows = {id(t): t[:1].repeat_interleave(size, 0) for t in (*inputs.args, *inputs.kwargs.values())}
+        args = [rows[id(t)] for t in inputs.args]
+        return Inputs(*args, **{name: rows[id(t)] for name, t in inputs.kwargs.items()})
+
+    options = {"optimizer": subject.optimizer, "cache": False, **subject.options}
+    return keepless.max_batch(subject.model, make_batch, "1GiB", low=2, high=4, multiple_of=2, **options)
+
+
 MAKERS: dict[str, Callable[[Subject], Any]] = {
     **{f"plan {engine}": lambda s, engine=engine: s.plan(engine) for engine in ENGINES},
     "plan auto": lambda s: s.plan(),
     "curve": lambda s: keepless.curve(s.model, s.batch, optimizer=s.optimizer, points=3, cache=False, **s.options),
     "estimate": lambda s: keepless.estimate(s.model, s.batch, optimizer=s.optimizer, **s.options),
+    "max_batch": largest_batch,
     "infeasible": lambda s: s.plan(budget=67_000),
 }
 """What makes something of a model and a batch; a new function is a line here."""

@@ -51,7 +51,7 @@ def made(function: str, name: str) -> bool:
 @pytest.mark.parametrize("function", MAKERS)
 def test_making(function: str, name: str) -> None:
     """Whatever is planned, and by what engine, and where the answer is no."""
-    engine = {"curve": "graph", "estimate": "graph"}.get(function, function.removeprefix("plan "))
+    engine = {"curve": "graph", "estimate": "graph", "max_batch": "graph"}.get(function, function.removeprefix("plan "))
     refused = (engine, name) in REFUSED or function == "infeasible"
     assert made(function, name) is not refused
 
