@@ -19,6 +19,7 @@ from torch import nn
 import keepless
 from keepless import _compat
 from keepless.capture import Inputs
+from keepless.control.rescue import optimizer as guarding
 from keepless.control.rescue.survival import MOST_NOTCHES, Survival
 from keepless.execute import PlannedForward, drilling
 from keepless.execute.codegen import is_write
@@ -31,6 +32,9 @@ CPU_TEXT = (
     "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate "
     "1024 bytes. Error code 12 (Cannot allocate memory)"
 )
+
+PROBE, NOWHERE = -1, -2
+"""Points of a drill that are no instruction."""
 
 
 class Injected:
@@ -465,28 +469,43 @@ def test_a_tighter_program_of_another_shape(inject: Callable[..., Injected]) -> 
     assert drill.planned.entries[0].program is not made.program
 
 
-def test_random_points_one_after_another(inject: Callable[..., Injected]) -> None:
-    """Steps of training in which ops fail at random, steps in between undisturbed: the run is the run without."""
+def test_random_points_one_after_another(inject: Callable[..., Injected], monkeypatch: pytest.MonkeyPatch) -> None:
+    """50 random points of forward, recompute, backward and the optimizer's probe, in one run of training with
+    undisturbed steps between: the run is the run without them."""
     model, batch, plan = prepared("batch norm")
-    drill = inject(model, plan)
-    state, rng = state_of(model), random.Random(0)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    drill = inject(model, plan, optimizer=optimizer)
+    state, rng, own = state_of(model), random.Random(0), guarding.allocate
+    refused: list[int] = []
 
-    def train(points: list[int | None]) -> list[torch.Tensor]:
+    def train(points: list[int]) -> list[torch.Tensor]:
         put_back(model, state)
-        optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+        optimizer.state.clear()
         torch.manual_seed(3)
         losses = []
-        for point in points:
-            drill.at(*([] if point is None else [point]))
-            optimizer.zero_grad()
+        for number, point in enumerate(points):
+            drill.at(*([point] if point >= 0 else []))
             loss = model(batch)
             loss.backward()
+            if point == PROBE:
+                with monkeypatch.context() as patch:
+                    patch.setattr(guarding, "allocate", no_room)
+                    with pytest.raises(keepless.OutOfMemory, match="Nothing was changed"):
+                        optimizer.step()
+                refused.append(number)
             optimizer.step()
             losses.append(loss.detach())
         return [*losses, *state_of(model), torch.get_rng_state()]
 
-    points = [rng.choice(drill.runs()) if i % 3 else None for i in range(40)]
-    assert all(map(zoo.same_bits, train(points), train([None] * len(points))))
+    def no_room(*_: Any) -> None:
+        raise RuntimeError(CPU_TEXT)
+
+    points = [rng.choice([*drill.runs(), *[PROBE] * 12]) for _ in range(50)]
+    points = [point for one in points for point in (one, NOWHERE)]
+    found = train(points)
+    assert refused
+    assert guarding.allocate is own
+    assert all(map(zoo.same_bits, found, train([NOWHERE] * len(points))))
 
 
 def test_the_predicate_knows_the_words() -> None:
