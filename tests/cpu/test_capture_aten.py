@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import models as zoo
@@ -9,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import keepless
 from keepless.capture import aten as known
 
 aten = torch.ops.aten
@@ -150,3 +152,24 @@ def test_materialized_gradient() -> None:
     assert made.stride() == (1, 3)
     assert torch.equal(made, grad)
     assert made.untyped_storage().nbytes() == 48
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_plan_of_an_lstm_can_be_saved(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Its backward gives one tensor as the gradients of both biases: a value that an op makes comes once."""
+
+    class Sequences(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = torch.nn.LSTM(8, 8, num_layers=2, batch_first=True)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            found: torch.Tensor = self.rnn(x)[0].float().square().mean()
+            return found
+
+    model, x = Sequences(), torch.randn(4, 6, 8)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
+        plan = keepless.plan(model, x, "1GiB", engine="graph", cache=False)
+    assert all(len(set(op.outputs)) == len(op.outputs) for op in plan.graph.ops)
+    plan.save(tmp_path / "lstm.plan")
+    assert keepless.load(tmp_path / "lstm.plan").program == plan.program

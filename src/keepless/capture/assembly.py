@@ -290,7 +290,8 @@ class Assembly:
     def op(self, index: int, draft: Draft, stale: set[int], fixed: set[int]) -> tuple[Op, OpCode | None]:
         work = self.work
         inputs = sorted({work.slot_value[s] for s in draft_slots(draft)} | set(draft.extra_inputs))
-        outputs = [work.slot_value[slot] for _, slot in draft.outputs]
+        # An LSTM's backward gives one tensor as the gradients of both its biases.
+        outputs = list(dict.fromkeys(work.slot_value[slot] for _, slot in draft.outputs))
         effects = set(draft.effects)
         if draft.name == OPTIMIZER:
             grads = {work.slot_value[slot] for _, slot in self.grads}
