@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import FACTORIES
+from factories_text import FACTORIES
 
 import keepless
 from keepless.measure import interposer
