@@ -174,18 +174,45 @@ FRESH = (aten.lift_fresh_copy.default, aten.lift_fresh.default)
 
 CHOICES = frozenset({"topk", "sort", "argsort", "argmax", "argmin", "kthvalue", "searchsorted", "bucketize"})
 """Names of ops that pick indices by comparing numbers."""
-NORMS = frozenset({aten.native_layer_norm.default, aten.native_group_norm.default})
+NORMS = frozenset(
+    {
+        aten.native_layer_norm.default,
+        aten.native_group_norm.default,
+        aten.native_batch_norm.default,
+        aten._native_batch_norm_legit_functional.default,
+        aten._native_batch_norm_legit_no_training.default,
+        aten._native_batch_norm_legit.no_stats,
+    }
+)
 """Norms that return statistics in places 1 and 2."""
+SAME_RESULTS: dict[Any, dict[int | None, int]] = {aten.mkldnn_rnn_layer_backward.default: {4: 3}}
+"""Results that are the tensor of another place: an LSTM's two biases have one gradient. Fake tensors tell so only at
+an op's first call; for later ones torch's cache makes two of it."""
 BATCH_NORM_FORWARD = (aten._native_batch_norm_legit_functional.default,)
 BATCH_NORM_BACKWARD = (aten.native_batch_norm_backward.default,)
 
 
-def batch_norm_replay(args: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]] | None:
-    """For a training-mode BatchNorm: the op and arguments that give the same outputs without its statistics."""
+def batch_norm_replay(
+    args: tuple[Any, ...], dtype: torch.dtype, of_statistics: torch.dtype
+) -> tuple[Any, tuple[Any, ...]] | None:
+    """For a training-mode BatchNorm: the op and arguments that give the same outputs without its statistics.
+
+    Arguments:
+        dtype: of its input.
+        of_statistics: dtype of its running statistics, which set the precision where it has no weights.
+    """
     x, weight, bias, _, _, training, momentum, eps = args
     if not training:
         return None
+    if weight is None and of_statistics != dtype:
+        return batch_norm_mixed, (x, of_statistics, momentum, eps)
     return aten.native_batch_norm.default, (x, weight, bias, None, None, True, momentum, eps)
+
+
+def batch_norm_mixed(x: torch.Tensor, of_statistics: torch.dtype, momentum: float, eps: float) -> Any:
+    """A training-mode BatchNorm without weights, in the precision of running statistics that are not touched."""
+    mean, var = torch.zeros((2, x.shape[1]), dtype=of_statistics, device=x.device)
+    return aten.native_batch_norm.default(x, None, None, mean, var, True, momentum, eps)
 
 
 def batch_norm_backward_args(args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -267,7 +267,7 @@ class Drafting:
         if target in known.BATCH_NORM_BACKWARD:
             args = known.batch_norm_backward_args(args)
         if target in known.BATCH_NORM_FORWARD and self.only_updates_statistics(node):
-            form = known.batch_norm_replay(args)
+            form = known.batch_norm_replay(args, *(self.examples[args[place].slot].dtype for place in (0, 3)))
             replay = Call(form[0], form[1]) if form else None
         call = Call(target, args, kwargs)
         outputs = self.results(node, call)
@@ -312,10 +312,12 @@ class Drafting:
                 slot = self.new_slot(part, value)
                 self.views[slot] = ViewCode(source, call, item)
             else:
-                value = self.value_of_storage.get(key, -1)
+                twin = known.SAME_RESULTS.get(call.target, {}).get(item)
+                twin_key = key if twin is None else _compat.storage_key(result[twin])
+                value = self.value_of_storage.get(twin_key, -1)
                 if value < 0:
                     value = self.new_value(node.name if item is None else f"{node.name}.{item}", part, Kind.ACTIVATION)
-                    self.value_of_storage[key] = value
+                self.value_of_storage[key] = value
                 slot = self.new_slot(part, value)
                 outputs.append((item, slot))
             self.slot_of[(node, item)] = slot
@@ -324,7 +326,8 @@ class Drafting:
     def as_computed(self, call: Call, item: int | None, part: torch.Tensor) -> torch.Tensor:
         """A result as the kernel gives it, where fake tensors are wrong about its dtype.
 
-        On the CPU a norm of half precision with weights in full gives statistics in full, as under autocast.
+        On the CPU a norm of half precision with weights (or running statistics) in full gives statistics in full, as
+        under autocast.
         """
         if item not in (1, 2) or call.target not in known.NORMS or part.device.type != "cpu":
             return part
