@@ -300,7 +300,7 @@ def apply(
             `model.forward.arena` says what is in it (`docs/allocator.md`).
 
     Raises:
-        PlanError: the plan was made for another model.
+        PlanError: the plan was made for another model, or for an optimizer that needs less than this one.
         ArenaError: an arena does not fit into the budget, or the plan is not one of the whole captured step.
         RewriteError: the plan steps an optimizer in the backward, and none, or another, is given.
         CheckpointingError: the model checkpoints already, and neither the plan nor this call takes that over.

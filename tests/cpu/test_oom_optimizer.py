@@ -13,7 +13,7 @@ from torch import nn
 
 import keepless
 from keepless.control.rescue import optimizer as guarding
-from keepless.errors import MeasureError
+from keepless.errors import MeasureError, ParameterError
 from keepless.report.black_box_file import read_black_box
 
 BATCH = torch.linspace(-1, 1, 64).reshape(8, 8)
@@ -236,3 +236,29 @@ def test_an_optimizer_whose_memory_cannot_be_predicted_is_guarded_all_the_same(t
     before = [p.detach().clone() for p in model.parameters()]
     optimizer.step(closure)
     assert not all(map(torch.equal, before, model.parameters()))
+
+
+@pytest.mark.parametrize("rewrites", [(), ("optimizer_in_backward",)])
+def test_an_optimizer_that_needs_more_than_the_planned_one_is_refused(rewrites: tuple[str, ...]) -> None:
+    """Its state would not be in the budget. What still fits, or needs less, is taken."""
+    model = zoo.mlp(256)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    larger = torch.optim.AdamW(model.parameters(), 1e-2, amsgrad=True)
+    roomy = keepless.plan(model, BATCH, "1GiB", optimizer=optimizer, rewrites=rewrites)
+    tight = keepless.plan(model, BATCH, roomy.baseline_peak, optimizer=optimizer, rewrites=rewrites)
+    with pytest.raises(keepless.PlanError, match="Plan again with this optimizer"):
+        keepless.apply(model, tight, optimizer=larger)
+    assert "forward" not in vars(model)
+    keepless.apply(model, roomy, optimizer=larger)
+    keepless.remove(model)
+    if not rewrites:
+        keepless.apply(model, tight, optimizer=torch.optim.SGD(model.parameters(), 1e-2))
+        keepless.remove(model)
+
+
+def test_a_folder_of_black_boxes_that_is_no_path_is_refused() -> None:
+    model, optimizer = make()
+    plan = keepless.plan(model, BATCH, "1GiB", optimizer=optimizer)
+    with pytest.raises(ParameterError, match="black_box=3"):
+        keepless.apply(model, plan, optimizer=optimizer, black_box=3)  # type: ignore[arg-type]
+    assert "forward" not in vars(model)

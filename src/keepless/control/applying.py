@@ -7,12 +7,12 @@ from typing import TypeVar
 
 import torch
 
-from keepless.control.checks import check_module, check_optimizer, check_plan
+from keepless.control.checks import check_module, check_optimizer, check_plan, check_planned_optimizer
 from keepless.control.parts import module_plans, module_steps
 from keepless.control.plan_book.book import Book
 from keepless.control.plan_book.recapturing import capture_of
 from keepless.control.rescue.optimizer import OptimizerGuard
-from keepless.control.rescue.survival import SURVIVE, Survival, check_on_oom
+from keepless.control.rescue.survival import SURVIVE, Survival, check_black_box, check_on_oom
 from keepless.control.signature import check_signature, model_signature
 from keepless.control.takeover import check_checkpointing, give_back, is_allowed, take
 from keepless.errors import ArenaError, RewriteError
@@ -45,11 +45,14 @@ def apply(
     check_module(model)
     check_plan(plan)
     check_on_oom(on_oom)
+    check_black_box(black_box)
     updater = _updater(model, plan, optimizer) if updates else None
+    if updates and optimizer is not None:
+        check_optimizer(optimizer, model)
+        check_planned_optimizer(optimizer, model, plan)
     survival = Survival(plan, on_oom, black_box)
     guard = None
     if optimizer is not None and OPTIMIZER_IN_BACKWARD not in plan.rewrites:
-        check_optimizer(optimizer, model)
         guard = OptimizerGuard(model, optimizer, survival)
     if arena and (module_plans.is_by_modules(plan) or capture_of(plan, model) is None):
         raise ArenaError(

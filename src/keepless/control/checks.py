@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from keepless.control.elsewhere import refuse_elsewhere
-from keepless.errors import ParameterError, PlanError
-from keepless.machine import Plan
+from keepless.errors import MeasureError, ParameterError, PlanError
+from keepless.ir import Phase, format_bytes
+from keepless.machine import Plan, simulate
+from keepless.measure import optimizer_footprint
 
 
 def check_module(model: object) -> None:
@@ -45,4 +49,36 @@ def check_optimizer(optimizer: torch.optim.Optimizer, model: torch.nn.Module) ->
         raise ParameterError(
             f"The {type(optimizer).__name__} steps none of the model's trainable parameters: make it from "
             "model.parameters() of this very model."
+        )
+
+
+def check_planned_optimizer(optimizer: torch.optim.Optimizer, model: torch.nn.Module, plan: Plan) -> None:
+    """Refuses an optimizer with which the planned step would be above its budget. A plan that counts none is for the
+    forward and the backward alone, and says nothing of any.
+
+    Raises:
+        PlanError: its state, or the temporaries of its step, need more than the plan's optimizer.
+    """
+    last = next((op.id for op in plan.graph.ops if op.phase is Phase.OPTIMIZER), None)
+    planned = plan.signature.get("state_nbytes")
+    if not isinstance(planned, int) or (last is None and not plan.rewrites and not planned):
+        return
+    params = [p for p in model.parameters() if p.requires_grad]
+    try:
+        footprint = optimizer_footprint(optimizer, params, device=params[0].device.type if params else "")
+    except MeasureError:
+        return
+    name, limit = type(optimizer).__name__, plan.budget.limits["device"]
+    peak = plan.predicted_peak + footprint.state_nbytes - planned
+    if last is not None:
+        scratch = list(plan.cost.scratch)
+        scratch[last] = footprint.scratch_nbytes
+        cost = replace(plan.cost, scratch=tuple(scratch))
+        peak = simulate(plan.graph, plan.program, cost).peak + footprint.state_nbytes - planned
+    if peak > limit:
+        raise PlanError(
+            f"The plan counts {format_bytes(planned)} of optimizer state, and this {name} has "
+            f"{format_bytes(footprint.state_nbytes)} and {format_bytes(footprint.scratch_nbytes)} of temporaries: the "
+            f"step would need {format_bytes(peak)}, above the budget of {format_bytes(limit)}. Plan again with this "
+            "optimizer."
         )

@@ -32,6 +32,14 @@ def check_on_oom(on_oom: object) -> None:
         raise ParameterError(f'on_oom={on_oom!r} is neither "survive" nor "raise".')
 
 
+def check_black_box(black_box: object) -> None:
+    """Raises:
+    ParameterError: it is no path.
+    """
+    if black_box is not None and not isinstance(black_box, (str, os.PathLike)):
+        raise ParameterError(f"black_box={black_box!r} is no path of a folder.")
+
+
 class Survival:
     """The survivor of one planned model.
 
