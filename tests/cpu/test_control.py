@@ -469,7 +469,7 @@ def test_trials_get_whole_workspaces() -> None:
     binding = capture.binding
     assert any("mkldnn_rnn_layer_backward" in op.name for op in plan.graph.ops)
     for slot, value in binding.slot_value.items():
-        tensor = _real(binding, slot, {})
+        tensor = _real(binding, slot, {}, {})
         assert tensor.untyped_storage().nbytes() >= plan.graph.values[value].nbytes
 
 

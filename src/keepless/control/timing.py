@@ -19,23 +19,16 @@ from typing import Any
 
 import torch
 
-from keepless.capture import DELIVER, UPDATE, Inputs, flatten_inputs, planned_device
-from keepless.control.applying import remove
+from keepless.capture import DELIVER, UPDATE
 from keepless.control.checks import check_module, check_plan
 from keepless.control.parts.module_plans import apply as apply_modules
-from keepless.control.parts.module_plans import is_by_modules, settings_of
-from keepless.control.parts.module_steps import recording, standing_alone, tensors_of, uncompiled, without_plan
-from keepless.control.plan_book.recapturing import bind, capture_of
+from keepless.control.parts.module_plans import is_by_modules
 from keepless.control.runner import Runner, dropping
-from keepless.control.signature import batch_signature, check_signature, model_signature
-from keepless.control.takeover import is_allowed, turned_off
-from keepless.control.verifying import check_ambient, with_program
-from keepless.errors import LossError, ParameterError, PlanError
+from keepless.control.undone import captured_run, modules_run, with_program
+from keepless.errors import ParameterError
 from keepless.ir import DEVICE, Event, Phase, Run, Timeline
 from keepless.machine import Plan
 from keepless.measure.parts import Part, memory_parts
-from keepless.modules.planned import autocast_now
-from keepless.modules.untouched import untouched
 
 MAX_REPEATS = 1000
 PHASES = (Phase.FORWARD.value, Phase.LOSS.value, Phase.BACKWARD.value)
@@ -50,69 +43,42 @@ def measure_timeline(model: torch.nn.Module, batch: Any, plan: Plan, *, loss_fn:
     if isinstance(repeats, bool) or not isinstance(repeats, int) or not 1 <= repeats <= MAX_REPEATS:
         raise ParameterError(f"repeats={repeats!r} is not a number of steps from 1 to {MAX_REPEATS}.")
     if is_by_modules(plan):
-        return _by_phases(uncompiled(model), batch, plan, loss_fn, repeats)
-    inputs = Inputs.of(batch)
+        return _by_phases(model, batch, plan, loss_fn, repeats)
     last = _last_delivery(plan)
-    with (
-        turned_off(model, is_allowed(plan)),
-        without_plan(model),
-        untouched(model, planned_device(model), tensors_of(batch)) as before,
-    ):
-        try:
-            capture = capture_of(plan, model) or bind(model, plan, flatten_inputs(inputs))
-            check_ambient(capture, "timeline")
-            settings, device = capture.settings, capture.binding.device
-            run = Runner(model, inputs, batch, loss_fn or settings.loss_fn, settings, device, before)
-            hands: list[_Note] = []
+    hands: list[_Note] = []
 
-            def note(index: int) -> None:
-                hands[0](index)
+    def note(index: int) -> None:
+        hands[0](index)
 
-            def step(mark: _Note) -> None:
-                hands[:] = [mark]
-                run.forward_backward(lambda phase: mark(last) if phase == PHASES[-1] else None)
+    with captured_run(model, batch, plan, loss_fn, "timeline") as (run, capture):
 
-            with with_program(model, capture, plan.program, note), dropping(model, plan):
-                taken = _timed(run, step, repeats)
-                run.prepare()
-                parts = memory_parts(step, device)
-        finally:
-            remove(model)
+        def step(mark: _Note) -> None:
+            hands[:] = [mark]
+            run.forward_backward(lambda phase: mark(last) if phase == PHASES[-1] else None)
+
+        with with_program(model, capture, plan.program, note), dropping(model, plan):
+            taken = _timed(run, step, repeats)
+            run.prepare()
+            parts = memory_parts(step, run.device)
     order = [(index, index, "") for index in range(len(plan.program))]
     return _joined(plan, order, taken, parts)
 
 
 def _by_phases(model: torch.nn.Module, batch: Any, plan: Plan, loss_fn: Any, repeats: int) -> Timeline:
     """Events of forward, loss and backward of a plan of module calls."""
-    settings = settings_of(plan)
-    loss_fn = loss_fn or settings.loss_fn
-    if loss_fn is None and not settings.own_loss:
-        raise LossError("The plan was made with a loss function, which a file does not hold: give loss_fn=.")
-    check_signature(plan.signature, model_signature(model), "model")
-    check_signature(plan.signature, batch_signature(flatten_inputs(Inputs.of(batch))), "batch")
-    if plan.signature.get("autocast", autocast_now(model)) != autocast_now(model):
-        raise PlanError("The plan was made under another autocast than stands around timeline: call it under the same.")
-    device = planned_device(model)
-    inputs, batch = standing_alone(batch)
-    with (
-        turned_off(model, is_allowed(plan)),
-        recording(),
-        without_plan(model),
-        untouched(model, device, tensors_of(inputs)) as before,
-    ):
-        run = Runner(model, inputs, batch, loss_fn, settings, device, before)
+    with modules_run(model, batch, plan, loss_fn, "timeline") as run:
 
         def step(mark: _Note) -> None:
             mark(-1)
             run.forward_backward(lambda phase: mark(PHASES.index(phase)))
 
-        planned = apply_modules(model, plan)
+        planned = apply_modules(run.model, plan)
         try:
             run.prepare()
             run.forward_backward()  # regions are watched the first time
             taken = _timed(run, step, repeats)
             run.prepare()
-            parts = memory_parts(step, device)
+            parts = memory_parts(step, run.device)
         finally:
             planned.take_out()
     return _joined(plan, [(number, -1, phase) for number, phase in enumerate(PHASES)], taken, parts)

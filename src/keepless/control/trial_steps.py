@@ -15,22 +15,12 @@ from typing import Any, Protocol
 
 import torch
 
-from keepless.capture import Inputs, flatten_inputs, planned_device
-from keepless.control.applying import remove
 from keepless.control.parts.module_plans import apply as apply_modules
-from keepless.control.parts.module_plans import settings_of
-from keepless.control.parts.module_steps import recording, standing_alone, tensors_of, uncompiled, without_plan
-from keepless.control.plan_book.recapturing import bind, capture_of
 from keepless.control.runner import Runner
-from keepless.control.signature import batch_signature, check_signature, model_signature
-from keepless.control.takeover import is_allowed, turned_off
-from keepless.control.verifying import check_ambient, with_program
-from keepless.errors import LossError, PlanError
+from keepless.control.undone import captured_run, modules_run, with_program
 from keepless.ir import Event, Phase, Run, Timeline
 from keepless.machine import Plan
 from keepless.measure.parts import memory_parts
-from keepless.modules.planned import autocast_now
-from keepless.modules.untouched import untouched
 
 _WARM_UPS = 1
 
@@ -62,51 +52,18 @@ class TrialSteps(Protocol):
 def captured_steps(model: torch.nn.Module, batch: Any, plan: Plan, loss_fn: Any) -> Iterator[TrialSteps]:
     """Trial steps of plans whose instructions are single ops of the whole step.
 
-    The model, its gradients, buffers and streams of random numbers, and a plan that stands in it, are as they were when
-    the block ends.
-
     Raises:
         PlanError: the plan was made for another model or batch.
     """
-    inputs = Inputs.of(batch)
-    with (
-        turned_off(model, is_allowed(plan)),
-        without_plan(model),
-        untouched(model, planned_device(model), tensors_of(batch)) as before,
-    ):
-        try:
-            capture = capture_of(plan, model) or bind(model, plan, flatten_inputs(inputs))
-            check_ambient(capture, "landing")
-            settings = capture.settings
-            device = capture.binding.device
-            yield _Captured(
-                Runner(model, inputs, batch, loss_fn or settings.loss_fn, settings, device, before), capture
-            )
-        finally:
-            remove(model)
+    with captured_run(model, batch, plan, loss_fn, "landing") as (run, capture):
+        yield _Captured(run, capture)
 
 
 @contextlib.contextmanager
 def module_steps(model: torch.nn.Module, batch: Any, plan: Plan, loss_fn: Any) -> Iterator[TrialSteps]:
     """Trial steps of plans of module calls; as `captured_steps`."""
-    model = uncompiled(model)
-    settings = settings_of(plan)
-    loss_fn = loss_fn or settings.loss_fn
-    if loss_fn is None and not settings.own_loss:
-        raise LossError("The plan was made with a loss function, which a file does not hold: give loss_fn=.")
-    check_signature(plan.signature, model_signature(model), "model")
-    check_signature(plan.signature, batch_signature(flatten_inputs(Inputs.of(batch))), "batch")
-    if plan.signature.get("autocast", autocast_now(model)) != autocast_now(model):
-        raise PlanError("The plan was made under another autocast than stands around landing: call it under the same.")
-    device = planned_device(model)
-    inputs, batch = standing_alone(batch)
-    with (
-        turned_off(model, is_allowed(plan)),
-        recording(),
-        without_plan(model),
-        untouched(model, device, tensors_of(inputs)) as before,
-    ):
-        yield _Modules(Runner(model, inputs, batch, loss_fn, settings, device, before))
+    with modules_run(model, batch, plan, loss_fn, "landing") as run:
+        yield _Modules(run)
 
 
 class _Marks:

@@ -5,32 +5,21 @@ Everything that the runs touch (gradients, buffers, generator states, the applie
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from keepless._compat import ambient_state
-from keepless.capture import Inputs, flatten_inputs, planned_device
-from keepless.control.applying import apply, remove
+from keepless.control.applying import apply
 from keepless.control.captured import Capture
 from keepless.control.checks import check_module, check_plan
 from keepless.control.parts.module_plans import apply as apply_modules
-from keepless.control.parts.module_plans import is_by_modules, settings_of
-from keepless.control.parts.module_steps import recording, standing_alone, tensors_of, uncompiled, without_plan
-from keepless.control.plan_book.recapturing import bind, capture_of
+from keepless.control.parts.module_plans import is_by_modules
 from keepless.control.runner import Outcome, Runner, deviation_of, differing, dropping, noise_of
-from keepless.control.signature import batch_signature, check_signature, model_signature
-from keepless.control.takeover import is_allowed, turned_off
-from keepless.errors import LossError, PlanError
-from keepless.execute import PlannedForward, make_entry
+from keepless.control.undone import captured_run, modules_run, with_program
 from keepless.ir import Effect, Phase, Run, format_bytes
 from keepless.machine import REWRITES, Plan
 from keepless.measure import device_nbytes
-from keepless.modules.planned import autocast_now
-from keepless.modules.untouched import untouched
 from keepless.passes import from_order, reuse_storage
 
 PLAIN = "plain eager"
@@ -113,28 +102,15 @@ def verify(model: torch.nn.Module, batch: Any, plan: Plan, *, loss_fn: Any, repe
     check_module(model)
     check_plan(plan)
     if is_by_modules(plan):
-        return _verify_modules(uncompiled(model), batch, plan, loss_fn, repeats)
-    inputs = Inputs.of(batch)
-    flat = flatten_inputs(inputs)
-    with (
-        turned_off(model, is_allowed(plan)),
-        without_plan(model),
-        untouched(model, planned_device(model), tensors_of(batch)) as before,
-    ):
-        try:
-            capture = capture_of(plan, model) or bind(model, plan, flat)
-            check_ambient(capture, "verify")
-            loss_fn = loss_fn or capture.settings.loss_fn
-            run = Runner(model, inputs, batch, loss_fn, capture.settings, capture.binding.device, before)
-            reference, name, plain = _reference(run, plan, capture)
-            noise = noise_of(run, reference)
-            apply(model, plan, updates=False)
-            outcome = run.step()
-            with dropping(model, plan):
-                measured = run.measure()
-            timed = sorted(run.step().seconds for _ in range(repeats))
-        finally:
-            remove(model)
+        return _verify_modules(model, batch, plan, loss_fn, repeats)
+    with captured_run(model, batch, plan, loss_fn, "verify") as (run, capture):
+        reference, name, plain = _reference(run, plan, capture)
+        noise = noise_of(run, reference)
+        apply(model, plan, updates=False)
+        outcome = run.step()
+        with dropping(model, plan):
+            measured = run.measure()
+        timed = sorted(run.step().seconds for _ in range(repeats))
     different = differing(reference, outcome)
     static = _resident(plan)
     plan.measured_peak = max(static + measured, _optimizer_peak(plan))
@@ -167,25 +143,9 @@ def tolerance_of(plan: Plan) -> float:
 
 def _verify_modules(model: torch.nn.Module, batch: Any, plan: Plan, loss_fn: Any, repeats: int) -> Verification:
     """The same for a plan of module calls: always against the model's own code."""
-    settings = settings_of(plan)
-    loss_fn = loss_fn or settings.loss_fn
-    if loss_fn is None and not settings.own_loss:
-        raise LossError("The plan was made with a loss function, which a file does not hold: give loss_fn=.")
-    check_signature(plan.signature, model_signature(model), "model")
-    check_signature(plan.signature, batch_signature(flatten_inputs(Inputs.of(batch))), "batch")
-    device = planned_device(model)
-    if plan.signature.get("autocast", autocast_now(model)) != autocast_now(model):
-        raise PlanError("The plan was made under another autocast than stands around verify: call it under the same.")
-    inputs, batch = standing_alone(batch)
-    with (
-        turned_off(model, is_allowed(plan)),
-        recording(),
-        without_plan(model),
-        untouched(model, device, tensors_of(inputs)) as before,
-    ):
-        run = Runner(model, inputs, batch, loss_fn, settings, device, before)
-        fits = plan.baseline_peak <= device_nbytes(device)
-        planned = apply_modules(model, plan)
+    with modules_run(model, batch, plan, loss_fn, "verify") as run:
+        fits = plan.baseline_peak <= device_nbytes(run.device)
+        planned = apply_modules(run.model, plan)
         try:
             if not fits:
                 outcome = reference = run.step()
@@ -216,19 +176,6 @@ def _verify_modules(model: torch.nn.Module, batch: Any, plan: Plan, loss_fn: Any
     )
 
 
-def check_ambient(capture: Capture, caller: str) -> None:
-    """Refuses to run a step under another autocast and the like than it was captured under.
-
-    Raises:
-        PlanError: they differ.
-    """
-    if ambient_state(capture.binding.device.type) != capture.binding.ambient:
-        raise PlanError(
-            "The plan was made under another autocast, default dtype or choice of kernels than stands around "
-            f"{caller}: call it under the same."
-        )
-
-
 def _reference(run: Runner, plan: Plan, capture: Capture) -> tuple[Outcome, str, Outcome | None]:
     """The outcome to compare with, its name, and plain eager's where it was run."""
     model = run.model
@@ -246,28 +193,6 @@ def _reference(run: Runner, plan: Plan, capture: Capture) -> tuple[Outcome, str,
 
     with with_program(model, capture, smallest(graph, plan.cost).program):
         return run.step(), SMALLEST, None
-
-
-@contextlib.contextmanager
-def with_program(
-    model: torch.nn.Module, capture: Capture, program: Any, mark: Callable[[int], None] | None = None
-) -> Iterator[None]:
-    """The model trains by a program; calls that mean another step are refused. `mark` as in `make_entry`."""
-    entry = make_entry(model, capture.flat, capture.binding, program, mark)
-    try:
-        model.__dict__["forward"] = PlannedForward(model, [entry], _refuse)
-        yield
-    finally:
-        remove(model)
-
-
-def _refuse(
-    planned: PlannedForward, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], reason: str
-) -> None:
-    raise PlanError(
-        f"The plan was made for another step than this one: {reason}. Give the model and a batch as they were "
-        "planned for, or plan for these."
-    )
 
 
 def _resident(plan: Plan) -> int:
