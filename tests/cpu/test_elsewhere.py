@@ -276,6 +276,25 @@ def test_curves_for_a_card_that_is_not_here() -> None:
     assert curve.plan(0.9).budget.limits["device"] == int(0.9 * find_device("l4").usable_nbytes)
 
 
+def test_budgets_of_a_card_s_curve_are_those_of_its_plans() -> None:
+    """What the allocator holds counts: a plan for a stated budget is no slower than stated, and fits."""
+    options: dict[str, Any] = {"points": 5, "strategies": (), "on": "l4"}
+    curve = keepless.curve(Block(depth=6), torch.randn(8192, 256), **options)
+    budgets = [point.budget for point in curve.points]
+    assert budgets == sorted(budgets)
+    assert budgets[0] <= curve.smallest_budget
+    for budget, seconds in [*((p.budget, p.seconds) for p in curve.points), (curve.smallest_budget, float("inf"))]:
+        plan = curve.plan(budget)
+        assert plan.predicted_seconds <= seconds
+        assert plan.allocation is not None
+        assert plan.allocation.reserved < budget
+        assert plan.smallest_budget <= budget
+    assert curve.plan(curve.baseline_peak).num_replays == 0
+    with pytest.raises(InfeasibleBudget) as caught:
+        curve.plan(budgets[0] - 1)
+    assert caught.value.smallest_budget == budgets[0]
+
+
 def test_the_caller_s_own_loss_is_run_on_fakes() -> None:
     """Its scratch counts: a cross entropy over logits makes a copy of them, at least."""
     model = nn.Linear(64, 1000)

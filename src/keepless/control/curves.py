@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -10,12 +11,11 @@ from typing import Any
 
 import torch
 
-from keepless.control.allocating import within_card
+from keepless.control.allocating import allocation_of, within_card
 from keepless.control.captured import Captures, Measured, Settings
 from keepless.control.checks import check_module
 from keepless.control.planning import (
     Progress,
-    lowest_plan,
     measure_step,
     plan_of,
     read_budget,
@@ -26,14 +26,18 @@ from keepless.control.reserve import budget_with_reserve, explain_infeasible, wi
 from keepless.control.takeover import note, turned_off
 from keepless.cost import DeviceSpec, find_device
 from keepless.errors import InfeasibleBudget
+from keepless.ir import Budget, Status
 from keepless.machine import Plan, read_rewrites
 from keepless.machine.elsewhere import ON, describe_elsewhere
+from keepless.measure.card import CardAllocator
+from keepless.passes import from_order, reuse_storage
 from keepless.report.curve_picture import draw_curve
 from keepless.report.curve_table import curve_text
 from keepless.report.floor import describe_floor, find_floor
 from keepless.solve import Search, Standing
 from keepless.solve.curve import Curve, check_points, trace_curve
 from keepless.solve.front import Point
+from keepless.solve.solution import Solution
 from keepless.solve.strategies import check_strategies
 
 
@@ -85,7 +89,7 @@ class StepCurve:
     @property
     def smallest_budget(self) -> int:
         """Bytes of the smallest budget for which a plan was found."""
-        return with_reserve(self.curve.smallest_nbytes)
+        return self._budget_of(self.curve.smallest_nbytes)
 
     @property
     def smallest_bound(self) -> int:
@@ -95,7 +99,7 @@ class StepCurve:
     @property
     def baseline_peak(self) -> int:
         """Bytes of the budget in which everything can be kept."""
-        return with_reserve(self.curve.baseline_peak)
+        return self._budget_of(self.curve.baseline_peak)
 
     @property
     def baseline_seconds(self) -> float:
@@ -127,10 +131,10 @@ class StepCurve:
             except InfeasibleBudget as error:
                 lowest, peak = curve.points[0].solution.program, curve.smallest_nbytes
                 raise explain_infeasible(graph, self.measured.cost, nbytes, lowest, peak, error.bound) from None
-            return plan_of(self.measured, found, allowed)
+            return plan_of(self.measured, found if card is None else self._fitting(found, nbytes, card), allowed)
 
         card = self.settings.card
-        plan = make(0) if card is None else within_card(make, lambda: lowest_plan(self.measured, nbytes), nbytes, card)
+        plan = make(0) if card is None else within_card(make, lambda: self._lowest(nbytes), nbytes, card)
         if not self.measured.is_here:
             return plan
         settings = settings_of_plan(replace(self.settings, budget=nbytes), plan)
@@ -149,11 +153,11 @@ class StepCurve:
             OSError: the file cannot be written.
         """
         line = None if budget is None else read_budget(budget, self.measured.capture.binding.device, self.settings.on)
-        draw_curve(self.curve, path, budget_of=with_reserve, budget=line, title=title)
+        draw_curve(self.curve, path, budget_of=self._budget_of, budget=line, title=title)
 
     def as_dict(self) -> dict[str, object]:
         """Everything but the plans themselves, as JSON values."""
-        return self.curve.as_dict(with_reserve) | {
+        return self.curve.as_dict(self._budget_of) | {
             "smallest_bound": self.smallest_bound,
             "floor_in_words": self.floor,
             "num_ops": len(self.measured.graph.ops),
@@ -165,11 +169,66 @@ class StepCurve:
 
     def __str__(self) -> str:
         doubts = describe_elsewhere(self.measured.signature, self.measured.cost.spread)
-        return "\n".join([curve_text(self.curve, with_reserve), self.floor, *doubts])
+        return "\n".join([curve_text(self.curve, self._budget_of), self.floor, *doubts])
+
+    @cached_property
+    def _reserved(self) -> list[int]:
+        """For a card: what its allocator holds for each point's program, in bytes, by its model."""
+        card = self.settings.card
+        assert card is not None
+        programs = [point.solution.program for point in self.curve.points]
+        return [allocation_of(self.measured.graph, program, self.measured.cost, card).reserved for program in programs]
+
+    @cached_property
+    def _budgets(self) -> tuple[list[int], list[int]]:
+        """For a card: peaks, and for each the smallest budget of a plan that is no slower than this peak's."""
+        card, graph, cost = self.settings.card, self.measured.graph, self.measured.cost
+        assert card is not None
+        everything = reuse_storage(graph, from_order(graph, range(len(graph.ops))))
+        kept = with_reserve(allocation_of(graph, everything, cost, card).reserved)
+        found: dict[int, int] = {}
+        for point, reserved in zip(reversed(self.curve.points), reversed(self._reserved), strict=True):
+            found[point.peak] = min([with_reserve(reserved), *found.values()])
+        top = max(found.values())
+        if self.curve.baseline_peak > max(found):
+            found[self.curve.baseline_peak] = max(kept, top)
+        return sorted(found), sorted(found.values())
+
+    def _budget_of(self, peak: int) -> int:
+        """The smallest budget for a peak; between those of the points, on a card, in proportion."""
+        if self.settings.card is None:
+            return with_reserve(peak)
+        peaks, budgets = self._budgets
+        index = bisect_left(peaks, peak)
+        if index == len(peaks):
+            return budgets[-1] + with_reserve(peak) - with_reserve(peaks[-1])
+        if peaks[index] == peak or not index:
+            return budgets[index]
+        share = (peak - peaks[index - 1]) / (peaks[index] - peaks[index - 1])
+        return budgets[index - 1] + round(share * (budgets[index] - budgets[index - 1]))
+
+    def _fitting(self, found: Solution, nbytes: int, card: CardAllocator) -> Solution:
+        """This solution, or where its allocation is above the budget the fastest point of which it is not."""
+        if with_reserve(allocation_of(self.measured.graph, found.program, self.measured.cost, card).reserved) <= nbytes:
+            return found
+        for point, reserved in zip(reversed(self.curve.points), reversed(self._reserved), strict=True):
+            if with_reserve(reserved) <= nbytes and point.peak <= found.peak:
+                claim = replace(found.certificate, solver=point.solution.certificate.solver, status=Status.FEASIBLE)
+                return replace(point.solution, certificate=claim)
+        return found
+
+    def _lowest(self, nbytes: int) -> Plan:
+        """The plan of the point for which the card's allocator holds least."""
+        measured, curve = self.measured, self.curve
+        reserved = min(self._reserved)
+        low = curve.points[self._reserved.index(reserved)].solution
+        if with_reserve(low.peak) > nbytes:
+            raise explain_infeasible(measured.graph, measured.cost, nbytes, low.program, reserved, curve.floor_nbytes)
+        return plan_of(measured, low, Budget({"device": nbytes}, reserve=nbytes - low.peak))
 
     def _budget_point(self, point: Point) -> BudgetPoint:
         return BudgetPoint(
-            with_reserve(point.peak),
+            self._budget_of(point.peak),
             point.peak,
             point.seconds,
             self.curve.overhead(point.seconds),
