@@ -84,3 +84,70 @@ def test_a_call_of_a_planned_model_that_has_no_room(monkeypatch: pytest.MonkeyPa
     with pytest.raises(InfeasibleBudget, match="not run"):
         model(torch.randn(4096, 8))
     assert max(rows) <= 256 << 10
+
+
+class Frozen(torch.nn.Module):
+    """A block that reads 1 MiB of frozen weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.large = torch.nn.Linear(512, 512).requires_grad_(False)
+        self.small = torch.nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(rows, 8) in and out."""
+        return self.small(torch.tanh(self.large(x.repeat(1, 64)))[:, :8])
+
+
+def test_ops_of_blocks_have_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block's ops are measured on its own parameters, and those for which the budget has no room are not run."""
+    import keepless
+    from keepless.control import trials
+
+    rows: list[int] = []
+    own = trials.measure_ops
+
+    def watched(given: Any, **options: Any) -> Any:
+        rows.extend(trial.input_nbytes + trial.output_nbytes for trial in given)
+        return own(given, **options)
+
+    monkeypatch.setattr(trials, "measure_ops", watched)
+    model = torch.nn.Sequential(Frozen(), Frozen(), Frozen())
+    options: dict[str, Any] = {"engine": "blocks", "cache": False, "loss_fn": lambda out, _: out.square().mean()}
+    plan = keepless.plan(model, torch.randn(4, 8), "1GiB", **options)
+    assert plan.signature["segments"]
+    assert rows
+    assert max(rows) < MIB // 2
+    rows.clear()
+    monkeypatch.setattr(room, "ALWAYS_NBYTES", 0)
+    state = sum(p.nbytes for p in model.parameters())
+    with pytest.raises(InfeasibleBudget, match="not run"):
+        keepless.plan(model, torch.randn(1024, 8), state + MIB, **options)
+    assert rows
+    assert max(rows) <= MIB
+
+
+def test_estimates_run_what_the_device_has_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is larger than the device is left out, and it is said."""
+    import keepless
+    from keepless.control import estimating
+
+    model, rows = models.mlp(width=64), list[int]()
+    own = estimating.measure_scratch
+
+    def watched(given: Any, **options: Any) -> Any:
+        rows.extend(trial.input_nbytes + trial.output_nbytes for trial in given)
+        return own(given, **options)
+
+    monkeypatch.setattr(estimating, "measure_scratch", watched)
+    whole = keepless.estimate(model, torch.randn(4096, 8))
+    assert (whole.num_unrun, "left out" in str(whole)) == (0, False)
+    largest = max(rows)
+    rows.clear()
+    monkeypatch.setattr(room, "ALWAYS_NBYTES", 0)
+    monkeypatch.setattr(room, "device_nbytes", lambda device: largest - 1)
+    part = keepless.estimate(model, torch.randn(4096, 8))
+    assert part.num_unrun == part.as_dict()["num_unrun"] > 0
+    assert "left out" in str(part)
+    assert max(rows) < largest
+    assert part.plain.predicted_peak <= whole.plain.predicted_peak

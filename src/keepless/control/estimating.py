@@ -20,6 +20,7 @@ from keepless.control.captured import Measured, Settings
 from keepless.control.checks import check_module
 from keepless.control.planning import Progress, capture_call, measure_step, measuring, plan_of, read_settings
 from keepless.control.reserve import with_reserve
+from keepless.control.room import room_for_trials, split_by_room
 from keepless.control.signature import batch_signature, model_signature
 from keepless.control.takeover import note, turned_off
 from keepless.control.trials import cost_model, loss_trial, op_trials, untouched
@@ -72,6 +73,7 @@ class Estimate:
             device that is not here what its scratch is estimated to be.
         allocations: of plain and smallest, what CUDA's allocator holds for them, by its model; empty on the CPU.
         largest: ops that need most at once, largest first.
+        num_unrun: distinct ops that were not run, as the device has no room: their scratch bytes are left out.
     """
 
     plain: Plan
@@ -80,6 +82,7 @@ class Estimate:
     margin: int
     allocations: tuple[Allocation, ...] = ()
     largest: tuple[LargeOp, ...] = field(default=(), repr=False)
+    num_unrun: int = 0
 
     @property
     def device(self) -> str:
@@ -123,6 +126,7 @@ class Estimate:
             "bound": self.bound,
             "margin": self.margin,
             "device": self.device,
+            "num_unrun": self.num_unrun,
             "allocations": [one.as_dict() for one in self.allocations],
             "largest_ops": [
                 {"where": op.where, "phase": op.phase, "nbytes": op.nbytes, "scratch": op.scratch}
@@ -137,6 +141,10 @@ class Estimate:
             f"no plan needs less than {format_bytes(self.bound)}; peaks may be off by {format_bytes(self.margin)}",
             *(f"allocator, {name}: {one}" for name, one in zip(("plain", "smallest"), self.allocations, strict=False)),
             *describe_elsewhere(self.plain.signature, self.plain.cost.spread),
+            *(
+                [f"{self.num_unrun} ops need more than the device has: their scratch bytes are left out"]
+                * bool(self.num_unrun)
+            ),
             "ops that need most at once:",
             *(f"  {op}" for op in self.largest),
         ]
@@ -188,7 +196,8 @@ def make_estimate(
     margin = margin_of(plain.signature)
     if margin is None:
         margin = with_reserve(plain.predicted_peak) - plain.predicted_peak
-    return Estimate(plain, least, low.smallest_bound, margin, allocations, tuple(largest_ops(graph, cost)))
+    largest = tuple(largest_ops(graph, cost))
+    return Estimate(plain, least, low.smallest_bound, margin, allocations, largest, measured.num_unrun)
 
 
 def _budget_of(found: Solution) -> Budget:
@@ -204,19 +213,21 @@ def _scratched(model: torch.nn.Module, batch: Any, settings: Settings, tell: Pro
         tell("capture", 1, 1)
         binding = capture.binding
         trials = op_trials(binding, model)
+        if settings.loss_fn is not None:
+            trials.append(loss_trial(binding, settings.loss_fn, batch))
         tell("measure", 0, 1)
+        fitting, others = split_by_room(trials, room_for_trials(model, flat.tensors, 0, binding.device))
         with measuring():
-            scratch = measure_scratch(trials, device=binding.device)
-            loss = None
-            if settings.loss_fn is not None:
-                trial = loss_trial(binding, settings.loss_fn, batch)
-                loss = _untimed(measure_scratch([trial], device=binding.device)[trial.key])
+            scratch = dict.fromkeys((trial.key for trial in others), 0)
+            scratch |= measure_scratch(fitting, device=binding.device)
         tell("measure", 1, 1)
+    loss = _untimed(scratch.pop(trials[-1].key)) if settings.loss_fn is not None else None
     costs = {key: _untimed(nbytes) for key, nbytes in scratch.items()}
     cost = cost_model(binding, costs, optimizer=settings.optimizer, loss=loss, accumulate=settings.accumulate)
     seconds = tuple(_moved(binding.graph, op.inputs, op.outputs) / _BYTES_PER_S for op in binding.graph.ops)
     nominal = CostModel(seconds, cost.scratch)
-    return Measured(capture, nominal, {**model_signature(model), **batch_signature(flat), **given})
+    signature = {**model_signature(model), **batch_signature(flat), **given}
+    return Measured(capture, nominal, signature, num_unrun=len(others))
 
 
 def _untimed(scratch: int) -> OpCost:

@@ -15,6 +15,7 @@ from keepless.binding import Binding
 from keepless.capture import FlatInputs, lower, trace_step
 from keepless.control.captured import Measured, Settings
 from keepless.control.reserve import with_reserve
+from keepless.control.room import room_for_trials, split_by_room
 from keepless.control.trials import cost_model, held_nbytes, op_trials, untouched
 from keepless.errors import InfeasibleBudget, KeeplessError
 from keepless.ir import format_bytes
@@ -106,6 +107,7 @@ def find_offers(
     except KeeplessError:
         return []
     offers: list[Offer] = []
+    room = room_for_trials(model, flat.tensors, settings.budget, measured.capture.binding.device)
 
     def consider(names: tuple[str, ...]) -> None:
         chosen = tuple(name for name in REWRITES if name in names or name in settings.rewrites)
@@ -116,10 +118,10 @@ def find_offers(
                 updates = optimizer_updates(optimizer, trained, settings.optimizer)
                 own = replace(own, optimizer=replace(settings.optimizer, updates=updates))
             with untouched(model):
-                needed = _smallest_budget(lower(traced, flat, model, own.shape), measured, own)
+                needed = _smallest_budget(lower(traced, flat, model, own.shape), measured, own, model, room)
         except KeeplessError:  # it does not apply to this step
             return
-        if base - needed > _LEAST_GAIN * base:
+        if needed is not None and base - needed > _LEAST_GAIN * base:
             offers.append(Offer(chosen, needed, base - needed))
 
     for name in absent:
@@ -129,12 +131,20 @@ def find_offers(
     return offers
 
 
-def _smallest_budget(binding: Binding, measured: Measured, settings: Settings) -> int:
-    """The smallest budget of a rewritten step, its ops measured as far as the plain step has not the same."""
+def _smallest_budget(
+    binding: Binding, measured: Measured, settings: Settings, model: torch.nn.Module, room: int
+) -> int | None:
+    """The smallest budget of a rewritten step, its ops measured as far as the plain step has not the same.
+
+    Arguments:
+        room: see `control.room`; None is returned where it does not do.
+    """
     graph, cost = measured.graph, measured.cost
     held = held_nbytes(measured.capture.binding)
     known = {op.key: OpCost(cost.seconds[op.id], max(0, cost.scratch[op.id] - held), 0.0, 0) for op in graph.ops}
-    trials = [trial for trial in op_trials(binding) if trial.key not in known]
+    trials, others = split_by_room([one for one in op_trials(binding, model) if one.key not in known], room)
+    if others:
+        return None
     scratch = measure_scratch(trials, device=binding.device)
     typical = sum(cost.seconds) / max(1, len(cost.seconds))  # only bytes are asked for
     known |= {key: OpCost(typical, nbytes, 0.0, 0) for key, nbytes in scratch.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -110,20 +110,22 @@ def measure_costs(
     *,
     model: torch.nn.Module | None = None,
     room: int | None = None,
+    known: Container[str] = (),
 ) -> dict[str, OpCost]:
     """Costs by op key, from the cache where it has them.
 
     Arguments:
         model: that was captured, see `op_trials`.
         room: bytes that a trial may take; ops that need more are not run, and their costs have `n` 0 (`control.room`).
+        known: keys that are left out.
     """
-    trials = op_trials(binding, model)
+    trials = [trial for trial in op_trials(binding, model) if trial.key not in known]
     if room is None:
         return measure_ops(trials, cache=cache, device=binding.device, progress=progress)
     fitting, others = split_by_room(trials, room)
     costs = measure_ops(fitting, cache=cache, device=binding.device, progress=progress)
-    known = cache.load(binding.device, [trial.key for trial in others]) if cache is not None else {}
-    return costs | {trial.key: known.get(trial.key) or cost_of_unrun(trial) for trial in others}
+    stored = cache.load(binding.device, [trial.key for trial in others]) if cache is not None else {}
+    return costs | {trial.key: stored.get(trial.key) or cost_of_unrun(trial) for trial in others}
 
 
 def may_write(target: Any) -> bool:

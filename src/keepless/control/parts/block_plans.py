@@ -21,16 +21,17 @@ from keepless.control.captured import Settings
 from keepless.control.parts.blocks import Library, kind_of
 from keepless.control.parts.module_costs import measure_modules
 from keepless.control.reserve import budget_with_reserve, explain_infeasible, with_reserve
+from keepless.control.room import room_for_trials
 from keepless.control.runner import Runner
 from keepless.control.signature import batch_signature, model_signature, module_facts
-from keepless.control.trials import cost_model, op_trials
+from keepless.control.trials import cost_model, measure_costs
 from keepless.cost import CostModel
 from keepless.errors import BatchError, CaptureError, InfeasibleBudget, MeasureError, ParameterError, PlanError
 from keepless.execute import Entry, make_entry
 from keepless.ir import Graph, Program, Run
 from keepless.ir.text import fingerprint
 from keepless.machine import Baseline, Plan, make_plan, verify
-from keepless.measure import OpCost, measure_ops
+from keepless.measure import OpCost
 from keepless.modules import composite
 from keepless.modules.blocks import Blocks, find_blocks, parts_of
 from keepless.modules.composite import Composer, Composite, Costed
@@ -60,6 +61,7 @@ class MeasuredBlocks:
         unseen_nbytes: what calls of these would add to the peak, if they are like the largest that it did call: the
             inputs of all, and what one of them saves.
         left_out: how many blocks the step did not call; parts of blocks do not count.
+        num_unrun: distinct ops that were not run, as the budget has no room for them.
     """
 
     step: Composite
@@ -71,6 +73,7 @@ class MeasuredBlocks:
     unseen: tuple[str, ...]
     unseen_nbytes: int
     left_out: int = 0
+    num_unrun: int = 0
 
 
 @dataclass(frozen=True)
@@ -163,7 +166,7 @@ class _Bench:
                 shared = shared_inputs(survey, call)
                 with autocast_of(call, run.device.type):
                     binding = self.library.binding(module, flat, positions, shared)
-                captured[number] = Costed(binding, self._cost(binding))
+                captured[number] = Costed(binding, self._cost(binding, module))
             except (CaptureError, BatchError, ParameterError, MeasureError) as error:
                 reasons[call.site] = str(error)
                 continue
@@ -180,12 +183,14 @@ class _Bench:
             given = [survey.nbytes({s for s in call.inputs if survey.made[s] >= 0}) for call in calls]
             largest = max((saved_nbytes(survey, call) for call in calls), default=0)
             extra = len(unseen) * max(given, default=0) + largest
-        return MeasuredBlocks(step, self.library, bindings, edges, reasons, around, unseen, extra)
+        keys = {op.key for binding in bindings.values() for op in binding.graph.ops}
+        unrun = sum(cost.n == 0 for key, cost in self.known.items() if key in keys)
+        return MeasuredBlocks(step, self.library, bindings, edges, reasons, around, unseen, extra, num_unrun=unrun)
 
-    def _cost(self, binding: Binding) -> CostModel:
-        known = self.known
-        fresh = {trial.key: trial for trial in op_trials(binding) if trial.key not in known}
-        known.update(measure_ops(list(fresh.values()), cache=self.settings.cache, device=binding.device))
+    def _cost(self, binding: Binding, module: torch.nn.Module) -> CostModel:
+        run, known = self.run, self.known
+        room = room_for_trials(run.model, flatten_inputs(run.inputs).tensors, self.settings.budget, binding.device)
+        known.update(measure_costs(binding, self.settings.cache, model=module, room=room, known=known))
         own = {op.key: known[op.key] for op in binding.graph.ops if op.key in known}
         accumulate = self.settings.accumulate
         return cost_model(binding, own, optimizer=None, loss=None, accumulate=accumulate, holds_state=False)
@@ -277,7 +282,9 @@ def _solved_less(run: Runner, measured: MeasuredBlocks, settings: Settings, over
             found = solve(graph, cost, inner, solver=settings.solver, seed=settings.seed)
     except InfeasibleBudget as error:
         low = smallest(graph, cost)
-        raise explain_infeasible(graph, cost, settings.budget, low.program, low.peak + over, error.bound) from None
+        raise explain_infeasible(
+            graph, cost, settings.budget, low.program, low.peak + over, error.bound, num_unrun=measured.num_unrun
+        ) from None
     everything = evaluate(graph, cost, range(len(graph.ops)))
     solver = settings.solver if isinstance(settings.solver, str) else type(settings.solver).__name__
     facts: dict[str, object] = {
