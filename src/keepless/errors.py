@@ -7,6 +7,7 @@
     |-- InfeasibleBudget     no plan found under the budget; carries `.smallest_budget` and `.bound`
     |-- CaptureError         the model cannot be captured as one graph
     |   |-- BatchError       the model's forward rejects this batch
+    |   |   `-- PositionError  it is longer than a table of positions
     |   |-- CheckpointingError  the model checkpoints already; carries `.places`
     |   |-- DataDependentError  the forward needs a tensor's data in Python
     |   |-- LossError        the loss is not a scalar, or has no gradient
@@ -77,6 +78,10 @@ class CaptureError(KeeplessError):
 
 class BatchError(CaptureError):
     """The model's forward rejects this batch."""
+
+
+class PositionError(BatchError):
+    """The batch is longer than a table of positions: a row is read beyond its end."""
 
 
 class CheckpointingError(CaptureError):

@@ -19,6 +19,7 @@ from keepless.control.allocating import allocation_of
 from keepless.control.captured import Measured, Settings
 from keepless.control.checks import check_module
 from keepless.control.planning import Progress, capture_call, measure_step, measuring, plan_of, read_settings
+from keepless.control.positions import check_positions
 from keepless.control.reserve import with_reserve
 from keepless.control.room import room_for_trials, split_by_room
 from keepless.control.signature import batch_signature, model_signature
@@ -212,6 +213,7 @@ def _scratched(model: torch.nn.Module, batch: Any, settings: Settings, tell: Pro
         capture, given = capture_call(model, flat, batch, settings, None)
         tell("capture", 1, 1)
         binding = capture.binding
+        check_positions(binding)
         trials = op_trials(binding, model)
         if settings.loss_fn is not None:
             trials.append(loss_trial(binding, settings.loss_fn, batch))

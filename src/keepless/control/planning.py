@@ -26,6 +26,7 @@ from keepless.control.parts import module_plans, module_steps
 from keepless.control.parts.block_plans import BLOCKS
 from keepless.control.parts.region_plans import EAGER
 from keepless.control.plan_book.templates import Templates
+from keepless.control.positions import check_positions
 from keepless.control.reserve import budget_with_reserve, explain_infeasible, with_reserve
 from keepless.control.room import room_for_trials
 from keepless.control.signature import batch_signature, model_signature, optimizer_facts
@@ -41,6 +42,7 @@ from keepless.errors import (
     LossError,
     MeasureError,
     ParameterError,
+    PositionError,
     RewriteError,
 )
 from keepless.files import remove_abandoned
@@ -144,7 +146,7 @@ def make(
     try:
         return make_with(model, batch, settings, progress, optimizer)
     except CaptureError as error:
-        if isinstance(error, (LossError, CheckpointingError)):  # the same for every engine
+        if isinstance(error, (LossError, CheckpointingError, PositionError)):  # the same for every engine
             raise
         if rewrites:
             raise RewriteError(
@@ -260,20 +262,35 @@ def make_with(
     return plan
 
 
-def measure_step(model: torch.nn.Module, batch: Any, settings: Settings, progress: Progress | None = None) -> Measured:
+def measure_step(
+    model: torch.nn.Module,
+    batch: Any,
+    settings: Settings,
+    progress: Progress | None = None,
+    *,
+    are_positions_checked: bool = True,
+) -> Measured:
     """The captured and measured step for settings that are already read; their solver does not matter.
 
     Ops for which the budget has no room are not run (`control.room`).
+
+    Raises:
+        PositionError: the step reads a table beyond its end, where that is checked.
     """
     tell = progress or _silent
     flat = flatten_inputs(Inputs.of(batch))
     if settings.on is not None:
-        return _measure_elsewhere(model, flat, batch, settings, settings.on, tell)
+        measured = _measure_elsewhere(model, flat, batch, settings, settings.on, tell)
+        if are_positions_checked:
+            check_positions(measured.capture.binding)
+        return measured
     with untouched(model):
         tell("capture", 0, 1)
         capture, given = capture_call(model, flat, batch, settings, None)
         tell("capture", 1, 1)
         binding = capture.binding
+        if are_positions_checked:
+            check_positions(binding)
         room = room_for_trials(model, flat.tensors, settings.budget, binding.device)
         with measuring():
             costs = measure_costs(

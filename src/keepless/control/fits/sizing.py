@@ -18,7 +18,6 @@ from keepless.capture import FlatInputs, Inputs, flatten_inputs
 from keepless.capture.symbolic import other_call
 from keepless.control.allocating import allocation_of
 from keepless.control.captured import Capture, Captures, Measured, Settings
-from keepless.control.fits.positions import Beyond, read_beyond
 from keepless.control.fits.result import SizeTried
 from keepless.control.planning import (
     Progress,
@@ -28,6 +27,7 @@ from keepless.control.planning import (
     settings_of_plan,
     solve_measured,
 )
+from keepless.control.positions import Beyond, read_beyond
 from keepless.control.reserve import budget_with_reserve, explain_infeasible, with_reserve
 from keepless.control.room import room_for_trials, split_by_room
 from keepless.control.signature import batch_signature, model_signature
@@ -234,7 +234,7 @@ class Sizing:
     def _step(self, subject: Subject, flat: FlatInputs) -> _Step | Beyond:
         settings = subject.settings
         if settings.on is not None:
-            measured = measure_step(subject.model, subject.batch, settings)
+            measured = measure_step(subject.model, subject.batch, settings, are_positions_checked=False)
             beyond = read_beyond(measured.capture.binding)
             low = smallest(measured.graph, measured.cost)
             return beyond or _Step(measured, flat.without_tensors(), True, low)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from keepless.binding import Binding, Ref, map_refs, slots_of
+from keepless.errors import PositionError
 
 _MOST = 1 << 20
 """Elements of a tensor that is made here."""
@@ -49,6 +50,20 @@ def read_beyond(binding: Binding) -> Beyond | None:
     return None
 
 
+def check_positions(binding: Binding) -> None:
+    """Refuses a step in which a table is read beyond its end: it would fail where it first runs.
+
+    Raises:
+        PositionError: names the table's rows, and the row that is asked for.
+    """
+    beyond = read_beyond(binding)
+    if beyond is not None:
+        raise PositionError(
+            f"The batch is too long for a table of the model: {beyond}. Give shorter rows, or a model with more "
+            "positions; keepless.max_length finds the longest that it takes."
+        )
+
+
 class _Made:
     """The tensors of a step that are made of numbers alone."""
 
@@ -81,6 +96,8 @@ class _Made:
         elif slot in self._made_by:
             call, position = self._made_by[slot]
         else:
+            return None
+        if getattr(call.target, "namespace", "") != "aten":  # what it does beside computing is not known
             return None
         given = {one: self.tensor(one) for one in slots_of(call)}
         if any(tensor is None for tensor in given.values()):
