@@ -47,6 +47,13 @@ def test_few_looks(need: Callable[[int], float], most: int, limit: float) -> Non
     assert len(look.seen) <= most
 
 
+def test_flat_at_first() -> None:
+    """An optimizer's step is the peak of small sizes: the three sizes that are nearest to the limit say nothing of it."""
+    look = Looks(lambda n: max(25.2e6 + 1e3 * n, 23.2e6 + 8.3e3 * n), 30e6)
+    assert largest(look, 30e6, 1, fixed=18e6) == Largest(819, 820)
+    assert len(look.seen) <= 10, look.seen
+
+
 @given(
     st.lists(st.integers(0, 1000), min_size=1, max_size=300),
     st.integers(0, 20_000),

@@ -117,7 +117,10 @@ def _between(known: dict[int, Need], below: int, above: int, limit: float, fixed
         if hint is not None and below <= hint < above:
             return hint  # or the next one, where it is known to fit
         return min((below + above) // 2, _beyond(known, below, limit, fixed))
-    return _meets({size: need.value for size, need in known.items() if need.value is not None}, below, above, limit)
+    # Both ends of the bracket: where needs are flat at first, three sizes below are nearer to the limit than `above`.
+    values = {size: need.value for size, need in known.items() if need.value is not None}
+    others = sorted(values.keys() - {below, above}, key=lambda size: abs(values[size] - limit))
+    return _meets({size: values[size] for size in (below, above, *others[:1])}, below, above, limit)
 
 
 def _meets(values: dict[int, float], below: int, above: int, limit: float) -> int:

@@ -112,8 +112,7 @@ def _find(sizing: Sizing, low: int, high: int | None, step: int, max_overhead: f
         raise SizeError(
             f"No {sizing.axis} up to {MAX_SIZE} is too large: the step's bytes do not grow with it. Give high=."
         )
-    while above is not None and (sizing.look(above).fits or sizing.is_found(above)):
-        size, above = above, above + step if high is None or above + step <= high else None
+    size, above = _pushed(sizing, size, above, high, step)
     plan, size, above = _planned(sizing, size, above, low, step)
     ended_by = HIGH if above is None else MEMORY if sizing.rows[above].smallest_budget is not None else MODEL
     if max_overhead is not None and plan.overhead > max_overhead:
@@ -121,6 +120,24 @@ def _find(sizing: Sizing, low: int, high: int | None, step: int, max_overhead: f
         ended_by = SLOWDOWN
     reason = f"{sizing.axis} {size} is the highest that was asked for" if above is None else sizing.rows[above].reason
     return Fits(sizing.axis, size, sizing.budget, plan, above, ended_by, reason, sizing.tried)
+
+
+def _pushed(sizing: Sizing, size: int, above: int | None, high: int | None, step: int) -> tuple[int, int | None]:
+    """Beyond what smallest budgets say: a larger size for which the planner finds a plan all the same, beside one for
+    which it does not. In strides that double, then halve."""
+
+    def is_found(size: int) -> bool:
+        return sizing.look(size).fits or sizing.is_found(size)
+
+    stride = step
+    while above is not None and is_found(above):
+        size, stride = above, 2 * stride
+        above = size + stride if high is None else min(size + stride, high)
+        above = above if above > size else None
+    while above is not None and above - size > step:
+        middle = size + (above - size) // (2 * step) * step
+        size, above = (middle, above) if is_found(middle) else (size, middle)
+    return size, above
 
 
 def _planned(sizing: Sizing, size: int, above: int | None, low: int, step: int) -> tuple[Plan, int, int | None]:

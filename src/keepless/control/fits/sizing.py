@@ -24,6 +24,7 @@ from keepless.control.planning import (
     capture_call,
     measure_step,
     measuring,
+    plan_of,
     settings_of_plan,
     solve_measured,
 )
@@ -38,7 +39,7 @@ from keepless.ir import Graph, Kind, format_bytes
 from keepless.machine import Plan
 from keepless.measure import OpCost, measure_scratch
 from keepless.passes import evaluate, from_order, reuse_storage
-from keepless.solve import Solution, floor_bound, smallest
+from keepless.solve import Solution, floor_bound, replan, smallest
 from keepless.solve.sizes import Need
 
 _NEAR = 1.02
@@ -103,6 +104,7 @@ class Sizing:
         self._subject = subject
         self._steps: dict[int, _Step] = {}
         self._plans: dict[int, Plan] = {}
+        self._untimed: dict[int, Plan] = {}
         self._scratch: dict[str, int] = {}
         self._tell = progress or (lambda stage, done, total: None)
 
@@ -150,7 +152,7 @@ class Sizing:
         if floor_bound(step.graph, step.cost)[0] > budget_with_reserve(self.budget).device:
             return False
         try:
-            solve_measured(step.measured, step.capture.settings)
+            self._untimed[size] = solve_measured(step.measured, step.capture.settings)
         except InfeasibleBudget:
             return False
         self.rows[size] = replace(self.rows[size], fits=True, reason="")
@@ -169,7 +171,7 @@ class Sizing:
         cost = step.cost if settings.on is not None else self._timed(size, step.capture)
         self._tell("solve", 0, 1)
         try:
-            plan = solve_measured(replace(step.measured, cost=cost), settings)
+            plan = self._solved(size, replace(step.measured, cost=cost), settings)
         except InfeasibleBudget as error:
             self.refuse(size, str(error))
             raise
@@ -181,6 +183,16 @@ class Sizing:
             self.rows[size], fits=True, reason="", seconds=plan.predicted_seconds, overhead=plan.overhead
         )
         return plan
+
+    def _solved(self, size: int, measured: Measured, settings: Settings) -> Plan:
+        """The solver's plan; where it finds none with measured seconds, the one that it found without them."""
+        known = self._untimed.get(size)
+        if known is None or settings.card is not None:
+            return solve_measured(measured, settings)
+        budget, timeline = budget_with_reserve(settings.budget), replace(known.predicted, events=())
+        graph, cost = measured.graph, measured.cost
+        _, found = replan(graph, cost, known.program, timeline, budget, settings.solver, settings.seed)
+        return plan_of(measured, found, budget)
 
     def refuse(self, size: int, reason: str) -> None:
         """Notes that a size that fits the memory does not do all the same."""
