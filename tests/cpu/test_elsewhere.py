@@ -213,6 +213,22 @@ def test_a_plan_for_a_card_that_is_not_here() -> None:
     assert plan.cost.scratch[step.id] > here.cost.scratch[mine.id], "on CUDA AdamW steps lists of tensors"
 
 
+@pytest.mark.parametrize("budget", ["64KiB", "1MiB", "12MiB"])
+def test_the_smallest_budget_that_an_error_states_is_one_of_reserved_bytes(budget: str) -> None:
+    """However far below the tensors' own bytes the budget was: asked for, it is met."""
+    model, batch = nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 512)), torch.randn(256, 512)
+    options: dict[str, Any] = {"loss_fn": lambda output, _: output.square().mean(), "on": "rtx3060"}
+    with pytest.raises(keepless.InfeasibleBudget, match="reserved") as refused:
+        keepless.plan(model, batch, budget, **options)
+    needed = refused.value.smallest_budget
+    assert f"({needed} bytes)" in str(refused.value)
+    plan = keepless.plan(model, batch, needed, **options)
+    assert plan.smallest_budget == needed
+    with pytest.raises(keepless.InfeasibleBudget, match="Not even batch 256 fits") as too_large:
+        keepless.max_batch(model, lambda n: torch.randn(n, 512), budget, low=256, **options)
+    assert too_large.value.smallest_budget == needed
+
+
 def test_the_allocator_s_settings_are_those_of_this_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = Block(), torch.randn(8192, 256)
     found = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import models
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 import keepless
-from keepless.control.fits import sizing
+from keepless.control.fits import finding, sizing
 from keepless.errors import BatchError, BudgetError, CaptureError, InfeasibleBudget, ParameterError, SizeError
 from keepless.measure import measure_peak
 
@@ -257,6 +258,31 @@ def test_ops_larger_than_the_budget_are_not_run(monkeypatch: pytest.MonkeyPatch)
         keepless.max_batch(models.mlp(), mlp_batch, "256KiB", low=100_000, cache=False)
     assert max(rows) < 256 << 10
     assert found.size < 100_000
+
+
+@pytest.mark.parametrize(("last", "high"), [(100, None), (101, None), (126, None), (126, 110), (400, 101)])
+@pytest.mark.parametrize("step", [1, 4])
+def test_sizes_beyond_what_smallest_budgets_say(last: int, high: int | None, step: int) -> None:
+    """The largest for which the planner finds a plan all the same, in few tries."""
+
+    class Asked:
+        tries = 0
+
+        def look(self, size: int) -> Any:
+            assert size % step == 0
+            assert high is None or size <= high
+            self.tries += 1
+            return SimpleNamespace(fits=size <= 100)
+
+        def is_found(self, size: int) -> bool:
+            return size <= last
+
+    asked, high = Asked(), None if high is None else high // step * step
+    first = 100 + step if high is None or 100 + step <= high else None
+    found, above = finding._pushed(asked, 100, first, high, step)  # type: ignore[arg-type]
+    assert found == (last if high is None else min(last, high)) // step * step
+    assert above == (found + step if high is None or found < high else None)
+    assert asked.tries <= 14
 
 
 def test_what_cannot_be_answered() -> None:

@@ -48,7 +48,7 @@ def test_few_looks(need: Callable[[int], float], most: int, limit: float) -> Non
 
 
 def test_flat_at_first() -> None:
-    """An optimizer's step is the peak of small sizes: the three sizes that are nearest to the limit say nothing of it."""
+    """An optimizer's step is the peak of small sizes: the three sizes nearest to the limit tell nothing."""
     look = Looks(lambda n: max(25.2e6 + 1e3 * n, 23.2e6 + 8.3e3 * n), 30e6)
     assert largest(look, 30e6, 1, fixed=18e6) == Largest(819, 820)
     assert len(look.seen) <= 10, look.seen

@@ -62,7 +62,9 @@ def within_card(
             helps.insert(0, "PYTORCH_ALLOC_CONF=expandable_segments:True")
         raise InfeasibleBudget(
             f"The budget {format_bytes(nbytes)} ({nbytes} bytes) is too small for what torch's allocator holds from "
-            f"the card. {allocation}. {describe_floor(graph, floor)} What would help: {'; '.join(helps)}.",
+            f"the card. The smallest budget for which a plan was found is {format_bytes(needed)} ({needed} bytes); no "
+            f"plan can need less than {format_bytes(plan.smallest_bound)}. {allocation}. "
+            f"{describe_floor(graph, floor)} What would help: {'; '.join(helps)}.",
             smallest_budget=needed,
             bound=plan.smallest_bound,
             blocking=graph.where(floor.op),

@@ -405,16 +405,21 @@ def solve_measured(measured: Measured, settings: Settings) -> Plan:
 
 
 def lowest_plan(measured: Measured, nbytes: int) -> Plan:
-    """The plan of the smallest peak that the default planner finds, whatever its time.
+    """The plan of the smallest peak that the default planner finds, whatever its time; for what it needs where that is
+    more than the budget: how much a card has to give for it is known only from its program.
 
     Raises:
-        InfeasibleBudget: it is above the budget.
+        InfeasibleBudget: it is above the budget, and ops that were not run may need more yet.
     """
     graph, cost = measured.graph, measured.cost
     low = smallest(graph, cost)
-    if with_reserve(low.peak) > nbytes:
-        raise explain_infeasible(graph, cost, nbytes, low.program, low.peak, low.smallest_bound)
-    return plan_of(measured, low, Budget({"device": nbytes}, reserve=nbytes - low.peak))
+    needed = with_reserve(low.peak)
+    if needed > nbytes and measured.num_unrun:
+        raise explain_infeasible(
+            graph, cost, nbytes, low.program, low.peak, low.smallest_bound, num_unrun=measured.num_unrun
+        )
+    limit = max(nbytes, needed)
+    return plan_of(measured, low, Budget({"device": limit}, reserve=limit - low.peak))
 
 
 def settings_of_plan(settings: Settings, plan: Plan) -> Settings:

@@ -203,6 +203,11 @@ class Sizing:
         step = self._steps[size]
         bound = floor_bound(step.graph, step.cost)[0]
         error = explain_infeasible(step.graph, step.cost, self.budget, step.low.program, step.low.peak, bound)
+        if step.capture.settings.card is not None:
+            try:
+                solve_measured(step.measured, step.capture.settings)
+            except InfeasibleBudget as reserved:  # what the card has to give is more than the bytes of tensors
+                error = reserved
         return InfeasibleBudget(
             f"Not even {self.axis} {size} fits. {error}",
             smallest_budget=error.smallest_budget,
