@@ -136,10 +136,12 @@ class Estimate:
         }
 
     def __str__(self) -> str:
+        margin = format_bytes(self.margin)
+        off = f"{margin} in the budgets for estimated scratch" if self.device else f"peaks may be off by {margin}"
         lines = [
             estimate_text(self.plain, "plain step, everything kept", self.plain_budget),
             estimate_text(self.smallest, "smallest plan found", self.smallest_budget),
-            f"no plan needs less than {format_bytes(self.bound)}; peaks may be off by {format_bytes(self.margin)}",
+            f"no plan needs less than {format_bytes(self.bound)}; {off}",
             *(f"allocator, {name}: {one}" for name, one in zip(("plain", "smallest"), self.allocations, strict=False)),
             *describe_elsewhere(self.plain.signature, self.plain.cost.spread),
             *(
