@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from strategies import SEEDS, Case, cases, interpret, random_cost, random_graph, random_order, with_copies
 
+from keepless.cost import CostModel
 from keepless.errors import ProgramError
 from keepless.ir import Copy, Drop, Graph, Program, Run
 from keepless.ir.text import format_program, parse_graph, parse_program
@@ -55,6 +56,55 @@ def test_order_becomes_program() -> None:
         "drop 1",
         "drop 2",
     ]
+
+
+HELD = parse_graph(
+    """
+value 0 "x" 4 input float32
+value 1 "logits" 100 output float32
+value 2 "statistics" 8 activation float32
+value 3 "tangent" 4 grad float32
+value 4 "gradient" 4 grad float32
+op 0 "head" forward in 0 out 1 2
+op 1 "loss" loss in 1 out 3
+op 2 "head_backward" backward in 0 2 3 out 4
+inputs 0
+pinned 0 1 4
+"""
+)
+
+
+def test_an_output_that_the_caller_holds_is_made_once() -> None:
+    """An op runs again for its other result: the output stays from its first run on, and that run of it is scratch."""
+    program = from_order(HELD, [0, 1, 0, 2])
+    assert format_program(program).splitlines() == [
+        "run 0 keep 1",
+        "run 1 keep 3",
+        "run 0 replay 1 keep 2",
+        "run 2 keep 4",
+        "drop 2",
+        "drop 3",
+    ]
+    cost = CostModel((1.0,) * 3, (0,) * 3)
+    found = evaluate(HELD, cost, [0, 1, 0, 2])
+    assert found.peak == simulate(HELD, program, cost).peak == 4 + 100 + 4 + 108
+    twice = parse_program("run 0 keep 1\nrun 1 keep 3\ndrop 1\nrun 0 replay 1 keep 1 2\nrun 2 keep 4\ndrop 2\ndrop 3")
+    with pytest.raises(ProgramError, match="the caller holds it") as caught:
+        verify(HELD, twice)
+    assert caught.value.rule == "R6"
+
+
+@given(SEEDS)
+@settings(max_examples=150, deadline=None)
+def test_pinned_values_are_made_once(seed: int) -> None:
+    """In any order, and its evaluation counts what its program holds."""
+    rng = random.Random(seed)
+    graph = random_graph(seed, 14)
+    order, cost = random_order(graph, rng), random_cost(graph, rng)
+    program, held = reuse_storage(graph, from_order(graph, order)), graph.pinned - graph.inputs
+    kept = [value for instr in program if isinstance(instr, Run) for value in instr.keep if value in held]
+    assert len(kept) == len(set(kept))
+    assert evaluate(graph, cost, order).peak == simulate(graph, program, cost).peak
 
 
 def test_state_of_op_without_replay_is_not_kept() -> None:

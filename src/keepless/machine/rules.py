@@ -33,7 +33,8 @@ RULES: Mapping[str, str] = {
     "R4": "A copy starts where the value is, ends where it is not, charges its destination at once, and holds its "
     "source until the wait.",
     "R5": "A wait has a copy in flight.",
-    "R6": "A drop needs residence. At the end exactly the pinned values are resident, and nothing is in flight.",
+    "R6": "A drop needs residence. Pinned outputs are not dropped from the device, as the caller holds them. At the "
+    "end exactly the pinned values are resident, and nothing is in flight.",
     "R7": "Every tier is within its limit at every instruction, scratch included.",
 }
 """Each rule, as people read it."""
@@ -94,6 +95,7 @@ class Machine:
         self._nbytes = [value.nbytes for value in graph.values]
         self._out_nbytes = [sum(self._nbytes[value] for value in op.outputs) for op in graph.ops]
         self._states = rng_states(graph)
+        self._held = {v for v in graph.pinned - graph.inputs if graph.values[v].kind is Kind.OUTPUT}
         self._once = [bool(op.effects & RUNS_ONCE) or op.phase is Phase.LOSS for op in graph.ops]
         self._special = [bool(op.effects) or op.phase is Phase.LOSS for op in graph.ops]
         self._runs = [0] * len(graph.ops)
@@ -267,6 +269,8 @@ class Machine:
         if value not in self._on.get(tier, ()):
             where = "in flight to" if (value, tier) in self._flying else "not on"
             self._fail("R6", f"{self._value(value)} is dropped while {where} {tier!r}")
+        if tier == DEVICE and value in self._held:
+            self._fail("R6", f"{self._value(value)} is dropped, and the caller holds it: it is pinned")
         if (value, tier) in self._pins:
             self._fail("R4", f"{self._value(value)} is dropped on {tier!r} while a copy of it is in flight")
         self._on[tier].remove(value)

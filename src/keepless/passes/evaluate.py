@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -44,13 +44,17 @@ class _Tables:
     """Per graph: what the sweep reads.
 
     A row per op: its outputs, its inputs but those that are always resident, bytes of all its outputs, and whether
-    it may reuse storage (1) or has a recorded generator state (2).
+    it may reuse storage (1) or has a recorded generator state (2). `held` has the pinned values that each op makes: the
+    first run that makes one keeps it, and no other. `num_held` is the number of these ops' runs where each makes its
+    values once; -1 where a value has several makers.
     """
 
     rows: list[tuple[tuple[int, ...], tuple[int, ...], int, int]]
     nbytes: list[int]
     pairs: dict[int, tuple[tuple[int, int], ...]]
     states: dict[int, int]
+    held: dict[int, tuple[int, ...]]
+    num_held: int
     needed_at_end: list[bool]
     end_nbytes: int
     start_nbytes: int
@@ -82,7 +86,14 @@ def evaluate(
     backwards = order[::-1]
     peaks: list[int] = []
     add = peaks.append
-    rows = map(tables.rows.__getitem__, backwards)
+    rows: Iterable[tuple[tuple[int, ...], tuple[int, ...], int, int]] = map(tables.rows.__getitem__, backwards)
+    runs = list(filter(tables.held.__contains__, order))
+    again: set[int] = set()
+    if len(runs) > tables.num_held:
+        made = Counter(value for op in runs for value in tables.held[op])
+        again = {value for value, count in made.items() if count > 1}
+    if again:
+        rows = [(row[0], row[1], row[2], row[3] | (4 if again.intersection(row[0]) else 0)) for row in rows]
     for op, scratch, (outputs, inputs, extra, special) in zip(
         backwards, map(cost.scratch.__getitem__, backwards), rows, strict=True
     ):
@@ -101,9 +112,13 @@ def evaluate(
         if special & 2 and remaining[op] > 1:
             state = states[op]
             remaining[op] -= 1
+        later = set()
+        if special & 4:
+            later = {value for value in outputs if value in again and made[value] > 1}
+            made.subtract(again.intersection(outputs))
         kept = set()
         for value in outputs:
-            if needed[value] and value != state:
+            if needed[value] and value != state and value not in later:
                 needed[value] = False
                 resident -= nbytes[value]
                 kept.add(value)
@@ -146,6 +161,8 @@ def _tables(graph: Graph) -> _Tables:
     nbytes = [value.nbytes for value in graph.values]
     states = rng_states(graph)
     pairs = {op.id: found_pairs for op in graph.ops if (found_pairs := reuse_pairs(graph, op))}
+    pinned = graph.pinned - graph.inputs
+    held = {op.id: made for op in graph.ops if (made := tuple(v for v in op.outputs if v in pinned))}
     always = {value for value in graph.inputs & graph.pinned if not graph.producers[value]}
     rows = [
         (
@@ -161,6 +178,8 @@ def _tables(graph: Graph) -> _Tables:
         nbytes=nbytes,
         pairs=pairs,
         states=states,
+        held=held,
+        num_held=len(held) if all(len(graph.producers[v]) < 2 for v in pinned) else -1,
         needed_at_end=[value.id in graph.pinned for value in graph.values],
         end_nbytes=sum(nbytes[value] for value in graph.pinned),
         start_nbytes=sum(nbytes[value] for value in graph.inputs),

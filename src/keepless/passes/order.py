@@ -12,7 +12,9 @@ Solvers decide which ops run, and when; everything else follows. For the graph `
     drop 1
 
 An instance of a value begins where one of its producers runs and dies at its last use before the next run of one
-of its producers. A generator state lives from its op's first run to the op's last replay. O(edges of the order).
+of its producers. Pinned values are made once, by the first of these runs: whoever was given them (the caller an output,
+autograd a gradient) holds them from then on, and to make them again would be a second copy. A generator state lives
+from its op's first run to the op's last replay. O(edges of the order).
 """
 
 from __future__ import annotations
@@ -36,13 +38,18 @@ def from_order(graph: Graph, order: Sequence[int]) -> Program:
             a pinned value is never made. Other rules are left to `verify`.
     """
     ops, num_ops = graph.ops, len(graph.ops)
+    held = graph.pinned - graph.inputs
     replays = []
     counts = [0] * num_ops
+    first_made: dict[int, int] = {}
     for position, op_id in enumerate(order):
         if not 0 <= op_id < num_ops:
             raise ProgramError(f"Position {position} of the order: there is no op {op_id}.", rule="R1", index=position)
         replays.append(counts[op_id])
         counts[op_id] += 1
+        for value in ops[op_id].outputs:
+            if value in held:
+                first_made.setdefault(value, position)
     states = rng_states(graph)
     needed = bytearray(len(graph.values))
     for value in graph.pinned:
@@ -53,7 +60,7 @@ def from_order(graph: Graph, order: Sequence[int]) -> Program:
         state = states.get(op.id)
         kept = []
         for value in op.outputs:
-            if needed[value] and not (replay and value == state):
+            if needed[value] and not (replay and value == state) and first_made.get(value, position) == position:
                 needed[value] = 0
                 kept.append(value)
         dying = []
