@@ -10,7 +10,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from keepless.errors import MeasureError
 from keepless.measure import optimizer_footprint
-from keepless.measure._profiler import run_traced
+from keepless.measure._profiler import profiled_memory_events, run_traced
 
 SHAPES = [(512, 64), (64,), (64, 256), (256,), (512, 64), (3, 5), (100, 100)]
 optim = torch.optim
@@ -233,3 +233,16 @@ def test_closures_are_refused() -> None:
     """An optimizer that needs a closure cannot be predicted, and says so."""
     with pytest.raises(MeasureError, match="LBFGS"):
         optimizer_footprint(optim.LBFGS(_params()))
+
+
+def test_a_profiler_around_sees_as_much_freed_as_made() -> None:
+    """Factorizations are tried for real; where a profiler runs, on a thread that it does not watch."""
+    weights = [torch.nn.Parameter(torch.randn(256, 256)) for _ in range(2)]
+    optimizer = optim.Adafactor(weights)
+    optimizer_footprint(optimizer)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        footprint = optimizer_footprint(optimizer)
+    level = sum(nbytes for name, nbytes in profiled_memory_events(profile) if name == "[memory]")
+    assert abs(level) <= 4096
+    assert footprint.scratch_nbytes == optimizer_footprint(optimizer).scratch_nbytes

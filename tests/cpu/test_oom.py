@@ -546,6 +546,8 @@ def test_show_prints_a_black_box(inject: Callable[..., Injected], invoke: Callab
         assert invoke("show", str(damaged)).exit_code != 0
         with pytest.raises(keepless.PlanError):
             read_black_box(damaged)
+    damaged.write_text(json.dumps({"version": 2, **{key: document[key] for key in document if key != "version"}}))
+    assert "black box of version 2" in invoke("show", str(damaged)).output
 
 
 def test_train_takes_on_oom(invoke: Callable[..., Any]) -> None:

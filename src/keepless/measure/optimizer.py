@@ -337,14 +337,20 @@ class _Kernel:
             return list(map(real, item)) if isinstance(item, tuple) else item
 
         args, kwargs = list(map(real, self.args)), {key: real(item) for key, item in self.kwargs}
+        made = 0
+
+        def run() -> None:  # its results die where they were made: a profiler around sees both or neither
+            nonlocal made
+            result = self.func(*args, **kwargs)
+            made = _state_nbytes([result])
+
         with torch.no_grad():
-            result, events = run_traced(lambda: self.func(*args, **kwargs))
+            _, events = run_traced(run)
         level = peak = 0
         for nbytes in events:
             level += nbytes
             peak = max(peak, level)
-        del result
-        return peak - level
+        return max(0, peak - made)
 
 
 @dataclass(frozen=True)

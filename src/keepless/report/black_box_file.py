@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import os
-import secrets
 import warnings
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 
 from keepless.errors import PlanError
+from keepless.files import write_whole
 from keepless.report.black_box import FORMAT, VERSION
 
 ENVIRONMENT = "KEEPLESS_BLACK_BOX"
@@ -34,25 +33,19 @@ def write_black_box(folder: Path, document: Mapping[str, object]) -> str:
     now = datetime.now(timezone.utc)
     whole = {"format": FORMAT, "version": VERSION, "time": now.isoformat(timespec="seconds"), **document}
     target = folder / f"keepless-oom-{now:%Y%m%d-%H%M%S}-{os.getpid()}-{next(_number)}.json"
-    temporary = target.with_name(f"{target.name}.{secrets.token_hex(8)}.tmp")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "x", encoding="utf-8") as file:
-            json.dump(whole, file)
-            file.write("\n")
-        os.replace(temporary, target)
+        write_whole(target, (json.dumps(whole) + "\n").encode())
     except (OSError, ValueError, TypeError, MemoryError) as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
         warnings.warn(f"A black box could not be written to {folder}: {error}", stacklevel=2)
         return ""
     return str(target)
 
 
 def is_black_box(path: str | os.PathLike[str]) -> bool:
-    """Whether a file begins as black boxes do."""
+    """Whether a file begins as black boxes do, of whatever version."""
     with open(path, "rb") as file:
-        return file.read(64).startswith(f'{{"format": "{FORMAT}"'.encode())
+        return f'"format": "{FORMAT}"'.encode() in file.read(256)
 
 
 def read_black_box(path: str | os.PathLike[str]) -> dict[str, object]:
