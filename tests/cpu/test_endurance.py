@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import gc
+import json
+import os
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 import models as zoo
@@ -71,15 +76,31 @@ def live() -> tuple[int, int]:
     return sum(storages.values()), len(objects)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("engine", ENGINES)
-def test_objects(engine: str) -> None:
-    """What Python holds after ten steps is what it holds after many."""
+def alone(call: str) -> Any:
+    """What a function of this module gives in a process of its own, in which no other test has left anything."""
+    paths = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    code = f"import json, {__name__} as here; print(json.dumps(here.{call}))"
+    environment = {**os.environ, "PYTHONPATH": paths}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def hundreds(engine: str) -> list[tuple[int, int]]:
+    """What is live after each hundred steps."""
     step = enduring(engine)
     found = []
     for _ in range(3):
         step()
         found.append(live())
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+def test_objects(engine: str) -> None:
+    """What Python holds after two hundred steps is what it holds after three."""
+    found = alone(f"hundreds({engine!r})")
     assert found[1] == found[2]
 
 
@@ -89,14 +110,9 @@ def train(model: torch.nn.Module, number: int) -> None:
     model.zero_grad(set_to_none=False)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("engine", ["graph", "eager"])
-def test_shapes_that_never_come_again(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once the plan book is full, each new size takes the place of another, and all that belonged to it is gone.
-
-    Plans of blocks trace each size in full, and torch remembers single ops of that by shape, without a bound.
-    """
-    most, steps = 4, 10
+def ever_new_shapes(engine: str, most: int = 4, steps: int = 10) -> tuple[int, list[tuple[int, int]]]:
+    """How many captured steps a bounded book holds in the end, and what is live after each so many new sizes."""
+    torch.set_num_threads(1)
     model = Blocks(dense(), dense())
     keepless.fit(model, torch.ones(4, WIDTH), "1GiB", engine=engine, cache=False, accumulate=True, background=False)
     model.zero_grad(set_to_none=False)
@@ -104,30 +120,46 @@ def test_shapes_that_never_come_again(engine: str, monkeypatch: pytest.MonkeyPat
     if engine == "graph":
         planned.entries.most = most
     else:
-        monkeypatch.setattr(modules_planned, "_MOST_ENTRIES", most)
+        modules_planned._MOST_ENTRIES = most
     found = []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for number in range(5, 5 + 4 * steps):
-            train(model, number)
-            if number % steps == 4:
-                found.append(live())
-    assert len(planned.entries) == most
+    warnings.simplefilter("ignore")
+    for number in range(5, 5 + 4 * steps):
+        train(model, number)
+        if number % steps == 4:
+            found.append(live())
+    return len(planned.entries), found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["graph", "eager"])
+def test_shapes_that_never_come_again(engine: str) -> None:
+    """Once the plan book is full, each new size takes the place of another, and all that belonged to it is gone.
+
+    Plans of blocks trace each size in full, and torch remembers single ops of that by shape, without a bound.
+    """
+    num_entries, found = alone(f"ever_new_shapes({engine!r})")
+    assert num_entries == 4
     assert found[-1] == found[-2]
+
+
+def returning_shapes() -> tuple[int, list[tuple[int, int]]]:
+    """How many captured steps were forgotten, and what is live after each round of thirty sizes."""
+    torch.set_num_threads(1)
+    model = Blocks(dense(), dense())
+    keepless.fit(model, torch.ones(4, WIDTH), "1GiB", engine="graph", cache=False, accumulate=True, background=False)
+    model.__dict__["forward"].entries.most = 16
+    found = []
+    warnings.simplefilter("ignore")
+    for _ in range(4):
+        for number in range(4, 34):
+            train(model, number)
+        found.append(live())
+    return model.__dict__["forward"].counters.evicted, found
 
 
 @pytest.mark.slow
 def test_shapes_that_come_again_after_they_were_forgotten() -> None:
     """More sizes than the plan book holds, over and over."""
-    model = Blocks(dense(), dense())
-    keepless.fit(model, torch.ones(4, WIDTH), "1GiB", engine="graph", cache=False, accumulate=True, background=False)
-    model.__dict__["forward"].entries.most = 16
-    found = []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for _ in range(4):
-            for number in range(4, 34):
-                train(model, number)
-            found.append(live())
-    assert model.__dict__["forward"].counters.evicted > 60
+    num_evicted, found = alone("returning_shapes()")
+    assert num_evicted > 60
     assert found[-1] == found[-2]
