@@ -35,7 +35,7 @@ def test_the_largest_batch_trains_within_the_budget(
 ) -> None:
     """The deciding meter sees the found size within the budget; for one more row there is no plan; six captures do."""
     monkeypatch.setenv("KEEPLESS_CACHE_DIR", str(tmp_path / "cache"))
-    # Seconds that other processes disturbed would be measured anew by the second planner, which then finds another plan.
+    # Seconds that other processes disturbed would be measured anew by the second planner: it might find another plan.
     monkeypatch.setattr("keepless.measure.ops.involuntary_switches", lambda: 0)
     model, make_batch, loss_fn = models.SIZED[kind]()
     optimizer = torch.optim.AdamW(model.parameters())
