@@ -202,7 +202,7 @@ def measured(run: pairwise.Run, seed: int) -> Measured:
         row = _measured(run, row, seed)
     except _NotPlanned as error:
         row = error.row
-    except Exception as error:
+    except Exception as error:  # a run that fails is a row that says so, not the end of the other runs
         print(traceback.format_exc(), file=sys.stderr)
         row = replace(row, status=FAILED, reason=f"{type(error).__name__}: {_line(error)}")
     return replace(row, run_seconds=time.perf_counter() - start)

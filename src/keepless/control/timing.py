@@ -123,7 +123,7 @@ def _joined(
         order: of the marks: the mark, and its event's index and label.
         parts: each but the first ends at the mark that the next one begins with.
     """
-    base = sum(plan.graph.values[v].nbytes for v in plan.graph.inputs)
+    base = plan.graph.start_nbytes
     levels: dict[int, Part] = {}
     for part, following in itertools.pairwise(parts):
         before = levels.get(following.label)

@@ -187,7 +187,7 @@ def _highest(levels: list[tuple[int, int]]) -> dict[int, int]:
 
 
 def _seen(plan: Plan, seconds: float, by_instruction: dict[int, float], highest: dict[int, int]) -> Seen:
-    resident = sum(plan.graph.values[v].nbytes for v in plan.graph.inputs)
+    resident = plan.graph.start_nbytes
     ops = plan.graph.ops
     rest_peak, rest_seconds = 0, 0.0
     events: list[Event] = []

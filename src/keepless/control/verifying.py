@@ -112,8 +112,7 @@ def verify(model: torch.nn.Module, batch: Any, plan: Plan, *, loss_fn: Any, repe
             measured = run.measure()
         timed = sorted(run.step().seconds for _ in range(repeats))
     different = differing(reference, outcome)
-    static = _resident(plan)
-    plan.measured_peak = max(static + measured, _optimizer_peak(plan))
+    plan.measured_peak = max(plan.graph.start_nbytes + measured, _optimizer_peak(plan))
     tolerance = tolerance_of(plan)
     deviation, where = (None, "") if plain is None or not tolerance else deviation_of(outcome, plain)
     return Verification(
@@ -160,7 +159,7 @@ def _verify_modules(model: torch.nn.Module, batch: Any, plan: Plan, loss_fn: Any
         finally:
             planned.take_out()
     different = differing(reference, outcome)
-    plan.measured_peak = max(_resident(plan) + measured, _optimizer_peak(plan))
+    plan.measured_peak = max(plan.graph.start_nbytes + measured, _optimizer_peak(plan))
     return Verification(
         equal=not different,
         reference=PLAIN if fits else SAME_PLAN,
@@ -193,11 +192,6 @@ def _reference(run: Runner, plan: Plan, capture: Capture) -> tuple[Outcome, str,
 
     with with_program(model, capture, smallest(graph, plan.cost).program):
         return run.step(), SMALLEST, None
-
-
-def _resident(plan: Plan) -> int:
-    """Bytes on the device before the step."""
-    return sum(plan.graph.values[v].nbytes for v in plan.graph.inputs)
 
 
 def _optimizer_peak(plan: Plan) -> int:

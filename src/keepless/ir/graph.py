@@ -162,6 +162,11 @@ class Graph:
         """Bytes that are resident before the step and after it, whatever the program does."""
         return sum(self.values[v].nbytes for v in self.inputs & self.pinned)
 
+    @cached_property
+    def start_nbytes(self) -> int:
+        """Bytes that are resident before the first instruction."""
+        return sum(self.values[v].nbytes for v in self.inputs)
+
     def where(self, op: Op) -> str:
         """The op as people look for it: "aten.mm.default (transformer.h.0.mlp, model.py:88)"."""
         places = ", ".join(place for place in (op.module, op.source) if place)

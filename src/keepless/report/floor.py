@@ -47,7 +47,7 @@ def find_floor(graph: Graph, cost: CostModel, program: Program) -> Floor:
     values = sorted(
         (graph.values[v] for v in (resident | own) - graph.inputs), key=lambda value: (-value.nbytes, value.id)
     )
-    static = sum(graph.values[v].nbytes for v in graph.inputs)
+    static = graph.start_nbytes
     found = Floor(best, op, static, tuple(values), cost.scratch[where], ())
     return Floor(best, op, static, tuple(values), cost.scratch[where], _advice(graph, found))
 

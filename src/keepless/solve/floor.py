@@ -36,7 +36,7 @@ def floor_bound(graph: Graph, cost: CostModel) -> tuple[int, int]:
             if after:
                 held_after.update((v, after) for v in op.outputs)
     end = sum(values[v].nbytes for v in graph.pinned)
-    start = sum(values[v].nbytes for v in graph.inputs)
+    start = graph.start_nbytes
     if graph.ops and end > best:
         best, where = end, graph.ops[-1].id
     if graph.ops and start > best:

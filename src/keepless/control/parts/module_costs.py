@@ -243,7 +243,7 @@ def _scratch(graph: Graph, pieces: Cut, parts: Sequence[Part]) -> list[int]:
     nothing = CostModel((0.0,) * len(graph.ops), (0,) * len(graph.ops))
     profile = evaluate(graph, nothing, order, profile=True).profile
     assert profile is not None
-    levels = profile - sum(graph.values[v].nbytes for v in graph.inputs)
+    levels = profile - graph.start_nbytes
     scratch = [0] * len(graph.ops)
     place = 0
     for part in parts:

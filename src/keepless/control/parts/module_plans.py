@@ -177,7 +177,7 @@ def _landed(run: Runner, settings: Settings, tell: Any, solve: Callable[[int], P
         run.prepare()  # a plan names what the model is like before a forward
         plan = solve(over)
         plan.capture = plan.capture or settings
-        resident = sum(plan.graph.values[v].nbytes for v in plan.graph.inputs)
+        resident = plan.graph.start_nbytes
         planned = apply(run.model, plan)
         planned.on_miss = _never
         try:
