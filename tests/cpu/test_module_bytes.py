@@ -76,3 +76,37 @@ def test_what_a_dead_branch_saved_is_not_held(engine: str, share: float) -> None
     assert plan.measured_peak is not None
     assert plan.measured_peak <= budget
     assert plan.predicted_peak == pytest.approx(plan.measured_peak, rel=0.015)
+
+
+class Dropped(nn.Module):
+    """Under autocast no op saves what the modules are given: what it saves was cast."""
+
+    def __init__(self, width: int = 128) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, width), nn.Dropout(0.1), nn.Sequential(nn.Linear(width, width), nn.ReLU()))
+            for _ in range(4)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """A scalar."""
+        for block in self.blocks:
+            x = block(x).float() * 0.5
+        return x.square().mean()
+
+
+@pytest.mark.parametrize("is_bf16", [False, True])
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.7, 1.0])
+def test_a_kept_call_holds_no_input_and_casts_end_with_autocast(is_bf16: bool, share: float) -> None:
+    """A recomputed call holds its inputs and a generator's state; the step leaves autocast before the backward."""
+    torch.manual_seed(0)
+    model = Dropped()
+    batch = torch.randn(4096, 128)
+    with torch.autocast("cpu", torch.bfloat16, enabled=is_bf16):
+        ends = keepless.plan(model, batch, "1GiB", engine="eager")
+        budget = int(ends.smallest_budget + share * (ends.baseline_peak - ends.smallest_budget))
+        plan = keepless.plan(model, batch, budget, engine="eager")
+    assert plan.measured_peak is not None
+    assert plan.measured_peak <= budget
+    assert plan.predicted_peak == pytest.approx(plan.measured_peak, rel=0.005)
+    assert plan.num_replays == 0 or share < 1.0

@@ -14,6 +14,7 @@ from keepless.ir import Budget, Effect, Graph, Kind, Op, Phase, Status, Value
 from keepless.machine import verify
 from keepless.passes import evaluate, from_order
 from keepless.solve import Search, recheck
+from keepless.solve.holds import with_holds
 from keepless.solve.regions import Region, Regions, RegionTree
 
 
@@ -100,6 +101,52 @@ def test_a_region_inside_one_runs_a_third_time() -> None:
     # At the end of the outer one the inner one is not run: only its input is wanted.
     last = RegionTree((Region(0, 3), Region(2, 3)), 4, frozenset({0, 1, 2, 3}))
     assert last.order(frozenset({0, 1}), 9) == [0, 1, 2, 3, 4, 0, 1, 2, 3, 5, 6, 7, 8]
+
+
+def test_what_a_region_holds_is_let_go_when_all_is_used_up_that_it_saved() -> None:
+    # Ops 1 and 3 hold: what an outer region reads, and one inside it.
+    tree = RegionTree((Region(1, 5), Region(3, 4)), 6, frozenset({0, 2, 4, 5}), (1, 3))
+    assert [tree.backward(op) for op in (5, 4, 2, 0)] == [7, 8, 9, 10]
+    assert tree.order(frozenset(), 11) == list(range(11))
+    assert tree.order(frozenset({1}), 11) == [0, 1, 2, 3, 4, 5, 6, 7, 3, 4, 8, 3, 9, 10]
+    assert tree.order(frozenset({0}), 11) == [0, 1, 2, 3, 4, 5, 6, 1, 2, 3, 4, 5, 7, 8, 9, 1, 10]
+    assert tree.order(frozenset({0, 1}), 11) == [0, 1, 2, 3, 4, 5, 6, 1, 2, 3, 4, 5, 7, 3, 4, 8, 3, 9, 1, 10]
+    with pytest.raises(AssertionError):
+        RegionTree((Region(1, 5),), 6, frozenset({1, 2}), (1,))  # a hold saves nothing
+
+
+def test_a_kept_region_holds_no_input() -> None:
+    """Its input, op 0's, and a generator's state: both stand from the forward to the backward only if it runs again."""
+    tree = RegionTree((Region(2, 2),), 3, frozenset({2}))
+    sizes = {"input": 100, "saved": 10, "out": 1, "grad": 0}
+    values = [
+        Value(i, name, nbytes, Kind.ACTIVATION, "uint8", (nbytes,)) for i, (name, nbytes) in enumerate(sizes.items())
+    ]
+    ops = [
+        Op(0, "make", (), (0,), Phase.FORWARD, frozenset({Effect.OPAQUE})),
+        Op(1, "between", (0,), (), Phase.FORWARD, frozenset({Effect.OPAQUE})),
+        Op(2, "region", (0,), (1, 2), Phase.FORWARD),
+        Op(3, "loss", (2,), (), Phase.LOSS, frozenset({Effect.OPAQUE})),
+        Op(4, "backward.region", (1,), (3,), Phase.BACKWARD, frozenset({Effect.OPAQUE})),
+        Op(5, "backward.between", (), (), Phase.BACKWARD, frozenset({Effect.OPAQUE})),
+        Op(6, "backward.make", (), (), Phase.BACKWARD, frozenset({Effect.OPAQUE})),
+    ]
+    graph = Graph(tuple(ops), tuple(values), frozenset(), frozenset({3}))
+    held, own, place = with_holds(graph, tree, [frozenset({0})], ["region"], state_nbytes=7)
+    assert (own.holds, place, held.loss_op) == ((2,), [0, 1, 3, 4, 5, 6, 7], 4)
+    nothing = CostModel((0.0,) * len(held.ops), (0,) * len(held.ops))
+
+    def levels(chosen: frozenset[int]) -> list[int]:
+        order = own.order(chosen, len(held.ops))
+        verify(held, from_order(held, order), cost=nothing)
+        profile = evaluate(held, nothing, order, profile=True).profile
+        assert profile is not None
+        return profile.tolist()  # type: ignore[no-any-return]
+
+    kept, again = levels(frozenset()), levels(frozenset({0}))
+    # A run of the hold makes a state of 7, which stays only where it runs again.
+    assert kept == [100, 100, 107, 111, 11, 10, 0, 0]
+    assert again == [100, 100, 107, 118, 108, 114, 118, 117, 114, 0, 0]
 
 
 @settings(max_examples=60, deadline=None)

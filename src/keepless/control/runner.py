@@ -92,7 +92,7 @@ class Runner:
         self.before.again()
 
     def forward_backward(self, mark: Callable[[str], None] | None = None) -> torch.Tensor:
-        """The measured part of a step; gives the loss. As in a loop, autocast is not for the backward.
+        """The measured part of a step; gives the loss. As in a loop, autocast ends before the backward.
 
         Arguments:
             mark: called with each phase's name where it has ended, while outputs that the caller holds stand.
@@ -105,7 +105,7 @@ class Runner:
             del output
         if mark is not None:
             mark(Phase.LOSS.value)
-        with torch.autocast(self.device.type, enabled=False):
+        with autocast_over(self.device):
             loss.backward()  # type: ignore[no-untyped-call]
         if mark is not None:
             mark(Phase.BACKWARD.value)
@@ -127,6 +127,14 @@ class Runner:
         """Highest bytes above the level at the step's start."""
         self.prepare()
         return increments(self.forward_backward, self.device)
+
+
+@contextlib.contextmanager
+def autocast_over(device: torch.device) -> Iterator[None]:
+    """As behind the end of the caller's autocast: it is off, and what it cast for several uses is let go."""
+    torch.clear_autocast_cache()
+    with torch.autocast(device.type, enabled=False):
+        yield
 
 
 @contextlib.contextmanager

@@ -126,7 +126,7 @@ def verify(model: torch.nn.Module, batch: Any, plan: Plan, *, loss_fn: Any, repe
         budget=plan.budget.limits["device"],
         seconds=timed[len(timed) // 2],
         reference_seconds=reference.seconds,
-        num_replays=plan.program.num_replays,
+        num_replays=plan.num_replays,
         tolerance=tolerance,
         deviation=deviation,
         deviating=where,
@@ -171,7 +171,7 @@ def _verify_modules(model: torch.nn.Module, batch: Any, plan: Plan, loss_fn: Any
         budget=plan.budget.limits["device"],
         seconds=timed[len(timed) // 2],
         reference_seconds=reference.seconds,
-        num_replays=plan.program.num_replays,
+        num_replays=plan.num_replays,
     )
 
 

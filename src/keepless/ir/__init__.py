@@ -5,6 +5,7 @@ from keepless.ir.budget import format_bytes as format_bytes
 from keepless.ir.budget import parse_bytes as parse_bytes
 from keepless.ir.certificate import Certificate as Certificate
 from keepless.ir.certificate import Status as Status
+from keepless.ir.graph import HOLD as HOLD
 from keepless.ir.graph import RUNS_ONCE as RUNS_ONCE
 from keepless.ir.graph import Effect as Effect
 from keepless.ir.graph import Graph as Graph

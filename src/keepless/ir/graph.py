@@ -59,6 +59,9 @@ class Effect(Enum):
 RUNS_ONCE = frozenset({Effect.BUFFER, Effect.COLLECTIVE, Effect.OPAQUE, Effect.CHOICE, Effect.UPDATE})
 """Effects of ops that a plan may not replay."""
 
+HOLD = "keepless.hold"
+"""Name of an op that does nothing but read: what it reads is held until it runs."""
+
 
 @dataclass(frozen=True, slots=True)
 class Value:

@@ -17,7 +17,7 @@ from functools import cached_property
 from keepless.cost import CostModel
 from keepless.ir.budget import Budget, format_bytes
 from keepless.ir.certificate import Certificate
-from keepless.ir.graph import Graph, Phase
+from keepless.ir.graph import HOLD, Graph, Phase
 from keepless.ir.program import DEVICE, Program, Run
 from keepless.ir.timeline import Timeline
 from keepless.machine.allocation import Allocation
@@ -98,8 +98,10 @@ class Plan:
 
     @property
     def num_replays(self) -> int:
-        """Runs of ops beyond the first."""
-        return self.program.num_replays
+        """Runs of ops beyond the first, those apart that only hold what they read."""
+        ops = self.graph.ops
+        runs = (instr for instr in self.program if isinstance(instr, Run) and instr.replay)
+        return sum(ops[run.op].name != HOLD for run in runs)
 
     @cached_property
     def kept_nbytes(self) -> int:

@@ -42,6 +42,7 @@ class StepGraph:
         shape: what the step is beside forward and backward.
         loss: storage of the model's own loss; None where the caller computes it from the outputs.
         inside: pieces of whose own saved tensors only their outputs are values here.
+        holds: the graph gets ops for what a recompute holds (`keepless.solve.holds`): a kept call holds no input.
     """
 
     def __init__(
@@ -52,11 +53,13 @@ class StepGraph:
         shape: StepShape,
         loss: int | None,
         inside: Mapping[int, int] | None = None,
+        holds: bool = False,
     ) -> None:
         self.model, self.cut, self.gradients, self.shape, self.loss = model, cut, gradients, shape, loss
         self.survey = cut.survey
         self.count = cut.num_pieces
         self.inside = inside or {}
+        self.holds = holds
         self.values = Values()
         self.static: set[int] = set()
         self.pinned: set[int] = set()
@@ -149,8 +152,8 @@ class StepGraph:
         for number, region in zip(cut.regions, cut.tree.regions, strict=True):
             for storage in survey.calls[number].inputs:
                 readers.setdefault(storage, set()).add(region.first)
-                # A region holds its inputs until all that it saved is used up.
-                savers.setdefault(storage, set()).add(region.first)
+                if not self.holds:  # a region holds its inputs until all that it saved is used up
+                    savers.setdefault(storage, set()).add(region.first)
             for storage in survey.calls[number].outputs:
                 readers.setdefault(storage, set())
         self.savers = savers
@@ -240,6 +243,13 @@ class StepGraph:
             flows[storage] = handed
             made_in.setdefault(maker, []).append(storage)
             self.reads[tree.backward(maker)].add(handed)
+
+    def held_by(self, region: int) -> frozenset[int]:
+        """The values that a region's recompute holds, beside those that stand anyway."""
+        call = self.survey.calls[self.cut.regions[region]]
+        by_caller = {value for _, value in self.handed}
+        found = {self.values.of[storage] for storage in call.inputs if storage in self.values.of}
+        return frozenset(found - self.static - by_caller)
 
     def _name(self, piece: int) -> str:
         owner = self.cut.owners[piece]

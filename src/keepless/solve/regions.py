@@ -67,18 +67,21 @@ class Region:
 class RegionTree:
     """The regions of a step: nested or apart, the outer one first.
 
-    Forward ops have the ids 0 to `num_forward - 1`, then comes the LOSS op, then one backward op per forward op in
-    reverse, then whatever the step ends with.
+    Forward ops have the ids 0 to `num_forward - 1`, then comes the LOSS op, then one backward op per forward op that is
+    no hold, in reverse, then whatever the step ends with.
 
     Arguments:
         regions: by first op; of those that begin together the longer first.
         num_forward: forward ops.
         saving: forward ops that save a tensor for the backward.
+        holds: for each region its first op, which only reads what a recompute holds. It runs once more where that is
+            let go: when all is used up that the region saved. Empty where regions hold nothing.
     """
 
     regions: tuple[Region, ...]
     num_forward: int
     saving: frozenset[int]
+    holds: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for region, after in zip(self.regions, self.regions[1:], strict=False):
@@ -87,6 +90,8 @@ class RegionTree:
             region = self.regions[number]
             assert 0 <= region.first <= region.last < self.num_forward
             assert outer < 0 or region.last <= self.regions[outer].last, "regions overlap"
+        assert not self.holds or self.holds == tuple(region.first for region in self.regions)
+        assert self.saving.isdisjoint(self.holds)
 
     @cached_property
     def parents(self) -> tuple[int, ...]:
@@ -124,8 +129,18 @@ class RegionTree:
             yield from self.inside(child)
 
     def backward(self, op: int) -> int:
-        """The backward op of a forward op."""
-        return 2 * self.num_forward - op
+        """The backward op of a forward op; of a hold, which has none, that of the op before; of the LOSS op, itself."""
+        return self._backward[op]
+
+    @cached_property
+    def _backward(self) -> tuple[int, ...]:
+        holds = frozenset(self.holds)
+        later = 2 * self.num_forward - len(holds)
+        found: list[int] = []
+        for op in range(self.num_forward):
+            found.append(later)
+            later -= op not in holds
+        return (*found, self.num_forward)
 
     @cached_property
     def last_saving(self) -> tuple[int, ...]:
@@ -135,19 +150,33 @@ class RegionTree:
             found.append(op if op in self.saving else found[-1] if found else -1)
         return tuple(found)
 
+    @cached_property
+    def first_saving(self) -> tuple[int, ...]:
+        """For each forward op the first one from it on that saves something, or `num_forward`."""
+        found: list[int] = []
+        for op in reversed(range(self.num_forward)):
+            found.append(op if op in self.saving else found[-1] if found else self.num_forward)
+        return tuple(reversed(found))
+
     def order(self, chosen: Chosen, num_ops: int) -> list[int]:
         """The order of ops in which a step runs whose chosen regions are recomputed.
 
         Arguments:
             num_ops: of the graph; ops beyond the backward keep their place.
         """
+        # Before which backward op a region is let go (0) or runs again (1), and what runs there.
+        rows = [(self.backward(begin), 1, first, -last) for begin, first, last in self.replays(chosen)]
+        for number in chosen if self.holds else ():
+            saver = self.first_saving[self.regions[number].first]
+            if saver <= self.regions[number].last:
+                rows.append((self.backward(saver) + 1, 0, self.holds[number], -self.holds[number]))
         order = list(range(self.num_forward + 1))
-        here = self.num_forward - 1
-        for begin, first, last in sorted(self.replays(chosen), key=lambda row: (-row[0], row[1], -row[2])):
-            order.extend(range(self.backward(here), self.backward(begin)))
-            here = begin
-            order.extend(range(first, last + 1))
-        order.extend(range(self.backward(here), num_ops))
+        here = self.num_forward + 1
+        for place, _, first, last in sorted(rows):
+            order.extend(range(here, place))
+            here = place
+            order.extend(range(first, 1 - last))
+        order.extend(range(here, num_ops))
         return order
 
     def replays(self, chosen: Chosen) -> list[tuple[int, int, int]]:

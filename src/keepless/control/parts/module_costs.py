@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from keepless.control.captured import Settings
-from keepless.control.runner import Runner
+from keepless.control.runner import Runner, autocast_over
 from keepless.cost import CostModel, Origin
 from keepless.eager import checkpoint_counters, forget_regions
 from keepless.errors import LossError
@@ -22,6 +22,8 @@ from keepless.modules.probe import Probe
 from keepless.modules.stepgraph import StepGraph
 from keepless.modules.survey import Survey, survey
 from keepless.passes import evaluate
+from keepless.solve.holds import spread_over, with_holds
+from keepless.solve.regions import RegionTree
 
 Tell = Callable[[int, int], None]
 
@@ -41,6 +43,7 @@ class MeasuredModules:
     """A step as a graph of pieces, its costs, and the cut that it comes from.
 
     Arguments:
+        tree: the regions in the graph's ops; where calls are to be captured, in pieces.
         gradients: name of a parameter -> the backward op in which its gradient first stands.
         received: region -> flat positions of its outputs that get a gradient, of calls that were noted.
         failed: positions in the survey's calls of those that cannot be recomputed.
@@ -48,6 +51,7 @@ class MeasuredModules:
 
     graph: Graph
     cost: CostModel
+    tree: RegionTree
     cut: Cut
     gradients: dict[str, int]
     received: dict[int, set[int]]
@@ -104,13 +108,20 @@ def measure_modules(
             run.prepare()
             forwards.append(_timed(run, probe, lambda: _forward(run, probe)))
             tell(5 + repeats + number, total)
-    graph = StepGraph(model, pieces, gradients, settings.shape, found.loss).build()
+    steps = StepGraph(model, pieces, gradients, settings.shape, found.loss, holds=not noted)
+    graph, tree = steps.build(), pieces.tree
     seconds, spread = _seconds(graph, pieces, forwards, whole, settings)
-    scratch = _scratch(graph, pieces, parts)
+    place: Sequence[int] = range(len(graph.ops))
+    if not noted:
+        held = [steps.held_by(number) for number in range(len(tree.regions))]
+        state = torch.get_rng_state().nbytes if run.device.type == "cpu" else 0
+        graph, tree, place = with_holds(graph, tree, held, list(map(str, pieces.sites)), state)
+    scratch = _scratch(graph, tree, place, parts)
     if settings.optimizer is not None:
         scratch[-1] = settings.optimizer.scratch_nbytes
+    seconds = spread_over(seconds, place, len(graph.ops))
     cost = CostModel(tuple(seconds), tuple(scratch), {}, Origin.MEASURED, spread)
-    return MeasuredModules(graph, cost, pieces, gradients, dict(probe.received), failed)
+    return MeasuredModules(graph, cost, tree, pieces, gradients, dict(probe.received), failed)
 
 
 def _recomputable(run: Runner, found: Survey, choose: Choose) -> tuple[Probe, float, frozenset[int]]:
@@ -154,7 +165,7 @@ def _step(run: Runner, probe: Probe) -> None:
     check_loss(loss)
     if run.settings.release_outputs:
         del output
-    with torch.autocast(run.device.type, enabled=False):
+    with autocast_over(run.device):
         loss.backward()  # type: ignore[no-untyped-call]
 
 
@@ -232,14 +243,17 @@ def _seconds(
     return found, statistics.median(spreads) if spreads else 0.0
 
 
-def _scratch(graph: Graph, pieces: Cut, parts: Sequence[Part]) -> list[int]:
+def _scratch(graph: Graph, tree: RegionTree, numbers: Sequence[int], parts: Sequence[Part]) -> list[int]:
     """Bytes per op that the graph's values do not explain: those by which the measured step rose above them.
 
     The parts are followed along the order that the graph predicts. A part that is not where it should be counts for the
     op that the step had come to.
+
+    Arguments:
+        numbers: piece, as parts are labelled -> op of the graph.
     """
-    everything = frozenset(range(len(pieces.tree.regions)))
-    order = pieces.tree.order(everything, len(graph.ops))
+    everything = frozenset(range(len(tree.regions)))
+    order = tree.order(everything, len(graph.ops))
     nothing = CostModel((0.0,) * len(graph.ops), (0,) * len(graph.ops))
     profile = evaluate(graph, nothing, order, profile=True).profile
     assert profile is not None
@@ -248,7 +262,7 @@ def _scratch(graph: Graph, pieces: Cut, parts: Sequence[Part]) -> list[int]:
     place = 0
     for part in parts:
         if part.label >= 0:
-            place = _next_place(order, place, part.label, pieces.num_pieces)
+            place = _next_place(order, place, numbers[part.label], tree.num_forward)
         op = order[place]
         scratch[op] = max(scratch[op], part.peak - int(levels[place]))
     return scratch

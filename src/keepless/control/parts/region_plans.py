@@ -43,10 +43,10 @@ def solved(run: Runner, measured: MeasuredModules, settings: Settings, over: int
 
 
 def _solved(run: Runner, measured: MeasuredModules, settings: Settings, over: int) -> Plan:
-    graph, cost, cut = measured.graph, measured.cost, measured.cut
+    graph, cost, tree = measured.graph, measured.cost, measured.tree
     budget = budget_with_reserve(settings.budget)
     limit = budget.device - over
-    solver = Regions(cut.tree)
+    solver = Regions(tree)
     found, chosen = solver.choose(graph, cost, limit, settings.seed)
     low, lowest = solver.lowest(graph, cost)
     low = min(low, found.peak)
@@ -57,17 +57,18 @@ def _solved(run: Runner, measured: MeasuredModules, settings: Settings, over: in
         found, chosen = solver.choose(graph, cost, limit, settings.seed)
     bound = floor_bound(graph, cost)[0]
     if found.peak > limit:
-        order = cut.tree.order(lowest, len(graph.ops))
+        order = tree.order(lowest, len(graph.ops))
         least = solution(graph, cost, order, Certificate(NAME, Status.FEASIBLE))
         raise explain_infeasible(graph, cost, settings.budget, least.program, low + over, bound)
     everything = evaluate(graph, cost, range(len(graph.ops)))
     flat = flatten_inputs(run.inputs)
-    tree = cut.tree
+    sites = measured.cut.sites
     facts: dict[str, object] = {
         **module_facts(run.model, run.device, settings, graph),
         "engine": EAGER,
         "solver": NAME,
-        "regions": [[site.path, site.number, r.first, r.last] for site, r in zip(cut.sites, tree.regions, strict=True)],
+        "regions": [[site.path, site.number, r.first, r.last] for site, r in zip(sites, tree.regions, strict=True)],
+        "holds": list(tree.holds),
         "saving": sorted(tree.saving),
         "recomputed": sorted(chosen),
     }
@@ -143,9 +144,13 @@ def _tree_of(plan: Plan) -> tuple[RegionTree, frozenset[int]]:
         assert isinstance(rows, list)
         assert isinstance(saving, list)
         assert isinstance(chosen, list)
+        holds = plan.signature.get("holds", [])
+        assert isinstance(holds, list)
         regions = tuple(Region(int(first), int(last)) for _, _, first, last in rows)
         count = plan.graph.loss_op
         assert count is not None
-        return RegionTree(regions, count, frozenset(map(int, saving))), frozenset(map(int, chosen))
+        return RegionTree(regions, count, frozenset(map(int, saving)), tuple(map(int, holds))), frozenset(
+            map(int, chosen)
+        )
     except (AssertionError, TypeError, ValueError, IndexError) as error:
         raise PlanError(_DAMAGED) from error
