@@ -96,11 +96,12 @@ def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
         return
     _remove_unfinished(target)
     temporary = f"{target}.{secrets.token_hex(8)}.tmp"
+    descriptor = None
     try:
         descriptor, is_named = _open_nameless(os.path.dirname(target)), False
         if descriptor is None:
             descriptor, is_named = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), True
-        with open(descriptor, "wb") as file:
+        with open(descriptor, "wb", closefd=False) as file:
             if is_named:
                 _try_lock(descriptor)
             file.write(data)
@@ -115,6 +116,9 @@ def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def _locked(kind: str, home: Path) -> tuple[Path, int | None] | None:

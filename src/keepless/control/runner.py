@@ -145,8 +145,9 @@ def dropping(model: torch.nn.Module, plan: Plan) -> Iterator[None]:
         param.grad = None
 
     drops = OPTIMIZER_IN_BACKWARD in plan.rewrites
-    handles = [after_gradient(p, drop) for p in model.parameters() if drops and p.requires_grad]
+    handles: list[Any] = []
     try:
+        handles.extend(after_gradient(p, drop) for p in model.parameters() if drops and p.requires_grad)
         yield
     finally:
         for handle in handles:

@@ -36,18 +36,19 @@ def calls_through(route: _Route | None) -> Iterator[None]:
     """This thread's module calls go through `route(call, module, args, kwargs)` inside the block."""
     global _users, _original
     before = getattr(_local, "route", None)
-    with _lock:
-        if _users == 0:
-            _original = _Module._call_impl
+    is_counted = False
+    try:  # an interrupt may come at any line
+        with _lock:
+            if _users == 0:
+                _original = _Module._call_impl
+            _users, is_counted = _users + 1, True
             _Module._call_impl = _routed
-        _users += 1
-    _local.route = route
-    try:
+        _local.route = route
         yield
     finally:
         _local.route = before
         with _lock:
-            _users -= 1
+            _users -= is_counted
             if _users == 0:
                 _Module._call_impl = _original
 

@@ -106,11 +106,13 @@ def _legacy_events(call: Callable[[], object]) -> tuple[object, list[Any]]:
         False,  # with_modules
         torch._C._profiler._ExperimentalConfig(),
     )
-    private._enable_profiler_legacy(config)
-    try:
+    records: list[list[Any]] = []
+    try:  # an interrupt may come between any two calls, so the first is inside, too
+        private._enable_profiler_legacy(config)
         result = call()
     finally:
-        records = private._disable_profiler_legacy()
+        if private._profiler_enabled():
+            records = private._disable_profiler_legacy()
     return result, [event for thread in records for event in thread]
 
 

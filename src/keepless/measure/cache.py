@@ -20,7 +20,7 @@ import torch
 from keepless.ir.budget import MAX_NBYTES
 from keepless.measure.device import describe_device
 
-_FORMAT = "v3"
+_FORMAT = "v4"
 _MAX_FILE_NBYTES = 64 * 2**20
 """A larger file is not ours, or is mostly duplicates: it is started afresh."""
 
@@ -30,7 +30,7 @@ class OpCost:
     """What one run of an op costs.
 
     Arguments:
-        seconds: median of the runs; the least where they were disturbed.
+        seconds: median of the runs, the least where they were disturbed; on CPU nearer to those with emptied caches.
         scratch: bytes beyond the outputs while the op runs.
         spread: relative spread of the seconds (p80 / p20 - 1).
         n: number of timed runs.

@@ -4,6 +4,8 @@ A trial brings its own inputs; one is alive at a time, so the memory in use stay
 the peak of the op's own allocations over its outputs (against a malloc interposer this was exact to 6 KB for 29
 kinds of op, convolutions and attention included; buffers that a math library keeps for itself are not in it).
 
+On CPU an op is timed with warm caches and with emptied ones, and costs what is in between (`measure.cold`).
+
 Other processes on the same cores would be measured, too: a matrix product of 5.5 ms took a median of 48 ms beside three
 busy ones on 2 cores. On CPU, runs in which the system took a core away count only where there are no others; such costs
 say so, and are not remembered.
@@ -28,10 +30,14 @@ except ImportError:  # not POSIX: no run is known to be disturbed
 from keepless.errors import MeasureError
 from keepless.measure._profiler import run_traced
 from keepless.measure.cache import CostCache, OpCost
+from keepless.measure.cold import IN_A_STEP, empty_caches
 
 _MAX_RUNS = 200
 _MIN_RUNS = ((0.01, 5), (0.1, 3), (float("inf"), 2))
 """Runs by the seconds of one: slow ops vary less, and planning should take seconds."""
+_COLD_RUNS = 3
+_TOO_LONG_FOR_CACHES = 0.05
+"""Seconds of an op for which it makes no difference where its inputs are."""
 _PATIENCE = 3
 """Times as many runs, and as much time, as for a quiet op, where other processes disturb it."""
 _SWITCHES_PER_SECOND = 80.0
@@ -156,6 +162,8 @@ def _measure(trial: Trial, device: torch.device, min_seconds: float) -> OpCost:
             seconds, disturbed = _cpu_seconds(thunk, min_seconds)
     scratch = max(0, peak - trial.output_nbytes)
     typical = min(seconds) if disturbed else statistics.median(seconds)
+    if device.type == "cpu" and typical < _TOO_LONG_FOR_CACHES:
+        typical += IN_A_STEP * max(0.0, _cold_seconds(thunk, _COLD_RUNS if min_seconds else 1) - typical)
     return OpCost(typical, scratch, spread=_spread(seconds), n=len(seconds), disturbed=disturbed)
 
 
@@ -208,6 +216,17 @@ def _cpu_seconds(thunk: Callable[[], object], min_seconds: float) -> tuple[list[
         return quiet, False
     varies = statistics.median(others) > (1 + _QUIET_SPREAD) * min(others)
     return others, varies or num_switches > _SWITCHES_PER_SECOND * sum(others)
+
+
+def _cold_seconds(thunk: Callable[[], object], num_runs: int) -> float:
+    """The least of some runs, each with emptied caches."""
+    seconds: list[float] = []
+    for _ in range(num_runs):
+        empty_caches()
+        start = perf_counter_ns()
+        thunk()
+        seconds.append((perf_counter_ns() - start) / 1e9)
+    return min(seconds)
 
 
 def involuntary_switches() -> int:

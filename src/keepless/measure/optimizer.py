@@ -26,6 +26,7 @@ import torch
 from keepless import _compat
 from keepless.errors import MeasureError
 from keepless.measure._profiler import run_traced
+from keepless.measure.cold import empty_caches
 
 _CUDA_BLOCK = 512
 """Bytes to which CUDA's caching allocator rounds."""
@@ -423,8 +424,9 @@ def shadow_run(recipe: Recipe, groups: _Groups, form: str, storages: Storages) -
 def _timed(recipe: Recipe, groups: _Groups, form: str) -> float | None:
     """Seconds of a whole step, from a shadow step over some of the parameters, real.
 
-    A step takes so long per parameter and so long per element: the first is that of parameters of one element, and
-    the second what the sample takes beyond that.
+    A step takes so long whatever it updates, so long per parameter, and so long per element: the first is that of one
+    parameter of one element, the second what others of one element take beyond it, the third what the sample takes
+    beyond both. The optimizer comes once in a step: on CPU caches are emptied before it.
     """
     chosen, shapes = _sample(groups)
     num_sampled = sum(len(group) for group in chosen)
@@ -437,9 +439,18 @@ def _timed(recipe: Recipe, groups: _Groups, form: str) -> float | None:
     def tiny(param: torch.Tensor) -> torch.Tensor:
         return torch.full((1,) * param.dim(), 0.5, dtype=param.dtype, device=param.device)
 
-    per_param = _median_step(recipe, chosen, tiny, form) / num_sampled
-    per_element = max(0.0, _median_step(recipe, chosen, real, form) - per_param * num_sampled) / sampled_elements
-    return per_param * sum(len(group) for group in groups) + per_element * num_elements
+    alone = _median_step(recipe, _first(chosen), tiny, form)
+    sampled = _median_step(recipe, chosen, tiny, form)
+    per_param = max(0.0, sampled - alone) / max(1, num_sampled - 1)
+    per_element = max(0.0, _median_step(recipe, chosen, real, form) - sampled) / sampled_elements
+    num_params = sum(len(group) for group in groups)
+    return alone + per_param * (num_params - 1) + per_element * num_elements
+
+
+def _first(groups: _Groups) -> list[list[torch.Tensor]]:
+    """The first parameter alone, in its group."""
+    first = next(index for index, group in enumerate(groups) if group)
+    return [list(group[:1]) if index == first else [] for index, group in enumerate(groups)]
 
 
 def _sample(groups: _Groups) -> tuple[list[list[torch.Tensor]], dict[int, tuple[int, ...]]]:
@@ -480,6 +491,8 @@ def _median_step(recipe: Recipe, groups: _Groups, make: Factory, form: str) -> f
     seconds: list[float] = []
     with torch.cuda.device(device) if on_cuda else nullcontext():
         for _ in range(_TIMED_STEPS):
+            if not on_cuda:
+                empty_caches()
             start = perf_counter()
             plain_step(shadow)
             if on_cuda:
