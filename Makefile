@@ -64,14 +64,14 @@ imports: $(VENV)/.ready
 test-pure: $(PURE)/.ready
 	PYTHONPATH=src $(PURE)/bin/python -m pytest -q tests/pure
 
-# On two cores: the pure half and then whole models beside the rest; their output comes after.
-MODELS := tests/cpu/test_zoo.py tests/cpu/test_checkpoint_zoo.py
+# On two cores: the pure half and then long tests beside the rest, for about as long; their output comes after.
+BESIDE := $(addprefix tests/cpu/test_,$(addsuffix .py,zoo checkpoint_zoo capture_symbolic endurance chunked_loss))
 
 test: check $(PURE)/.ready
 	@mkdir -p out; \
 	( OMP_NUM_THREADS=1 PYTHONPATH=src $(PURE)/bin/python -m pytest -q tests/pure; half=$$?; \
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=10 $(MODELS) && exit $$half ) > out/test-beside.log 2>&1 & beside=$$!; \
-	$(BIN)/python -m pytest -q --durations=10 tests/cpu tests/gpu $(addprefix --ignore=,$(MODELS)); rest=$$?; \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=10 $(BESIDE) && exit $$half ) > out/test-beside.log 2>&1 & beside=$$!; \
+	$(BIN)/python -m pytest -q --durations=10 tests/cpu tests/gpu $(addprefix --ignore=,$(BESIDE)); rest=$$?; \
 	wait $$beside; half=$$?; cat out/test-beside.log; \
 	test $$half -eq 0 && exit $$rest
 
