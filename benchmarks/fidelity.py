@@ -202,10 +202,26 @@ def measured(run: pairwise.Run, seed: int) -> Measured:
         row = _measured(run, row, seed)
     except _NotPlanned as error:
         row = error.row
+    except InfeasibleBudget as error:
+        row = replace(row, status=INFEASIBLE, reason=f"a batch of another kind needs more: {_line(error)}")
     except Exception as error:  # a run that fails is a row that says so, not the end of the other runs
-        print(traceback.format_exc(), file=sys.stderr)
-        row = replace(row, status=FAILED, reason=f"{type(error).__name__}: {_line(error)}")
+        reason = f"{type(error).__name__}: {_line(error)}"
+        if plain_fails(run):
+            row = replace(row, status=REFUSED, reason=f"plain eager fails, too: {reason}")
+        else:
+            print(traceback.format_exc(), file=sys.stderr)
+            row = replace(row, status=FAILED, reason=reason)
     return replace(row, run_seconds=time.perf_counter() - start)
+
+
+def plain_fails(run: pairwise.Run) -> bool:
+    """Whether a model cannot train in this mode, whoever runs it."""
+    try:
+        with silent():
+            Loop(run, None).step()
+    except Exception:
+        return True
+    return False
 
 
 class _NotPlanned(Exception):

@@ -126,3 +126,15 @@ def test_a_run_is_measured_before_and_after_landing() -> None:
     assert abs(found.landed_error) <= 0.005
     assert found.predicted_seconds > 0
     assert found.measured_seconds > 0
+
+
+def test_what_plain_cannot_train_is_refused_not_failed() -> None:
+    """The GNN adds halves into floats under autocast, whoever runs it."""
+    from benchmarks import fidelity
+
+    levels = {"engine": "blocks", "budget_level": "mid", "optimizer": "sgd", "accumulation": "off"}
+    assert fidelity.plain_fails({"model": "GNN", **levels, "dtype": "bf16"})
+    assert not fidelity.plain_fails({"model": "GNN", **levels, "dtype": "fp32"})
+    made = fidelity.measured({"model": "GNN", **levels, "dtype": "bf16"}, seed=0)
+    assert made.status == "refused"
+    assert made.reason.startswith("plain eager fails, too: RuntimeError")
