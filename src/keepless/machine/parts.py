@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from keepless.ir import Graph, Kind, Phase
+from keepless.ir.budget import format_bytes
 
 GRAPH, BLOCKS, EAGER, AS_IT_IS = "graph", "blocks", "eager", "as it is"
 
@@ -72,9 +73,9 @@ def parts_of(signature: Mapping[str, object]) -> tuple[Part, ...]:
 def describe_parts(signature: Mapping[str, object]) -> list[str]:
     """The parts in sentences; nothing for a step that is captured as a whole."""
     parts = parts_of(signature)
+    lines = _data_sizes(signature)
     if len(parts) == 1:
-        return [f"eager engine: {parts[0].reason}"] if parts[0].reason else []
-    lines: list[str] = []
+        return ([f"eager engine: {parts[0].reason}"] if parts[0].reason else []) + lines
     for part in parts:
         what = {
             BLOCKS: "captured",
@@ -84,6 +85,13 @@ def describe_parts(signature: Mapping[str, object]) -> list[str]:
         calls = f" ({part.calls} calls)" if part.calls > 1 else ""
         lines.append(f"{part.name}{calls}: {what}" + (f". {part.reason}" if part.reason else ""))
     return lines
+
+
+def _data_sizes(signature: Mapping[str, object]) -> list[str]:
+    match signature.get("data_sizes"):
+        case [list(names), int(nbytes)]:
+            return [f"sizes depend on the data ({', '.join(map(str, names))}): {format_bytes(nbytes)} are kept free"]
+    return []
 
 
 def managed_share(graph: Graph) -> float:

@@ -18,6 +18,7 @@ from keepless.capture import Inputs, planned_device
 from keepless.control.captured import Settings, settings_from
 from keepless.control.parts import block_plans, region_plans
 from keepless.control.parts.block_plans import BLOCKS
+from keepless.control.parts.data_sizes import data_dependent_ops, headroom_of
 from keepless.control.parts.module_costs import measure_modules
 from keepless.control.parts.module_steps import (
     as_written,
@@ -171,11 +172,18 @@ def _trials(model: torch.nn.Module, device: torch.device, inputs: Inputs) -> Ite
 
 def _landed(run: Runner, settings: Settings, tell: Any, solve: Callable[[int], Plan]) -> Plan:
     """The plan, after a step of it has stayed within the budget."""
-    over = 0
+    over = spare = 0
     tell("solve", 0, 1)
+    by_data = data_dependent_ops(run)
     for _ in range(_ROUNDS):
         run.prepare()  # a plan names what the model is like before a forward
-        plan = solve(over)
+        plan = solve(over + spare)
+        if by_data:
+            if not spare:
+                spare = headroom_of(plan)
+                plan = solve(over + spare)
+            plan.smallest_budget += spare
+            plan.signature = {**plan.signature, "data_sizes": [by_data, spare]}
         plan.capture = plan.capture or settings
         resident = plan.graph.start_nbytes
         planned = apply(run.model, plan)
@@ -187,13 +195,14 @@ def _landed(run: Runner, settings: Settings, tell: Any, solve: Callable[[int], P
             plan.measured_peak = resident + increments(run.forward_backward, run.device)
         finally:
             planned.take_out()
-        if plan.measured_peak <= settings.budget:
+        if plan.measured_peak <= settings.budget - spare:
             tell("solve", 1, 1)
             return plan
-        over += plan.measured_peak - settings.budget
+        over += plan.measured_peak - (settings.budget - spare)
     raise InfeasibleBudget(
-        f"A planned step rose to {plan.measured_peak} bytes, above the budget of {settings.budget}, and did so again "
-        f"when {over} bytes less were planned for. Give a budget of {settings.budget + over} bytes.",
+        f"A planned step rose to {plan.measured_peak} bytes, above {settings.budget - spare} bytes, the budget less "
+        f"what is kept free for other data, and did so again when {over} bytes less were planned for. Give a budget of "
+        f"{settings.budget + over} bytes.",
         smallest_budget=settings.budget + over,
         bound=plan.smallest_bound,
         blocking="",
