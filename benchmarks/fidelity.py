@@ -115,11 +115,17 @@ class Loop:
         return torch.autocast("cpu", torch.bfloat16, enabled=self.is_bf16)
 
     def forward_backward(self, batch: Any) -> None:
-        """Outputs are held through the backward."""
+        """All outputs are held through the backward, as `outputs = model(...)` does."""
+        outputs: list[Any] = []
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            outputs.append(self.model(*args, **kwargs))
+            return outputs[-1]
+
         with self.autocast():
-            output, loss = self.case.loss(self.model, batch)
+            loss = self.case.loss(call, batch)[1]  # type: ignore[arg-type]
         loss.backward()
-        del output
+        outputs.clear()
 
     def step(self) -> None:
         """One step; with accumulation two batches."""

@@ -25,9 +25,16 @@ _MASKS = (torch.bool, torch.uint8)
 
 def data_dependent_ops(run: Runner) -> list[str]:
     """Names of the ops of a forward whose outputs have sizes that depend on the data."""
-    run.prepare()
-    with torch.no_grad(), _Sizes() as seen:
-        run.model(*run.inputs.args, **run.inputs.kwargs)
+    seen = _Sizes()
+    for has_grad in (False, True):
+        run.prepare()
+        try:
+            with torch.set_grad_enabled(has_grad), seen:
+                run.model(*run.inputs.args, **run.inputs.kwargs)
+            break
+        except RuntimeError:  # a forward that differentiates needs gradients, and then holds what it saves
+            if has_grad:
+                raise
     run.prepare()
     return sorted(seen.names)
 
