@@ -117,3 +117,21 @@ def test_the_command_says_so(invoke: Callable[..., Any]) -> None:
     for offer in answer["rewrites"]:
         assert offer["smallest_budget"] < answer["smallest_budget"]
     assert ["optimizer_in_backward"] in [offer["rewrites"] for offer in answer["rewrites"]]
+
+
+def test_offers_for_a_card_are_of_reserved_bytes() -> None:
+    """The budget bounds what the allocator reserves, and so do the bytes of the offers: they are planned within."""
+    torch.manual_seed(0)
+    model, ids = Words(classes=30_000, width=96), torch.randint(0, 50, (8, 150))
+    options: dict[str, Any] = {"on": "rtx4090", "optimizer": torch.optim.AdamW(model.parameters())}
+    with pytest.raises(InfeasibleBudget, match="reserved") as caught:
+        keepless.plan(model, ids, "40MiB", **options)
+    error = caught.value
+    assert (CHUNKED_LOSS,) in error.rewrites
+    for names, nbytes in error.rewrites.items():
+        plan = keepless.plan(model, ids, nbytes, rewrites=names, **options)
+        assert plan.allocation is not None
+        assert plan.predicted_peak < plan.allocation.reserved <= nbytes < error.smallest_budget
+        assert plan.smallest_budget == nbytes
+        gain = format_bytes(error.smallest_budget - nbytes)
+        assert f"rewrites={names} lowers the smallest budget by {gain} to {format_bytes(nbytes)}" in str(error)

@@ -13,14 +13,20 @@ import torch
 
 from keepless.binding import Binding
 from keepless.capture import FlatInputs, lower, trace_step
+from keepless.capture.target import Target
+from keepless.control.allocating import allocation_of
 from keepless.control.captured import Measured, Settings
+from keepless.control.elsewhere import faking_for, loss_work, step_elsewhere, target_of
 from keepless.control.reserve import with_reserve
 from keepless.control.room import room_for_trials, split_by_room
 from keepless.control.trials import cost_model, held_nbytes, op_trials, untouched
+from keepless.control.works import works_of
+from keepless.cost import CostModel
 from keepless.errors import InfeasibleBudget, KeeplessError
-from keepless.ir import format_bytes
+from keepless.ir import Graph, format_bytes
 from keepless.machine import OPTIMIZER_IN_BACKWARD, REWRITES
 from keepless.measure import OpCost, measure_scratch, optimizer_updates
+from keepless.measure.card import CardAllocator
 from keepless.solve import SOLVERS, named_solver, smallest
 
 _LEAST_GAIN = 0.005
@@ -65,8 +71,8 @@ def with_offers(
 ) -> InfeasibleBudget:
     """The error with what rewrites would gain, first among what would help."""
     base = error.smallest_budget
-    if settings.card is not None or named_solver(settings.solver) is not SOLVERS["keepless"]:
-        base = with_reserve(smallest(measured.graph, measured.cost).peak)  # other bytes are in the error's
+    if measured.num_unrun or named_solver(settings.solver) is not SOLVERS["keepless"]:  # other bytes are in the error's
+        base = _budget_of(measured.graph, measured.cost, settings.card)
     offers = find_offers(model, flat, batch, measured, settings, optimizer, base)
     if not offers:
         return error
@@ -99,11 +105,13 @@ def find_offers(
     absent = [name for name in REWRITES if name not in settings.rewrites]
     if optimizer is None or settings.accumulate:
         absent = [name for name in absent if name != OPTIMIZER_IN_BACKWARD]
-    if not absent or settings.on is not None:
+    if not absent:
         return []
+    target = None if settings.on is None else target_of(model, settings.on)
+    faking = None if target is None else faking_for(target)
     try:
         with untouched(model):
-            traced = trace_step(model, flat, batch=batch, loss_fn=settings.loss_fn, grad_outputs=None)
+            traced = trace_step(model, flat, batch=batch, loss_fn=settings.loss_fn, grad_outputs=None, faking=faking)
     except KeeplessError:
         return []
     offers: list[Offer] = []
@@ -118,7 +126,11 @@ def find_offers(
                 updates = optimizer_updates(optimizer, trained, settings.optimizer)
                 own = replace(own, optimizer=replace(settings.optimizer, updates=updates))
             with untouched(model):
-                needed = _smallest_budget(lower(traced, flat, model, own.shape), measured, own, model, room)
+                binding = lower(traced, flat, model, own.shape)
+                if target is None:
+                    needed = _smallest_budget(binding, measured, own, model, room)
+                else:
+                    needed = _budget_elsewhere(binding, own, model, target, batch)
         except KeeplessError:  # it does not apply to this step
             return
         if needed is not None and base - needed > _LEAST_GAIN * base:
@@ -152,4 +164,19 @@ def _smallest_budget(
     if graph.loss_op is not None and settings.loss_fn is not None:
         loss = known[graph.ops[graph.loss_op].key]
     rewritten = cost_model(binding, known, optimizer=settings.optimizer, loss=loss, accumulate=settings.accumulate)
-    return with_reserve(smallest(binding.graph, rewritten).peak)
+    return _budget_of(binding.graph, rewritten, settings.card)
+
+
+def _budget_elsewhere(binding: Binding, settings: Settings, model: torch.nn.Module, target: Target, batch: Any) -> int:
+    """The same on a device that is not here, by its table."""
+    assert settings.on is not None
+    loss = None if settings.loss_fn is None else loss_work(binding, settings.loss_fn, batch)
+    works = works_of(binding, optimizer=settings.optimizer, loss=loss)
+    there, cost, _ = step_elsewhere(model, binding, settings.on, target, works)
+    return _budget_of(there.graph, cost, settings.card)
+
+
+def _budget_of(graph: Graph, cost: CostModel, card: CardAllocator | None) -> int:
+    """The smallest budget of a step: of the bytes that a card's allocator reserves, where that is what it bounds."""
+    low = smallest(graph, cost)
+    return with_reserve(low.peak if card is None else allocation_of(graph, low.program, cost, card).reserved)
