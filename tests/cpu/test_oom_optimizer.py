@@ -262,3 +262,27 @@ def test_a_folder_of_black_boxes_that_is_no_path_is_refused() -> None:
     with pytest.raises(ParameterError, match="black_box=3"):
         keepless.apply(model, plan, optimizer=optimizer, black_box=3)  # type: ignore[arg-type]
     assert "forward" not in vars(model)
+
+
+@pytest.mark.parametrize("engine", ["graph", "eager"])
+def test_an_optimizer_that_the_plan_does_not_count_is_refused(engine: str) -> None:
+    """An error where its bytes have no room, with the way to plan for it; a warning where they have."""
+    model = zoo.mlp(256)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    roomy = keepless.plan(model, BATCH, "1GiB", engine=engine)
+    tight = keepless.plan(model, BATCH, roomy.baseline_peak, engine=engine)
+    with pytest.raises(keepless.PlanError, match="counts no optimizer, and this AdamW has") as caught:
+        keepless.apply(model, tight, optimizer=optimizer)
+    assert "keepless.plan(model, batch, budget, optimizer=optimizer)" in str(caught.value)
+    assert "forward" not in vars(model)
+    assert "step" not in vars(optimizer)
+    with pytest.warns(UserWarning, match="the plan counts no optimizer") as told:
+        keepless.apply(model, roomy, optimizer=optimizer)
+    assert told[0].filename == __file__
+    keepless.remove(model)
+    keepless.apply(
+        model, tight, optimizer=torch.optim.SGD(model.parameters(), 1e-2, foreach=False)
+    )  # it fits below the peak
+    keepless.remove(model)
+    keepless.apply(model, keepless.plan(model, BATCH, "1GiB", engine=engine, optimizer=optimizer))  # not looked after
+    keepless.remove(model)

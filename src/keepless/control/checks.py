@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 
 import torch
@@ -53,15 +54,16 @@ def check_optimizer(optimizer: torch.optim.Optimizer, model: torch.nn.Module) ->
 
 
 def check_planned_optimizer(optimizer: torch.optim.Optimizer, model: torch.nn.Module, plan: Plan) -> None:
-    """Refuses an optimizer with which the planned step would be above its budget. A plan that counts none is for the
-    forward and the backward alone, and says nothing of any.
+    """Refuses an optimizer with which the planned step would be above its budget: one that needs more than the plan's,
+    or any where the plan counts none. One that the plan leaves out and that is within the budget all the same is a
+    warning.
 
     Raises:
-        PlanError: its state, or the temporaries of its step, need more than the plan's optimizer.
+        PlanError: its state, or the temporaries of its step, would come on top.
     """
     last = next((op.id for op in plan.graph.ops if op.phase is Phase.OPTIMIZER), None)
-    planned = plan.signature.get("state_nbytes")
-    if not isinstance(planned, int) or (last is None and not plan.rewrites and not planned):
+    planned, is_counted = plan.signature.get("state_nbytes"), plan.signature.get("has_optimizer")
+    if not isinstance(planned, int) or not isinstance(is_counted, bool):
         return
     params = [p for p in model.parameters() if p.requires_grad]
     try:
@@ -69,16 +71,31 @@ def check_planned_optimizer(optimizer: torch.optim.Optimizer, model: torch.nn.Mo
     except MeasureError:
         return
     name, limit = type(optimizer).__name__, plan.budget.limits["device"]
+    state = f"{format_bytes(footprint.state_nbytes)} and {format_bytes(footprint.scratch_nbytes)} of temporaries"
     peak = plan.predicted_peak + footprint.state_nbytes - planned
     if last is not None:
         scratch = list(plan.cost.scratch)
         scratch[last] = footprint.scratch_nbytes
         cost = replace(plan.cost, scratch=tuple(scratch))
         peak = simulate(plan.graph, plan.program, cost).peak + footprint.state_nbytes - planned
+    elif not is_counted:
+        after = plan.predicted.events[-1].resident if plan.predicted.events else 0
+        peak = max(peak, after + footprint.state_nbytes + footprint.scratch_nbytes)
+    if peak > limit and is_counted:
+        raise PlanError(
+            f"The plan counts {format_bytes(planned)} of optimizer state, and this {name} has {state}: the step would "
+            f"need {format_bytes(peak)}, above the budget of {format_bytes(limit)}. Plan again with this optimizer."
+        )
+    if is_counted or peak <= plan.predicted_peak:
+        return
+    remedy = "keepless.plan(model, batch, budget, optimizer=optimizer) counts it"
     if peak > limit:
         raise PlanError(
-            f"The plan counts {format_bytes(planned)} of optimizer state, and this {name} has "
-            f"{format_bytes(footprint.state_nbytes)} and {format_bytes(footprint.scratch_nbytes)} of temporaries: the "
-            f"step would need {format_bytes(peak)}, above the budget of {format_bytes(limit)}. Plan again with this "
-            "optimizer."
+            f"The plan counts no optimizer, and this {name} has {state}: the step would need {format_bytes(peak)}, "
+            f"above the budget of {format_bytes(limit)}. {remedy}."
         )
+    warnings.warn(
+        f"Keepless: the plan counts no optimizer: with the state of this {name}, {state}, the step needs "
+        f"{format_bytes(peak)}, within the budget, but not what the plan says. {remedy}.",
+        stacklevel=4,
+    )
