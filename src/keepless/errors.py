@@ -19,7 +19,7 @@
     |   |-- StaleTensorError a parameter or input was changed between forward and backward
     |   |-- ReplayError      a second or double backward that cannot be replayed
     |   |-- OutOfMemory      an allocation failed and nothing was left to tighten; carries `.suggested_budget`
-    |   |-- TornStep         an optimizer ran out of memory half way; carries `.updated` and `.half_updated`
+    |   |-- TornStep         an optimizer's step ended half way; carries `.updated` and `.half_updated`
     |   `-- RecomputeError   a checkpointed region cannot be run again as it ran
     |-- PlanError            a plan file that cannot be read, or was made for something else
     |-- ProgramError         a program breaks a rule of the machine; carries `.rule` and `.index`
@@ -153,7 +153,8 @@ class OutOfMemory(StepError):
 
 
 class TornStep(StepError):
-    """An optimizer ran out of memory in the middle of its step: the parameters are no state of the training any more.
+    """An optimizer ran out of memory in the middle of its step, or a backward in which it steps did not reach its end:
+    the parameters are no state of the training any more.
 
     Attributes:
         updated: names of the parameters whose update is complete.

@@ -597,3 +597,96 @@ def test_an_update_without_memory_is_a_torn_step() -> None:
     assert len(changed) == 2
     assert not changed & set(caught.value.half_updated)
     assert all(p is q for p, q in zip(optimizer.param_groups[0]["params"], model.parameters(), strict=True))
+
+
+# ---- backwards that do not come to their end
+
+
+def interrupted(model: nn.Module, batch: torch.Tensor, where: str) -> None:
+    """A step that Ctrl-C ends in its backward, in a hook of one parameter's gradient."""
+
+    def press(grad: torch.Tensor) -> None:
+        raise KeyboardInterrupt
+
+    handle = dict(model.named_parameters())[where].register_hook(press)
+    with pytest.raises(KeyboardInterrupt):
+        models.loss_in(model(batch)).backward()
+    handle.remove()
+
+
+def planned_layers() -> tuple[nn.Module, torch.Tensor, torch.optim.Optimizer]:
+    """Six layers whose smallest plan delivers their gradients one by one."""
+    torch.manual_seed(0)
+    layers = [part for _ in range(6) for part in (nn.Linear(64, 64, bias=False), nn.Tanh())]
+    model, batch = models.Loss(nn.Sequential(*layers)), torch.randn(5, 64)
+    optimizer = optim.AdamW(model.parameters(), lr=1e-2)
+    smallest = keepless.plan(model, batch, PLENTY, optimizer=optimizer, rewrites=REWRITES).smallest_budget
+    plan = keepless.plan(model, batch, smallest, optimizer=optimizer, rewrites=REWRITES)
+    keepless.apply(model, plan, optimizer=optimizer)
+    return model, batch, optimizer
+
+
+@pytest.mark.parametrize("next_one", ["forward", "step", "another shape"])
+def test_an_interrupted_backward_is_told_at_the_next_step(next_one: str) -> None:
+    """The names are those whose bits have changed; it is told once, before anything else changes."""
+    model, batch, optimizer = planned_layers()
+    train(model, batch, optimizer, 2)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    interrupted(model, batch, "module.4.weight")
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert 0 < len(changed) < len(before)
+    now = {name: p.detach().clone() for name, p in model.named_parameters()}
+    other = torch.randn(9, 64)
+    go_on = {"forward": lambda: model(batch), "step": optimizer.step, "another shape": lambda: model(other)}[next_one]
+    with pytest.raises(TornStep, match=f"{len(changed)} of 6 parameters were updated") as caught:
+        go_on()
+    assert set(caught.value.updated) == changed
+    assert caught.value.half_updated == ()
+    assert all(torch.equal(p, now[name]) for name, p in model.named_parameters())
+    train(model, batch, optimizer, 2)  # told: the loop may go on
+
+
+def test_an_interrupted_backward_whose_weights_are_loaded_again_is_not_told() -> None:
+    """After load_state_dict training goes on, as if that backward had not been: the same bits."""
+    model, batch, optimizer = planned_layers()
+    twin = models.Loss(copy.deepcopy(model.module))
+    plain = optim.AdamW(twin.parameters(), lr=1e-2)
+    train(model, batch, optimizer, 2)
+    train(twin, batch, plain, 2)
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    interrupted(model, batch, "module.4.weight")
+    model.load_state_dict(saved[0])
+    optimizer.load_state_dict(saved[1])
+    assert different(train(model, batch, optimizer, 2), train(twin, batch, plain, 2)) == []
+
+
+def test_an_interrupted_update_is_named_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parameter in whose update it came may be updated in part."""
+    model, batch, optimizer = planned_layers()
+    train(model, batch, optimizer, 1)
+    own, calls = type(optimizer).step, []
+
+    def pressed(self: Any, closure: Any = None) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return own(self, closure)
+
+    monkeypatch.setattr(type(optimizer), "step", pressed)
+    with pytest.raises(KeyboardInterrupt):
+        models.loss_in(model(batch)).backward()
+    monkeypatch.setattr(type(optimizer), "step", own)
+    with pytest.raises(TornStep, match="may be in part") as caught:
+        model(batch)
+    assert len(caught.value.updated) == 2
+    assert len(caught.value.half_updated) == 1
+    assert not set(caught.value.updated) & set(caught.value.half_updated)
+
+
+def test_an_interrupt_before_any_update_is_nothing() -> None:
+    """The last layer's gradient comes first."""
+    model, batch, optimizer = planned_layers()
+    before = [p.detach().clone() for p in model.parameters()]
+    interrupted(model, batch, "module.10.weight")
+    assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+    train(model, batch, optimizer, 2)

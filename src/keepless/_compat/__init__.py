@@ -305,6 +305,11 @@ def after_gradient(param: torch.Tensor, hook: Callable[[torch.Tensor], None]) ->
     return param.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
 
 
+def at_backwards_end(call: Callable[[], None]) -> None:
+    """Inside a backward: calls this when it has come to its end, and not where it ends by an error."""
+    torch.autograd.Variable._execution_engine.queue_callback(call)
+
+
 def capture_errors() -> tuple[type[BaseException], ...]:
     """What fake tensors raise for ops that they do not know, whatever the batch."""
     from torch._subclasses import fake_tensor

@@ -97,6 +97,8 @@ class PlannedForward(StandingForward):
             if _compat.dynamo_traces() and torch.is_grad_enabled():
                 return _outside_compiler(self, args, kwargs)
             return self._unplanned(args, kwargs)
+        if self.updater is not None:
+            self.updater.check()
         if self.news:
             self._take_over()
         reason = ""
