@@ -9,6 +9,7 @@ import torch
 
 from keepless.errors import MeasureError
 from keepless.measure._profiler import traced_between_marks
+from keepless.measure.steps import uncollected
 
 Mark = Callable[[int], None]
 """Called where a part begins, with its label."""
@@ -38,7 +39,8 @@ def memory_parts(call: Callable[[Mark], object], device: torch.device) -> list[P
     if device.type == "cuda":
         return _by_allocator(call, device)
     try:
-        events = traced_between_marks(lambda mark: call(lambda label: mark(str(label))))
+        with uncollected():
+            events = traced_between_marks(lambda mark: call(lambda label: mark(str(label))))
     except RuntimeError as error:
         if "profiler" not in str(error):
             raise

@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import gc
+from collections.abc import Callable, Iterator
 
 import torch
 
 from keepless.measure._profiler import run_traced
+
+
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """Python collects no rings of objects inside the block, and all that there are before it.
+
+    Else tensors that such rings held would go at one moment or another, those from before the block among them.
+    """
+    was_on = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def increments(call: Callable[[], object], device: torch.device) -> int:
@@ -23,7 +41,8 @@ def increments(call: Callable[[], object], device: torch.device) -> int:
         call()
         torch.cuda.synchronize(device)
         return max(0, torch.cuda.max_memory_allocated(device) - before)
-    _, events = run_traced(call)
+    with uncollected():
+        _, events = run_traced(call)
     level = highest = 0
     for nbytes in events:
         level += nbytes
