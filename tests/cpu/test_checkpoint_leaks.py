@@ -80,3 +80,22 @@ def test_a_watched_call_that_an_early_stop_ends_holds_nothing() -> None:
     for _ in range(3):
         step()
     assert [reference.expired() for reference in inputs] == [True] * 3
+
+
+@pytest.mark.usefixtures("_no_collector")
+def test_a_region_inside_a_watched_one_does_not_hold_what_that_was_given() -> None:
+    """The outer region writes its input, of which it keeps a copy; the caller lets go of the input itself."""
+    profile.forget_regions()
+
+    def outer(value: Tensor) -> Tensor:
+        return keepless.checkpoint(torch.tanh, value.mul_(2) * 1.0, use_reentrant=False)
+
+    leaf = torch.linspace(0, 1, 64, requires_grad=True)
+    x = leaf * 1.0
+    given = StorageWeakRef(x.untyped_storage())
+    found = keepless.checkpoint(outer, x, use_reentrant=False)
+    del x
+    assert given.expired()
+    found.sum().backward()
+    assert leaf.grad is not None
+    torch.testing.assert_close(leaf.grad, 2 * (1 - torch.tanh(2 * leaf.detach()) ** 2))

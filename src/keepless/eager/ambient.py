@@ -21,7 +21,7 @@ class Ambient:
     def __init__(self) -> None:
         self.flags = _compat.ambient_flags()
         self.autocast: Autocast | None = _autocast() if _compat.any_autocast() else None
-        self.modes = _compat.function_mode_stack()
+        self.modes = _modes()
 
     def is_now(self) -> bool:
         """Whether the surroundings are the same now."""
@@ -33,7 +33,7 @@ class Ambient:
         )
 
     def _has_modes(self) -> bool:
-        return _same(_compat.function_mode_stack(), self.modes)
+        return _same(_modes(), self.modes)
 
     @contextlib.contextmanager
     def again(self) -> Iterator[None]:
@@ -51,10 +51,15 @@ class Ambient:
                     stack.enter_context(
                         torch.amp.autocast(device_type, enabled=enabled, dtype=dtype, cache_enabled=False)
                     )
-            modes = _compat.function_mode_stack()
-            if not _same(modes, self.modes):
+            if not _same(_modes(), self.modes):
                 stack.enter_context(_compat.function_modes_replaced(self.modes))
             yield
+
+
+def _modes() -> list[Any]:
+    """The torch-function modes around this call, but for those that watch a region: they hold what it was given, and
+    a region inside it would hold them."""
+    return [mode for mode in _compat.function_mode_stack() if not getattr(mode, "watches_region", False)]
 
 
 def _same(one: list[Any], other: list[Any]) -> bool:

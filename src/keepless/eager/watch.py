@@ -107,6 +107,8 @@ class Watch(TorchFunctionMode):
         tail: how many calls of torch came after the last one that saved something.
     """
 
+    watches_region = True
+
     def __init__(self, inputs: list[torch.Tensor], count: Callable[[], int]) -> None:
         super().__init__()
         self.given: dict[Any, list[tuple[int, torch.Tensor]]] = {}
