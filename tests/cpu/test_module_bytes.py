@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import keepless
+from keepless.measure.parts import memory_parts
+from keepless.measure.steps import increments
 
 
 class LargeHead(nn.Module):
@@ -110,3 +113,67 @@ def test_a_kept_call_holds_no_input_and_casts_end_with_autocast(is_bf16: bool, s
     assert plan.measured_peak <= budget
     assert plan.predicted_peak == pytest.approx(plan.measured_peak, rel=0.005)
     assert plan.num_replays == 0 or share < 1.0
+
+
+class TiedHead(nn.Module):
+    """An embedding whose weight is the head's, too: half of its gradient waits for the other through all blocks."""
+
+    def __init__(self, width: int = 64, words: int = 2048) -> None:
+        super().__init__()
+        self.words = nn.Embedding(words, width)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)) for _ in range(2)
+        )
+        self.head = nn.Linear(width, words, bias=False)
+        self.head.weight = self.words.weight
+
+    def forward(self, ids: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The loss of the first words."""
+        x = self.words(ids)
+        for block in self.blocks:
+            x = block(x)
+        return {"loss": F.cross_entropy(self.head(x[: len(labels)]).float(), labels)}
+
+
+@pytest.mark.parametrize(("engine", "is_bf16"), [("eager", False), ("eager", True), ("blocks", False)])
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_part_of_a_tied_gradient_waits_for_the_rest(engine: str, is_bf16: bool, accumulate: bool) -> None:
+    """Whether or not autocast cast the weight, and whether or not a gradient stands to which the sum is added."""
+    torch.manual_seed(0)
+    model = TiedHead()
+    batch = {"ids": torch.randint(0, 2048, (512,)), "labels": torch.randint(0, 2048, (8,))}
+    with torch.autocast("cpu", torch.bfloat16, enabled=is_bf16):
+        plan = keepless.plan(model, batch, "1GiB", engine=engine, accumulate=accumulate, cache=False)
+    assert plan.measured_peak is not None
+    assert plan.predicted_peak == pytest.approx(plan.measured_peak, rel=0.01)
+    moved = {value.name: value.nbytes for value in plan.graph.values}
+    assert ("sum.words.weight" in moved) is accumulate
+
+
+class _Ring:
+    """An object that only the garbage collector frees."""
+
+    def __init__(self) -> None:
+        self.itself, self.tensor = self, torch.ones(4096)
+
+
+@pytest.mark.parametrize("every", [1, 100_000])
+def test_bytes_do_not_depend_on_when_python_collects(every: int) -> None:
+    """Neither rings from before the call nor its own are freed in the middle of it."""
+    device, before = torch.device("cpu"), gc.get_threshold()
+    rings = [_Ring() for _ in range(20)]
+
+    def call() -> list[torch.Tensor]:
+        for _ in range(20):
+            _Ring()
+        return [torch.ones(1024) for _ in range(20)]
+
+    gc.set_threshold(every)
+    try:
+        del rings
+        assert increments(call, device) == 20 * 4 * (4096 + 1024)
+        parts = memory_parts(lambda mark: (call(), mark(0), call()), device)
+        assert [part.peak for part in parts] == [20 * 4 * (4096 + 1024), 2 * 20 * 4 * (4096 + 1024)]
+        assert gc.isenabled()
+    finally:
+        gc.set_threshold(*before)

@@ -42,6 +42,20 @@ def is_cast_for_several(found: dict[tuple[Any, int], set[Any]], parameter: torch
     return any(node.name().startswith("ToCopyBackward") and len(found.get((node, 0), ())) > 1 for node in casts)
 
 
+def readers_of(found: dict[tuple[Any, int], set[Any]], parameter: torch.Tensor) -> tuple[list[int], list[list[int]]]:
+    """Numbers of the nodes that read a parameter; and for each of them that casts it for several others, its own number
+    and theirs.
+
+    Arguments:
+        found: edges of the graph -> the nodes behind them.
+    """
+    edge = torch.autograd.graph.get_gradient_edge(parameter)
+    readers = found.get((edge.node, edge.output_nr), ())
+    casts = [(node, found.get((node, 0), ())) for node in readers if node.name().startswith("ToCopyBackward")]
+    shared = [[node_number(cast), *map(node_number, others)] for cast, others in casts if len(others) > 1]
+    return [node_number(node) for node in readers], shared
+
+
 def next_node_number() -> int:
     """The number that the next autograd node of this thread gets."""
     home: Any = torch.autograd

@@ -113,12 +113,12 @@ class StepGraph:
     def _parameter_gradients(self) -> set[int]:
         """The values of gradients; where they stand already, one value for all, and it is static."""
         sizes = {name: p.numel() * p.element_size() for name, p in self.model.named_parameters()}
+        begun = self._begun(sizes)
         if self.shape.accumulate:
             total = sum(sizes[name] for name in self.gradients)
             self.static.add(self.values.new("grad.existing", total, Kind.GRAD))
             return set()
         found: set[int] = set()
-        begun = self._begun()
         for name, op in self.gradients.items():
             value = self.values.new(f"grad.{name}", sizes[name], Kind.GRAD)
             self.makes[max(min(op, begun.get(name, op)), self.count)].add(value)
@@ -127,18 +127,21 @@ class StepGraph:
         self.pinned |= found
         return found
 
-    def _begun(self) -> dict[str, int]:
+    def _begun(self, sizes: Mapping[str, int]) -> dict[str, int]:
         """The backward op in which a parameter that is used several times gets the first part of its gradient.
 
-        Autograd holds the sum of the parts aside until all are there.
+        Sums that are not the gradient itself, or that come to one which stands already, are values of their own.
         """
-        survey, cut = self.survey, self.cut
-        names = {survey.book.number_of(p): name for name, p in self.model.named_parameters()}
         found: dict[str, int] = {}
-        for item in survey.saved:
-            name = names.get(item.storage)
-            if name is not None:
-                found[name] = cut.tree.backward(cut.piece_of(item.moment))
+        backward, piece_of = self.cut.tree.backward, self.cut.piece_of
+        for item in self.survey.sums:
+            first, last = backward(piece_of(item.last)), backward(piece_of(item.first))
+            if not item.nbytes and not self.shape.accumulate:
+                found[item.name] = first
+            elif first < last and item.name in self.gradients:
+                part = self.values.new(f"sum.{item.name}", item.nbytes or sizes[item.name], Kind.GRAD)
+                self.makes[first].add(part)
+                self.reads[last].add(part)
         return found
 
     def _activations(self) -> None:

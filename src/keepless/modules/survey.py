@@ -8,6 +8,7 @@ tensors at once: it is surveyed again with everything kept.
 from __future__ import annotations
 
 import weakref
+from bisect import bisect_right
 from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 from typing import Any
@@ -73,6 +74,23 @@ class Saved:
     moment: int
 
 
+@dataclass(frozen=True, slots=True)
+class Sum:
+    """A sum of parts of a gradient.
+
+    Arguments:
+        name: of the parameter.
+        first: moment of the forward whose backward gives the last part.
+        last: moment of the one whose backward gives the first part.
+        nbytes: of the sum; 0 where it is the parameter's gradient itself.
+    """
+
+    name: str
+    first: int
+    last: int
+    nbytes: int = 0
+
+
 @dataclass
 class Survey:
     """What a forward did.
@@ -89,6 +107,7 @@ class Survey:
         end: moment at which the forward ended.
         kept_everything: it could not do without its saved tensors.
         cast_once: names of parameters that autocast casts once for several uses.
+        sums: of gradients that have several parts. Autograd holds such a sum aside until all are there.
     """
 
     book: StorageBook
@@ -102,6 +121,7 @@ class Survey:
     end: int = 0
     kept_everything: bool = False
     cast_once: frozenset[str] = frozenset()
+    sums: list[Sum] = field(default_factory=list)
 
     def nbytes(self, storages: set[int]) -> int:
         """Bytes of so many storages together."""
@@ -132,6 +152,7 @@ class _Survey:
         self.moment = 0
         self.calls = Calls()
         self.kept: list[weakref.ref[_Kept]] = []
+        self.nodes: list[tuple[int, int]] = [(0, 0)]
 
     def number_of(self, tensor: torch.Tensor) -> int:
         found = self.found
@@ -149,6 +170,11 @@ class _Survey:
         for number in self.found.book.freed():
             self.found.freed[number] = self.moment
         self.moment += 1
+        self.nodes.append((graphs.next_node_number(), self.moment))
+
+    def moment_of(self, node: int) -> int:
+        """When an autograd node was made, to the last begin or end of a call."""
+        return self.nodes[bisect_right(self.nodes, (node, self.moment)) - 1][1]
 
     def pack(self, tensor: torch.Tensor) -> Any:
         self.found.saved.append(Saved(self.number_of(tensor), self.moment))
@@ -230,6 +256,19 @@ def saved_nbytes(found: Survey, call: Call) -> int:
     return found.nbytes({storage for storage in own if found.made[storage] >= call.begin})
 
 
+def _sums(run: _Survey, name: str, parameter: torch.Tensor, readers: dict[tuple[Any, int], set[Any]]) -> list[Sum]:
+    """The sums of a parameter's gradient."""
+    nodes, casts = graphs.readers_of(readers, parameter)
+    found: list[Sum] = []
+    if len(nodes) > 1:
+        moments = sorted(map(run.moment_of, nodes))
+        found.append(Sum(name, moments[0], moments[-1]))
+    for cast, *others in casts:
+        nbytes = parameter.numel() * torch.get_autocast_dtype(run.device).itemsize
+        found.append(Sum(name, run.moment_of(cast), max(map(run.moment_of, others)), nbytes))
+    return found
+
+
 def _edge_of(tensor: torch.Tensor) -> tuple[Any, int]:
     edge = torch.autograd.graph.get_gradient_edge(tensor)
     return edge.node, edge.output_nr
@@ -295,8 +334,9 @@ def _surveyed(
             if any(graphs.node_number(node) >= look.last for node in readers.get(edge, ())):
                 look.read_later.add(position)
         look.edges.clear()
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    found.sums = [one for name, p in trained for one in _sums(run, name, p, readers)]
     if torch.is_autocast_cache_enabled():
-        trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
         found.cast_once = frozenset(name for name, p in trained if graphs.is_cast_for_several(readers, p))
     run.tick()
     found.end = run.moment
