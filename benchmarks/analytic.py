@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from benchmarks.common import RESULTS, ROOT, Table
+from keepless.control import StepOptions
 from keepless.control.planning import measure_step, read_settings
 from keepless.control.works import works_of
 from keepless.cost import Sample, Work, analytic_cost, calibrated, samples_of
@@ -69,18 +70,8 @@ def measured(name: str, size: str, seed: int) -> tuple[Graph, tuple[Work, ...], 
     workload = zoo.build(name, size, seed)
     inputs, targets = workload.batch(0)
     loss = workload.loss
-    settings = read_settings(
-        workload.model,
-        0,
-        optimizer=None,
-        loss_fn=None if loss is None else (lambda output, _: loss(output, targets)),
-        accumulate=False,
-        release_outputs=False,
-        outside=0,
-        solver="keepless",
-        seed=seed,
-        cache=True,
-    )
+    loss_fn = None if loss is None else (lambda output, _: loss(output, targets))
+    settings = read_settings(workload.model, 0, None, StepOptions(loss_fn=loss_fn, seed=seed))
     step = measure_step(workload.model, inputs, settings)
     return step.graph, works_of(step.capture.binding), step.cost
 

@@ -15,6 +15,7 @@ from keepless.control import (
     Fits,
     Progress,
     StepCurve,
+    StepOptions,
     Verification,
     max_batch,
     max_depth,
@@ -106,11 +107,7 @@ def plan(
         )
     if land:
         control.check_landing(read_rewrites(rewrites))
-    found = control.make(
-        model,
-        batch,
-        budget,
-        optimizer=optimizer,
+    options = StepOptions(
         loss_fn=loss_fn,
         accumulate=accumulate,
         release_outputs=release_outputs,
@@ -118,13 +115,11 @@ def plan(
         solver=solver,
         seed=seed,
         cache=cache,
-        progress=progress,
-        engine=engine,
-        blocks=blocks,
         takeover=takeover,
         rewrites=rewrites,
         on=on,
     )
+    found = control.make(model, batch, budget, optimizer, options, progress=progress, engine=engine, blocks=blocks)
     return control.land(model, batch, found, loss_fn=loss_fn, optimizer=None, rounds=3) if land else found
 
 
@@ -173,6 +168,7 @@ def estimate(
     outside: str | int = 0,
     on: str | os.PathLike[str] | DeviceSpec | None = None,
     takeover: bool = False,
+    rewrites: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Estimate:
     """What a training step would need, before any step is run and without a budget: bytes by category and module at
@@ -188,27 +184,26 @@ def estimate(
         estimate.plain_budget, estimate.smallest_budget     # bytes
 
     Arguments:
-        model, batch, optimizer, loss_fn, accumulate, release_outputs, outside, on, takeover: as in `plan`; the model
-            may be on the meta device.
+        model, batch, optimizer, loss_fn, accumulate, release_outputs, outside, on, takeover, rewrites: as in `plan`;
+            the model may be on the meta device.
         progress: called with (stage, done, total).
 
     Raises:
         CaptureError: the model cannot be captured as one graph; `plan` measures such a model by running it.
+        RewriteError: there is no such rewrite, or this step or optimizer does not allow it.
         MeasureError: the optimizer cannot be tried.
         DeviceError: `on` is not known, or is no CUDA device.
     """
-    return control.make_estimate(
-        model,
-        batch,
-        optimizer=optimizer,
+    options = StepOptions(
         loss_fn=loss_fn,
         accumulate=accumulate,
         release_outputs=release_outputs,
         outside=outside,
-        on=on,
         takeover=takeover,
-        progress=progress,
+        rewrites=rewrites,
+        on=on,
     )
+    return control.make_estimate(model, batch, optimizer, options, progress=progress)
 
 
 def curve(
@@ -248,23 +243,18 @@ def curve(
         SolverError: `points` is out of range, or there is no such strategy.
         CaptureError: the model cannot be captured as one graph; BatchError, LossError and ParameterError say more.
     """
-    return control.make_curve(
-        model,
-        batch,
-        optimizer=optimizer,
+    options = StepOptions(
         loss_fn=loss_fn,
         accumulate=accumulate,
         release_outputs=release_outputs,
         outside=outside,
-        points=points,
-        strategies=strategies,
         seed=seed,
         cache=cache,
-        progress=progress,
         takeover=takeover,
         rewrites=rewrites,
         on=on,
     )
+    return control.make_curve(model, batch, optimizer, options, points=points, strategies=strategies, progress=progress)
 
 
 def apply(

@@ -120,3 +120,46 @@ def test_what_cannot_be_captured_is_no_answer(invoke: Invoke) -> None:
     done = invoke("fits", "factories:looks", "-b", "1GiB")
     assert done.exit_code == 1
     assert "cannot be captured" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["--release-outputs"],
+        ["--rewrite", "optimizer_in_backward"],
+        ["--rewrite", "chunked_loss", "--optimizer", "sgd"],
+        ["--accumulate", "--outside", "100KiB"],
+    ],
+    ids=lambda words: " ".join(words) or "as it is",
+)
+def test_the_answer_holds_for_the_plan(invoke: Invoke, words: list[str]) -> None:
+    """Yes and no are those of `keepless plan` with the same words, at the largest batch and one row more."""
+    given = ["--seq-len", "16", "-b", "2200KiB", *words, "--json"]
+    search = json.loads(invoke("fits", "hf:config.json", "--max-batch", *given).stdout)["search"]
+    assert search["ended_by"] == "memory"
+    for size in (search["size"], search["next_size"]):
+        rows = ("--batch-size", str(size))
+        answer = invoke("fits", "hf:config.json", *rows, *given)
+        plan = invoke("plan", "hf:config.json", *rows, *given)
+        assert answer.exit_code == plan.exit_code == (0 if size == search["size"] else 3), plan.output
+        if plan.exit_code == 0:
+            facts = json.loads(answer.stdout)
+            made = json.loads(plan.stdout)
+            assert facts["smallest_budget"] == made["smallest_budget"] <= made["budget"]
+            assert facts["plan"]["rewrites"] == made["rewrites"]
+
+
+def test_rewrites_of_estimates(invoke: Invoke) -> None:
+    """The smallest budget is that with the rewrite; a rewrite that does not go with the step is bad usage."""
+    words = ("estimate", *GPT2, "--json", "--rewrite")
+    plain = json.loads(invoke(*words[:-1]).stdout)["smallest"]["budget"]
+    assert json.loads(invoke(*words, "optimizer_in_backward").stdout)["smallest"]["budget"] < plain
+    for wrong in (
+        ("smaller",),
+        ("optimizer_in_backward", "--accumulate"),
+        ("optimizer_in_backward", "--optimizer", "none"),
+    ):
+        done = invoke(*words, *wrong)
+        assert done.exit_code == 2, done.output
+        assert json.loads(done.stdout)["error"]["type"] == "RewriteError"

@@ -144,3 +144,19 @@ def test_accounts_of_plain_and_smallest_are_their_own() -> None:
     found = keepless.estimate(workload.model, workload.batch(0)[0])
     kept, least = (peak_account(plan).categories["activations"] for plan in (found.plain, found.smallest))
     assert least < kept / 3
+
+
+@pytest.mark.parametrize("rewrite", ["optimizer_in_backward", "chunked_loss"])
+def test_rewritten_steps_are_estimated(rewrite: str) -> None:
+    """The bytes are those of the plan with the same rewrite."""
+    workload = zoo.build("gpt2", "tiny")
+    optimizer = torch.optim.AdamW(workload.model.parameters())
+    batch = workload.batch(0)[0]
+    options: dict[str, Any] = {"optimizer": optimizer, "release_outputs": True, "rewrites": (rewrite,)}
+    found = keepless.estimate(workload.model, batch, **options)
+    plan = keepless.plan(workload.model, batch, zoo.PLENTY, cache=False, **options)
+    assert found.plain.rewrites == plan.rewrites == (rewrite,)
+    assert (found.plain.predicted_peak, found.bound) == (plan.predicted_peak, plan.smallest_bound)
+    assert found.smallest_budget == pytest.approx(plan.smallest_budget, rel=0.02)  # another search: by nominal seconds
+    assert found.steps["steady"].peak <= found.plain.predicted_peak
+    assert f"rewrite {rewrite}" in str(found)

@@ -12,11 +12,20 @@ import models
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import keepless
 from keepless.control.fits import finding, sizing
-from keepless.errors import BatchError, BudgetError, CaptureError, InfeasibleBudget, ParameterError, SizeError
+from keepless.errors import (
+    BatchError,
+    BudgetError,
+    CaptureError,
+    InfeasibleBudget,
+    ParameterError,
+    RewriteError,
+    SizeError,
+)
 from keepless.measure import measure_peak
 
 
@@ -326,3 +335,82 @@ def test_what_cannot_be_answered() -> None:
 
     with pytest.raises(CaptureError):
         keepless.max_batch(Looks(8, 8), mlp_batch, "1GiB", cache=False)
+
+
+def test_rewrites_make_larger_steps_fit() -> None:
+    """Searched as `plan` plans: what is found is a plan with the rewrite, and beyond it `plan` finds none either."""
+    layers = [part for _ in range(4) for part in (nn.Linear(100, 100), nn.Tanh())]
+    model = models.Loss(nn.Sequential(*layers))
+    optimizer = torch.optim.AdamW(model.parameters())
+
+    def make_batch(size: int) -> torch.Tensor:
+        return torch.randn(size, 100)
+
+    plain = keepless.max_batch(model, make_batch, "1MiB", optimizer=optimizer, cache=False)
+    options: dict[str, Any] = {"optimizer": optimizer, "rewrites": ("optimizer_in_backward",), "cache": False}
+    found = keepless.max_batch(model, make_batch, "1MiB", **options)
+    assert found.size > plain.size
+    assert found.plan.rewrites == ("optimizer_in_backward",)
+    assert found.next_size is not None
+    with pytest.raises(InfeasibleBudget):
+        keepless.plan(model, make_batch(found.next_size), "1MiB", **options)
+    keepless.apply(model, found.plan, optimizer=optimizer)
+    before = state_of(model)
+    models.loss_in(model(make_batch(found.size))).backward()
+    assert not any(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+
+
+def test_depth_and_length_with_rewrites() -> None:
+    """Layers with an optimizer of each model; texts whose logits are made in chunks."""
+    batch = torch.randn(4, 100)
+
+    def make_model(depth: int) -> nn.Module:
+        layers = [part for _ in range(depth) for part in (nn.Linear(100, 100), nn.Tanh())]
+        return models.Loss(nn.Sequential(*layers))
+
+    options: dict[str, Any] = {"make_optimizer": torch.optim.AdamW, "cache": False}
+    plain = keepless.max_depth(make_model, batch, "2MiB", **options)
+    found = keepless.max_depth(make_model, batch, "2MiB", rewrites=("optimizer_in_backward",), **options)
+    assert found.size > plain.size
+    assert found.plan.rewrites == ("optimizer_in_backward",)
+    with pytest.raises(RewriteError, match="make_optimizer= of max_depth"):
+        keepless.max_depth(make_model, batch, "2MiB", rewrites=("optimizer_in_backward",), cache=False)
+
+    class Words(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wte, self.head = nn.Embedding(50, 24), nn.Linear(24, 2000, bias=False)
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return F.cross_entropy(self.head(self.wte(ids)).flatten(0, 1), ids.flatten())
+
+    def make_batch(length: int) -> torch.Tensor:
+        return torch.zeros(4, length, dtype=torch.long)
+
+    lengths = [
+        keepless.max_length(Words(), make_batch, "8MiB", rewrites=names, cache=False, high=2048).size
+        for names in ((), ("chunked_loss",))
+    ]
+    assert lengths[1] > 2 * lengths[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"rewrites": ("shorter",)}, "no rewrite 'shorter'"),
+        ({"rewrites": "chunked_loss"}, "no sequence of names"),
+        ({"rewrites": ("optimizer_in_backward",)}, "give it, as optimizer="),
+        ({"rewrites": ("optimizer_in_backward",), "optimizer": True, "accumulate": True}, "adds to gradients"),
+        ({"rewrites": ("chunked_loss",)}, "chunked_loss"),
+    ],
+)
+def test_rewrites_that_do_not_go_with_the_step(options: dict[str, Any], match: str) -> None:
+    """The same typed errors as of `plan`; for estimates, too."""
+    model = models.mlp()
+    if options.get("optimizer"):
+        options = {**options, "optimizer": torch.optim.AdamW(model.parameters())}
+    with pytest.raises(RewriteError, match=match):
+        keepless.max_batch(model, mlp_batch, "1GiB", cache=False, **options)
+    with pytest.raises(RewriteError, match=match):
+        keepless.estimate(model, mlp_batch(4), **options)
+    assert "forward" not in model.__dict__

@@ -122,22 +122,12 @@ def test_calibrated_on_a_step_the_cpu_predicts_it() -> None:
     Sums of shares of classes are exact but for ops whose other bound is longer and for launches: 25 % is three times
     what six models showed (`benchmarks/results/analytic.csv`).
     """
+    from keepless.control import StepOptions
     from keepless.control.planning import measure_step, read_settings
 
     model = Loss(nn.Sequential(nn.Linear(256, 512), nn.GELU(), nn.LayerNorm(512), nn.Linear(512, 256)))
     batch = Inputs(torch.randn(512, 256))
-    settings = read_settings(
-        model,
-        0,
-        optimizer=None,
-        loss_fn=None,
-        accumulate=False,
-        release_outputs=False,
-        outside=0,
-        solver="keepless",
-        seed=0,
-        cache=False,
-    )
+    settings = read_settings(model, 0, None, StepOptions(cache=False))
     step = measure_step(model, batch, settings)
     works = works_of(step.capture.binding)
     device = probed_device("cpu")

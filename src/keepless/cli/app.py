@@ -54,6 +54,7 @@ from keepless.cli.session import (
     check_target,
     planning,
     read_budget,
+    read_nbytes,
     session,
 )
 from keepless.cli.timelines import timeline_command
@@ -120,7 +121,7 @@ def plan_command(
             "rewrites": rewrite or (),
             "accumulate": accumulate,
             "release_outputs": release_outputs,
-            "outside": read_budget(outside),
+            "outside": read_nbytes(outside),
             "cache": cache,
             "land": land,
         }

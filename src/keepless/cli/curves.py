@@ -25,7 +25,7 @@ from keepless.cli.options import (
     SeqLen,
     TakeoverOption,
 )
-from keepless.cli.session import UsageError, check_picture, check_target, planning, read_budget, session
+from keepless.cli.session import UsageError, check_picture, check_target, planning, read_budget, read_nbytes, session
 from keepless.ir.budget import MAX_NBYTES, parse_bytes
 from keepless.report.tables import plan_dict, verdict
 
@@ -76,7 +76,7 @@ def curve_command(
             "loss_fn": built.loss_fn,
             "accumulate": accumulate,
             "release_outputs": release_outputs,
-            "outside": read_budget(outside),
+            "outside": read_nbytes(outside),
             "points": points,
             "strategies": strategy or None,
             "cache": cache,

@@ -13,11 +13,12 @@ from keepless.cli.options import (
     Outside,
     PlannedDevice,
     Releases,
+    RewriteOption,
     Seed,
     SeqLen,
     TakeoverOption,
 )
-from keepless.cli.session import planning, read_budget, session
+from keepless.cli.session import planning, read_nbytes, session
 from keepless.report.account import peak_account
 from keepless.report.account_table import account_table
 
@@ -34,6 +35,7 @@ def estimate_command(
     release_outputs: Releases = False,
     outside: Outside = "0",
     takeover: TakeoverOption = False,
+    rewrite: RewriteOption = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -52,9 +54,10 @@ def estimate_command(
                 loss_fn=built.loss_fn,
                 accumulate=accumulate,
                 release_outputs=release_outputs,
-                outside=read_budget(outside),  # type: ignore[arg-type]
+                outside=read_nbytes(outside),
                 on=on,
                 takeover=takeover,
+                rewrites=rewrite or (),
                 progress=progress,
             )
         current.answer = found.as_dict()

@@ -18,10 +18,11 @@ from keepless.cli.options import (
     Outside,
     PlannedDevice,
     Releases,
+    RewriteOption,
     Seed,
     TakeoverOption,
 )
-from keepless.cli.session import INFEASIBLE, Session, UsageError, planning, read_budget, session
+from keepless.cli.session import INFEASIBLE, Session, UsageError, planning, read_budget, read_nbytes, session
 from keepless.errors import CaptureError, InfeasibleBudget, SizeError
 from keepless.ir import format_bytes
 from keepless.machine.elsewhere import describe_elsewhere, margin_of
@@ -56,10 +57,11 @@ def fits_command(
     device: PlannedDevice = "cpu",
     seed: Seed = 0,
     accumulate: Accumulates = False,
-    release_outputs: Releases = True,
+    release_outputs: Releases = False,
     outside: Outside = "0",
     cache: Caches = True,
     takeover: TakeoverOption = False,
+    rewrite: RewriteOption = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -86,21 +88,23 @@ def fits_command(
         options: dict[str, Any] = {
             "accumulate": accumulate,
             "release_outputs": release_outputs,
-            "outside": read_budget(outside),
+            "outside": read_nbytes(outside),
             "cache": cache,
+            "takeover": takeover,
+            "rewrites": rewrite or (),
             "on": on,
         }
         wanted = 1.0 if budget is None else read_budget(budget)
         subject = Sized(recipe, given)
         if max_batch or max_length or max_depth:
             axis = "batch" if max_batch else "length" if max_length else "depth"
-            found = _search(subject, axis, wanted, options, takeover, max_overhead=max_overhead)
+            found = _search(subject, axis, wanted, options, max_overhead=max_overhead)
             _show_search(current, subject, found, price)
         else:
-            _check(current, subject, wanted, options, takeover, max_overhead, price)
+            _check(current, subject, wanted, options, max_overhead, price)
 
 
-def _search(subject: Sized, axis: str, budget: object, options: dict[str, Any], takeover: bool, **limits: Any) -> Fits:
+def _search(subject: Sized, axis: str, budget: str | int | float, options: dict[str, Any], **limits: Any) -> Fits:
     from keepless import api
 
     subject.check(axis)
@@ -108,10 +112,11 @@ def _search(subject: Sized, axis: str, budget: object, options: dict[str, Any], 
     options = options | limits | {"loss_fn": built.loss_fn}
     with planning(f"largest {axis}") as progress:
         if axis == "depth":
+            del options["takeover"]  # of a model that is there
             return api.max_depth(
                 subject.model,
                 built.batch,
-                budget,  # type: ignore[arg-type]
+                budget,
                 make_optimizer=subject.make_optimizer,
                 progress=progress,
                 **options,
@@ -121,9 +126,8 @@ def _search(subject: Sized, axis: str, budget: object, options: dict[str, Any], 
         return find(
             built.model,
             lambda size: subject.batch(axis, size),
-            budget,  # type: ignore[arg-type]
+            budget,
             optimizer=built.optimizer,
-            takeover=takeover,
             progress=progress,
             **options,
         )
@@ -140,9 +144,8 @@ def _show_search(current: Session, subject: Sized, found: Fits, price: float | N
 def _check(
     current: Session,
     subject: Sized,
-    budget: object,
+    budget: str | int | float,
     options: dict[str, Any],
-    takeover: bool,
     max_overhead: float | None,
     price: float | None,
 ) -> None:
@@ -155,11 +158,10 @@ def _check(
             plan = api.plan(
                 built.model,
                 built.batch,
-                budget,  # type: ignore[arg-type]
+                budget,
                 optimizer=built.optimizer,
                 loss_fn=built.loss_fn,
                 engine="graph",  # the others run steps to measure
-                takeover=takeover,
                 progress=progress,
                 **options,
             )
@@ -195,15 +197,14 @@ def _check(
         current.code = INFEASIBLE
         current.answer["exit_code"] = INFEASIBLE
         current.show(f"too slow: {plan.overhead:.1%} over everything kept, and {max_overhead:.1%} is allowed")
-    _instead(current, subject, budget, options, takeover, max_overhead)
+    _instead(current, subject, budget, options, max_overhead)
 
 
 def _instead(
     current: Session,
     subject: Sized,
-    budget: object,
+    budget: str | int | float,
     options: dict[str, Any],
-    takeover: bool,
     max_overhead: float | None,
 ) -> None:
     """A smaller batch that fits; with none, a shorter text."""
@@ -214,7 +215,7 @@ def _instead(
         if limits["high"] < limits["low"] or axis not in subject.sizes:
             continue
         try:
-            found = _search(subject, axis, budget, options, takeover, max_overhead=max_overhead, **limits)
+            found = _search(subject, axis, budget, options, max_overhead=max_overhead, **limits)
         except (InfeasibleBudget, SizeError, CaptureError) as error:
             current.show(f"no smaller {axis} fits: {error}".split(": the", 1)[0])
             continue

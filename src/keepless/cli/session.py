@@ -152,6 +152,13 @@ def read_budget(text: str) -> str | int | float:
     return text
 
 
+def read_nbytes(text: str) -> str | int:
+    """Bytes as they stand on a command line: "8GiB", or "123456"."""
+    with contextlib.suppress(ValueError):
+        return int(text)
+    return text
+
+
 def check_target(target: Path | None, source: Path | None = None) -> None:
     """Refuses, before any work, a file that cannot be written after it.
 

@@ -27,7 +27,7 @@ from keepless.cli.options import (
     SolverOption,
     TakeoverOption,
 )
-from keepless.cli.session import UsageError, check_picture, check_target, planning, read_budget, session
+from keepless.cli.session import UsageError, check_picture, check_target, planning, read_budget, read_nbytes, session
 from keepless.ir import Timeline, format_bytes
 from keepless.machine import Plan, load_plan
 from keepless.report.account import peak_account, phase_instructions
@@ -97,7 +97,7 @@ def timeline_command(
                 "takeover": takeover,
                 "accumulate": accumulate,
                 "release_outputs": release_outputs,
-                "outside": read_budget(outside),
+                "outside": read_nbytes(outside),
                 "cache": cache,
                 "on": on,
             }

@@ -17,7 +17,9 @@ from keepless.control.fits import max_length as max_length
 from keepless.control.fits import with_depth as with_depth
 from keepless.control.landing import check_landing as check_landing
 from keepless.control.landing import land as land
-from keepless.control.planning import Progress as Progress
+from keepless.control.options import Progress as Progress
+from keepless.control.options import SizeOptions as SizeOptions
+from keepless.control.options import StepOptions as StepOptions
 from keepless.control.planning import make as make
 from keepless.control.planning import read_budget as read_budget
 from keepless.control.timing import measure_timeline as measure_timeline

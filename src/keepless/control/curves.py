@@ -14,8 +14,8 @@ import torch
 from keepless.control.allocating import allocation_of, within_card
 from keepless.control.captured import Captures, Measured, Settings
 from keepless.control.checks import check_module
+from keepless.control.options import Progress, StepOptions
 from keepless.control.planning import (
-    Progress,
     measure_step,
     plan_of,
     read_budget,
@@ -24,10 +24,9 @@ from keepless.control.planning import (
 )
 from keepless.control.reserve import budget_with_reserve, explain_infeasible, with_reserve
 from keepless.control.takeover import note, turned_off
-from keepless.cost import DeviceSpec, find_device
 from keepless.errors import InfeasibleBudget
 from keepless.ir import Budget, Status
-from keepless.machine import Plan, read_rewrites
+from keepless.machine import Plan
 from keepless.machine.elsewhere import ON, describe_elsewhere
 from keepless.measure.card import CardAllocator
 from keepless.passes import from_order, reuse_storage
@@ -240,39 +239,19 @@ class StepCurve:
 def make_curve(
     model: torch.nn.Module,
     batch: Any,
-    *,
     optimizer: torch.optim.Optimizer | None,
-    loss_fn: Any,
-    accumulate: bool,
-    release_outputs: bool,
-    outside: object,
+    options: StepOptions,
+    *,
     points: int,
     strategies: Sequence[str] | None,
-    seed: int,
-    cache: bool,
     progress: Progress | None,
-    takeover: bool,
-    rewrites: Sequence[str] = (),
-    on: str | os.PathLike[str] | DeviceSpec | None = None,
 ) -> StepCurve:
     """See `keepless.curve`."""
     check_module(model)
     check_points(points)
     check_strategies(strategies)
-    settings = read_settings(
-        model,
-        0,
-        optimizer=optimizer,
-        loss_fn=loss_fn,
-        accumulate=accumulate,
-        release_outputs=release_outputs,
-        outside=outside,
-        solver="keepless",
-        seed=seed,
-        cache=cache,
-        rewrites=read_rewrites(rewrites),
-        on=None if on is None else find_device(on),
-    )
+    seed, takeover = options.seed, options.takeover
+    settings = read_settings(model, 0, optimizer, options)
     with turned_off(model, takeover):
         measured = measure_step(model, batch, settings, progress)
     note(measured.signature, takeover)

@@ -7,9 +7,8 @@ analytic costs of that device, and a wider margin.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,16 +17,17 @@ from keepless.capture import Inputs, flatten_inputs
 from keepless.control.allocating import allocation_of
 from keepless.control.captured import Measured, Settings
 from keepless.control.checks import check_module
-from keepless.control.planning import Progress, capture_call, measure_step, measuring, plan_of, read_settings
+from keepless.control.options import Progress, StepOptions
+from keepless.control.planning import capture_call, measure_step, measuring, plan_of, read_settings
 from keepless.control.positions import check_positions
 from keepless.control.reserve import with_reserve
 from keepless.control.room import room_for_trials, split_by_room
 from keepless.control.signature import batch_signature, model_signature
 from keepless.control.takeover import note, turned_off
 from keepless.control.trials import cost_model, loss_trial, op_trials, untouched
-from keepless.cost import CostModel, DeviceSpec, find_device
+from keepless.cost import CostModel
 from keepless.ir import Budget, Certificate, Graph, Kind, Phase, Status, format_bytes
-from keepless.machine import Allocation, Plan
+from keepless.machine import Allocation, Plan, describe_rewrites
 from keepless.machine.elsewhere import describe_elsewhere, device_of, margin_of
 from keepless.measure import OpCost, measure_scratch
 from keepless.report.account import peak_account
@@ -127,6 +127,7 @@ class Estimate:
             "bound": self.bound,
             "margin": self.margin,
             "device": self.device,
+            "rewrites": list(self.plain.rewrites),
             "num_unrun": self.num_unrun,
             "allocations": [one.as_dict() for one in self.allocations],
             "largest_ops": [
@@ -143,6 +144,7 @@ class Estimate:
             estimate_text(self.smallest, "smallest plan found", self.smallest_budget),
             f"no plan needs less than {format_bytes(self.bound)}; {off}",
             *(f"allocator, {name}: {one}" for name, one in zip(("plain", "smallest"), self.allocations, strict=False)),
+            *describe_rewrites(self.plain.rewrites),
             *describe_elsewhere(self.plain.signature, self.plain.cost.spread),
             *(
                 [f"{self.num_unrun} ops need more than the device has: their scratch bytes are left out"]
@@ -157,36 +159,19 @@ class Estimate:
 def make_estimate(
     model: torch.nn.Module,
     batch: Any,
-    *,
     optimizer: torch.optim.Optimizer | None,
-    loss_fn: Any,
-    accumulate: bool,
-    release_outputs: bool,
-    outside: object,
-    on: str | os.PathLike[str] | DeviceSpec | None,
-    takeover: bool,
+    options: StepOptions,
+    *,
     progress: Progress | None,
 ) -> Estimate:
     """See `keepless.estimate`."""
     check_module(model)
-    settings = read_settings(
-        model,
-        0,
-        optimizer=optimizer,
-        loss_fn=loss_fn,
-        accumulate=accumulate,
-        release_outputs=release_outputs,
-        outside=outside,
-        solver="keepless",
-        seed=0,
-        cache=False,
-        on=None if on is None else find_device(on),
-    )
+    settings = read_settings(model, 0, optimizer, replace(options, cache=False))
     tell = progress or _silent
-    with turned_off(model, takeover):
+    with turned_off(model, options.takeover):
         look = measure_step if settings.on is not None else _scratched
         measured = look(model, batch, settings, tell)
-    note(measured.signature, takeover)
+    note(measured.signature, options.takeover)
     tell("solve", 0, 1)
     graph, cost = measured.graph, measured.cost
     claim = Certificate("keep_all", Status.FEASIBLE)

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +21,8 @@ from keepless.control.captured import Capture, Captures, Measured, Settings, bey
 from keepless.control.checks import check_module, check_optimizer
 from keepless.control.elsewhere import faking_for, loss_work, step_elsewhere, target_of
 from keepless.control.offers import with_offers
+from keepless.control.options import Progress as Progress
+from keepless.control.options import StepOptions, check_rewrites
 from keepless.control.parts import module_plans, module_steps
 from keepless.control.parts.block_plans import BLOCKS
 from keepless.control.parts.region_plans import EAGER
@@ -30,10 +31,10 @@ from keepless.control.positions import check_positions
 from keepless.control.reserve import budget_with_reserve, explain_infeasible, with_reserve
 from keepless.control.room import room_for_trials
 from keepless.control.signature import batch_signature, model_signature, optimizer_facts
-from keepless.control.takeover import with_takeover
+from keepless.control.takeover import note, turned_off
 from keepless.control.trials import cost_model, measure_costs, measure_loss, untouched
 from keepless.control.works import works_of
-from keepless.cost import DeviceSpec, find_device
+from keepless.cost import DeviceSpec
 from keepless.errors import (
     BatchError,
     CaptureError,
@@ -68,9 +69,6 @@ ENGINES = (AUTO, GRAPH, BLOCKS, EAGER)
 """What runs a plan: the captured step, captured blocks within the model's own code, or that code alone with module
 calls that are recomputed. "auto" is the first of them that can."""
 
-Progress = Callable[[str, int, int], None]
-"""Called with (stage, done, total); stages are "capture", "measure" and "solve"."""
-
 
 def read_budget(budget: object, device: torch.device, on: DeviceSpec | None = None) -> int:
     """Bytes of a user's budget on a device; a share of one that is not here is a share of what it has for tensors.
@@ -83,30 +81,38 @@ def read_budget(budget: object, device: torch.device, on: DeviceSpec | None = No
     return parse_bytes(budget, device_nbytes=device_nbytes(device) if isinstance(budget, float) else None)
 
 
-@with_takeover
 def make(
     model: torch.nn.Module,
     batch: Any,
     budget: object,
-    *,
     optimizer: torch.optim.Optimizer | None,
-    loss_fn: Any,
-    accumulate: bool,
-    release_outputs: bool,
-    outside: object,
-    solver: str | Solver,
-    seed: int,
-    cache: bool,
-    progress: Progress | None,
+    options: StepOptions,
+    *,
+    progress: Progress | None = None,
     engine: str = AUTO,
     blocks: Blocks | None = None,
-    rewrites: Sequence[str] = (),
-    on: str | os.PathLike[str] | DeviceSpec | None = None,
 ) -> Plan:
     """See `keepless.plan`."""
     check_module(model)
-    rewrites = read_rewrites(rewrites)
-    elsewhere = None if on is None else find_device(on)
+    with turned_off(model, options.takeover):
+        plan = _make(model, batch, budget, optimizer, options, progress, engine, blocks)
+    note(plan.signature, options.takeover)
+    return plan
+
+
+def _make(
+    model: torch.nn.Module,
+    batch: Any,
+    budget: object,
+    optimizer: torch.optim.Optimizer | None,
+    options: StepOptions,
+    progress: Progress | None,
+    engine: str,
+    blocks: Blocks | None,
+) -> Plan:
+    rewrites = read_rewrites(options.rewrites)
+    elsewhere = options.elsewhere
+    options = replace(options, on=elsewhere)  # a file is read once
     if elsewhere is not None:
         if engine not in (AUTO, GRAPH) or blocks is not None:
             raise ParameterError("on= plans a captured step, op by op: leave engine= and blocks= out.")
@@ -123,23 +129,10 @@ def make(
         )
     if engine in (BLOCKS, EAGER):
         model = module_steps.uncompiled(model)
-    if solver != NAME:
-        named_solver(solver)
+    if options.solver != NAME:
+        named_solver(options.solver)
     device = planned_device(model) if any(True for _ in model.parameters()) else torch.device("cpu")
-    settings = read_settings(
-        model,
-        read_budget(budget, device, elsewhere),
-        optimizer=optimizer,
-        loss_fn=loss_fn,
-        accumulate=accumulate,
-        release_outputs=release_outputs,
-        outside=outside,
-        solver=solver,
-        seed=seed,
-        cache=cache,
-        rewrites=rewrites,
-        on=elsewhere,
-    )
+    settings = read_settings(model, read_budget(budget, device, elsewhere), optimizer, options)
     tell = progress or _silent
     if engine in (BLOCKS, EAGER):
         return module_plans.make(model, batch, settings, tell, engine, blocks)
@@ -162,47 +155,40 @@ def make(
 
 
 def read_settings(
-    model: torch.nn.Module,
-    nbytes: int,
-    *,
-    optimizer: torch.optim.Optimizer | None,
-    loss_fn: Any,
-    accumulate: bool,
-    release_outputs: bool,
-    outside: object,
-    solver: str | Solver,
-    seed: int,
-    cache: bool,
-    rewrites: tuple[str, ...] = (),
-    on: DeviceSpec | None = None,
+    model: torch.nn.Module, nbytes: int, optimizer: torch.optim.Optimizer | None, options: StepOptions
 ) -> Settings:
-    """The settings of a caller's options; see `keepless.plan`.
+    """The settings of a caller's options.
+
+    Arguments:
+        nbytes: the budget; 0 where there is none.
 
     Raises:
         ParameterError: the optimizer steps something else.
-        RewriteError: a rewrite does not go with the other options, or with the optimizer.
+        RewriteError: a rewrite is unknown, or does not go with the other options, or with the optimizer.
         BudgetError: `outside` cannot be read.
+        DeviceError: `on` is not known.
     """
+    on, rewrites = options.elsewhere, read_rewrites(options.rewrites)
     remove_abandoned()
     footprint = None
     if optimizer is not None:
         check_optimizer(optimizer, model)
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         footprint = optimizer_footprint(optimizer, list(trained.values()), device="" if on is None else on.type)
-        if OPTIMIZER_IN_BACKWARD in rewrites and not accumulate:
+        if OPTIMIZER_IN_BACKWARD in rewrites and not options.accumulate:
             footprint = replace(footprint, updates=optimizer_updates(optimizer, trained, footprint))
-    check_rewrites(rewrites, has_optimizer=optimizer is not None, accumulate=accumulate)
+    check_rewrites(rewrites, has_optimizer=optimizer is not None, accumulate=options.accumulate)
     return Settings(
         nbytes,
         footprint,
-        loss_fn,
-        accumulate,
-        release_outputs,
-        0 if outside == 0 else parse_bytes(outside),
-        solver,
-        seed,
-        CostCache() if cache else None,
-        own_loss=loss_fn is None,
+        options.loss_fn,
+        options.accumulate,
+        options.release_outputs,
+        0 if options.outside == 0 else parse_bytes(options.outside),
+        options.solver,
+        options.seed,
+        CostCache() if options.cache else None,
+        own_loss=options.loss_fn is None,
         card=_card(model, on),
         rewrites=rewrites,
         optimizer_kind=type(innermost(optimizer)).__name__ if optimizer is not None else "",
@@ -217,23 +203,6 @@ def _card(model: torch.nn.Module, on: DeviceSpec | None) -> CardAllocator | None
     if on is not None:
         return allocator_elsewhere(on)
     return card_allocator(planned_device(model)) if any(True for _ in model.parameters()) else None
-
-
-def check_rewrites(rewrites: tuple[str, ...], *, has_optimizer: bool, accumulate: bool) -> None:
-    """Refuses rewrites that a step of this kind cannot have.
-
-    Raises:
-        RewriteError: says why.
-    """
-    if OPTIMIZER_IN_BACKWARD not in rewrites:
-        return
-    if not has_optimizer:
-        raise RewriteError(f"rewrites={rewrites} steps the optimizer in the backward: give it, as optimizer=.")
-    if accumulate:
-        raise RewriteError(
-            f"rewrites={rewrites} updates a parameter as soon as its gradient is there, and this step adds to "
-            "gradients that stand already (accumulation, or zero_grad after the forward): they would be lost."
-        )
 
 
 def make_with(

@@ -7,9 +7,8 @@ modules is remembered, and put back as it was: the same flags, functions with th
 from __future__ import annotations
 
 import contextlib
-import functools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -22,7 +21,6 @@ from keepless.capture.checkpointed import (
     is_wrapper,
     refuse_checkpointing,
 )
-from keepless.control.checks import check_module
 from keepless.control.parts.module_steps import uncompiled
 from keepless.errors import CheckpointingError
 from keepless.machine import Plan
@@ -209,17 +207,3 @@ def give_back(model: torch.nn.Module) -> None:
     taken = _taken.pop(uncompiled(model), None)
     if taken is not None:
         taken.give_back()
-
-
-def with_takeover(make: Callable[..., Plan]) -> Callable[..., Plan]:
-    """A function that plans, with one more option: `takeover`, as in `keepless.plan`."""
-
-    @functools.wraps(make)
-    def planned(model: torch.nn.Module, *args: Any, takeover: bool = False, **options: Any) -> Plan:
-        check_module(model)
-        with turned_off(model, takeover):
-            plan = make(model, *args, **options)
-        note(plan.signature, takeover)
-        return plan
-
-    return planned

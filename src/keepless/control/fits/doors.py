@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from keepless.control.fits import finding
 from keepless.control.fits.result import Fits
-from keepless.control.planning import Progress
+from keepless.control.options import LossFn, Progress, SizeOptions
 from keepless.cost import DeviceSpec
-
-LossFn = Callable[[Any, Any], torch.Tensor]
 
 
 def max_batch(
@@ -34,6 +32,7 @@ def max_batch(
     cache: bool = True,
     progress: Progress | None = None,
     takeover: bool = False,
+    rewrites: Sequence[str] = (),
     on: str | os.PathLike[str] | DeviceSpec | None = None,
 ) -> Fits:
     """The largest batch for which there is a plan within a budget, with that plan. No training step is run.
@@ -48,7 +47,8 @@ def max_batch(
     look next. It ends at a size for which there is a plan beside a size for which the planner finds none.
 
     Arguments:
-        model, budget, optimizer, loss_fn, accumulate, release_outputs, outside, seed, cache, takeover, on: see `plan`.
+        model, budget, optimizer, loss_fn, accumulate, release_outputs, outside, seed, cache, takeover, rewrites, on: as
+            in `plan`.
         make_batch: the batch of a size, on the model's device; called for each size that is tried. The generators of
             torch, Python and NumPy are put back.
         max_overhead: how much longer the step may be than the same step with everything kept: 0.2 is twenty percent.
@@ -59,28 +59,26 @@ def max_batch(
     Raises:
         InfeasibleBudget: not even `low` fits; carries its smallest budget.
         SizeError: make_batch fails, or makes the same batch for different sizes; or there are no such sizes.
+        RewriteError: there is no such rewrite, or this step or optimizer does not allow it.
         CaptureError: the model cannot be captured as one graph; BatchError, LossError and ParameterError say more.
     """
-    return finding.max_batch(
-        model,
-        make_batch,
-        budget,
-        optimizer=optimizer,
+    options = SizeOptions(
         loss_fn=loss_fn,
-        max_overhead=max_overhead,
         accumulate=accumulate,
         release_outputs=release_outputs,
         outside=outside,
+        seed=seed,
+        cache=cache,
+        takeover=takeover,
+        rewrites=rewrites,
+        on=on,
         low=low,
         high=high,
         multiple_of=multiple_of,
-        solver="keepless",
-        seed=seed,
-        cache=cache,
+        max_overhead=max_overhead,
         progress=progress,
-        takeover=takeover,
-        on=on,
     )
+    return finding.max_batch(model, make_batch, budget, optimizer, options)
 
 
 def max_length(
@@ -101,6 +99,7 @@ def max_length(
     cache: bool = True,
     progress: Progress | None = None,
     takeover: bool = False,
+    rewrites: Sequence[str] = (),
     on: str | os.PathLike[str] | DeviceSpec | None = None,
 ) -> Fits:
     """The longest sequence for which there is a plan within a budget: `max_batch` over lengths.
@@ -114,26 +113,23 @@ def max_length(
     Raises:
         InfeasibleBudget, SizeError, CaptureError: as `max_batch`.
     """
-    return finding.max_length(
-        model,
-        make_batch,
-        budget,
-        optimizer=optimizer,
+    options = SizeOptions(
         loss_fn=loss_fn,
-        max_overhead=max_overhead,
         accumulate=accumulate,
         release_outputs=release_outputs,
         outside=outside,
+        seed=seed,
+        cache=cache,
+        takeover=takeover,
+        rewrites=rewrites,
+        on=on,
         low=low,
         high=high,
         multiple_of=multiple_of,
-        solver="keepless",
-        seed=seed,
-        cache=cache,
+        max_overhead=max_overhead,
         progress=progress,
-        takeover=takeover,
-        on=on,
     )
+    return finding.max_batch(model, make_batch, budget, optimizer, options, axis="length")
 
 
 def max_depth(
@@ -153,6 +149,7 @@ def max_depth(
     seed: int = 0,
     cache: bool = True,
     progress: Progress | None = None,
+    rewrites: Sequence[str] = (),
     on: str | os.PathLike[str] | DeviceSpec | None = None,
 ) -> Fits:
     """The deepest model for which there is a plan within a budget: `max_batch` over the number of layers.
@@ -171,22 +168,19 @@ def max_depth(
     Raises:
         InfeasibleBudget, SizeError, CaptureError: as `max_batch`.
     """
-    return finding.max_depth(
-        make_model,
-        batch,
-        budget,
-        make_optimizer=make_optimizer,
+    options = SizeOptions(
         loss_fn=loss_fn,
-        max_overhead=max_overhead,
         accumulate=accumulate,
         release_outputs=release_outputs,
         outside=outside,
+        seed=seed,
+        cache=cache,
+        rewrites=rewrites,
+        on=on,
         low=low,
         high=high,
         multiple_of=multiple_of,
-        solver="keepless",
-        seed=seed,
-        cache=cache,
+        max_overhead=max_overhead,
         progress=progress,
-        on=on,
     )
+    return finding.max_depth(make_model, batch, budget, make_optimizer, options)

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from keepless.capture import Inputs, flatten_inputs, planned_device
+from keepless.control.captured import Settings
 from keepless.control.checks import check_module
 from keepless.control.fits.result import HIGH, MEMORY, MODEL, SLOWDOWN, Fits
 from keepless.control.fits.sizing import Sizing, Subject
-from keepless.control.planning import Progress, read_budget, read_settings
+from keepless.control.options import SizeOptions, StepOptions
+from keepless.control.planning import read_budget, read_settings
 from keepless.control.takeover import note, turned_off
-from keepless.cost import DeviceSpec, find_device
 from keepless.errors import BatchError, InfeasibleBudget, ParameterError, SizeError
 from keepless.ir import format_bytes
 from keepless.machine import Plan
@@ -32,62 +33,54 @@ def max_batch(
     model: torch.nn.Module,
     make_batch: Callable[[int], Any],
     budget: object,
+    optimizer: torch.optim.Optimizer | None,
+    options: SizeOptions,
     *,
     axis: str = "batch",
-    optimizer: torch.optim.Optimizer | None,
-    low: int,
-    high: int | None,
-    multiple_of: int,
-    max_overhead: float | None,
-    takeover: bool,
-    progress: Progress | None,
-    on: str | os.PathLike[str] | DeviceSpec | None,
-    **options: Any,
 ) -> Fits:
-    """See `keepless.max_batch`; `options` are those of `read_settings`."""
+    """See `keepless.max_batch` and `keepless.max_length`."""
     check_module(model)
     if not callable(make_batch):
         raise SizeError(f"make_batch is a {type(make_batch).__name__}, not a function from a size to a batch.")
-    sizes = read_sizes(low, high, multiple_of)
-    check_overhead(max_overhead)
-    has_params = any(True for _ in model.parameters())
-    on = None if on is None else find_device(on)
-    nbytes = read_budget(budget, planned_device(model) if has_params else torch.device("cpu"), on)
-    with turned_off(model, takeover):
-        settings = read_settings(model, nbytes, optimizer=optimizer, on=on, **options)
-        sizing = Sizing(axis, lambda size: Subject(model, make_batch(size), settings), nbytes, progress)
-        found = _find(sizing, *sizes, max_overhead)
-    note(found.plan.signature, takeover)
+    sizes = read_sizes(options.low, options.high, options.multiple_of)
+    check_overhead(options.max_overhead)
+    with budgeted(model, budget, optimizer, options) as settings:
+        nbytes = settings.budget
+        sizing = Sizing(axis, lambda size: Subject(model, make_batch(size), settings), nbytes, options.progress)
+        found = _find(sizing, *sizes, options.max_overhead)
+    note(found.plan.signature, options.takeover)
     return found
 
 
-def max_length(*args: Any, **options: Any) -> Fits:
-    """See `keepless.max_length`."""
-    return max_batch(*args, axis="length", **options)
+@contextlib.contextmanager
+def budgeted(
+    model: torch.nn.Module, budget: object, optimizer: torch.optim.Optimizer | None, options: StepOptions
+) -> Iterator[Settings]:
+    """The settings of a caller's options; inside, the model does not checkpoint where that may be taken over."""
+    on = options.elsewhere
+    options = replace(options, on=on)
+    has_params = any(True for _ in model.parameters())
+    nbytes = read_budget(budget, planned_device(model) if has_params else torch.device("cpu"), on)
+    with turned_off(model, options.takeover):
+        yield read_settings(model, nbytes, optimizer, options)
 
 
 def max_depth(
     make_model: Callable[[int], torch.nn.Module],
     batch: Any,
     budget: object,
-    *,
     make_optimizer: MakeOptimizer | None,
-    low: int,
-    high: int | None,
-    multiple_of: int,
-    max_overhead: float | None,
-    progress: Progress | None,
-    on: str | os.PathLike[str] | DeviceSpec | None,
-    **options: Any,
+    options: SizeOptions,
 ) -> Fits:
-    """See `keepless.max_depth`; `options` are those of `read_settings`."""
+    """See `keepless.max_depth`."""
     if isinstance(make_model, torch.nn.Module) or not callable(make_model):
         raise SizeError(f"make_model is a {type(make_model).__name__}, not a function from a depth to a model.")
     if make_optimizer is not None and not callable(make_optimizer):
         raise ParameterError("make_optimizer is a function from parameters to an optimizer: torch.optim.AdamW, say.")
-    sizes = read_sizes(low, high, multiple_of)
-    check_overhead(max_overhead)
-    on = None if on is None else find_device(on)
+    sizes = read_sizes(options.low, options.high, options.multiple_of)
+    check_overhead(options.max_overhead)
+    on = options.elsewhere
+    step = replace(options, on=on)
     nbytes = read_budget(budget, _device_of(batch), on)
 
     def subject(depth: int) -> Subject:
@@ -96,9 +89,9 @@ def max_depth(
             raise TypeError(f"make_model gives a {type(model).__name__}, not a torch.nn.Module")
         trainable = [p for p in model.parameters() if p.requires_grad]
         optimizer = make_optimizer(trainable) if make_optimizer is not None and trainable else None
-        return Subject(model, batch, read_settings(model, nbytes, optimizer=optimizer, on=on, **options))
+        return Subject(model, batch, read_settings(model, nbytes, optimizer, step))
 
-    return _find(Sizing("depth", subject, nbytes, progress), *sizes, max_overhead)
+    return _find(Sizing("depth", subject, nbytes, options.progress), *sizes, options.max_overhead)
 
 
 def _find(sizing: Sizing, low: int, high: int | None, step: int, max_overhead: float | None) -> Fits:

@@ -19,8 +19,8 @@ from keepless.capture.symbolic import other_call
 from keepless.control.allocating import allocation_of
 from keepless.control.captured import Capture, Captures, Measured, Settings
 from keepless.control.fits.result import SizeTried
+from keepless.control.options import Progress
 from keepless.control.planning import (
-    Progress,
     capture_call,
     measure_step,
     measuring,
@@ -34,7 +34,7 @@ from keepless.control.room import room_for_trials, split_by_room
 from keepless.control.signature import batch_signature, model_signature
 from keepless.control.trials import cost_model, measure_costs, measure_loss, op_trials, untouched
 from keepless.cost import CostModel, Origin
-from keepless.errors import BatchError, CaptureError, InfeasibleBudget, SizeError
+from keepless.errors import BatchError, CaptureError, InfeasibleBudget, KeeplessError, SizeError
 from keepless.ir import Graph, Kind, format_bytes
 from keepless.machine import Plan
 from keepless.measure import OpCost, measure_scratch
@@ -323,7 +323,7 @@ class Sizing:
         with _same_randomness():
             try:
                 return self._subject(size)
-            except CaptureError:
+            except KeeplessError:
                 raise
             except Exception as error:  # of any kind: it is the caller's code
                 raise SizeError(
