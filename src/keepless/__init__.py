@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from keepless.api import Estimate as Estimate
     from keepless.api import Fits as Fits
+    from keepless.api import FitsGrid as FitsGrid
     from keepless.api import Inputs as Inputs
     from keepless.api import Plan as Plan
     from keepless.api import StepCurve as StepCurve
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from keepless.api import curve as curve
     from keepless.api import estimate as estimate
     from keepless.api import fit as fit
+    from keepless.api import fits_grid as fits_grid
     from keepless.api import land as land
     from keepless.api import load as load
     from keepless.api import max_batch as max_batch
@@ -62,6 +64,7 @@ _HOMES = {
     "keepless.api": (
         "Estimate",
         "Fits",
+        "FitsGrid",
         "Inputs",
         "Plan",
         "StepCurve",
@@ -71,6 +74,7 @@ _HOMES = {
         "curve",
         "estimate",
         "fit",
+        "fits_grid",
         "land",
         "load",
         "max_batch",

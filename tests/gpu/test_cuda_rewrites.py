@@ -80,3 +80,37 @@ def test_loss_in_chunks() -> None:
     assert found.deviation is not None
     assert found.deviation <= found.tolerance
     assert abs(found.prediction_error) < 0.02
+
+
+def test_offers_are_of_reserved_bytes() -> None:
+    """What an infeasible budget's error offers is planned within, as the budget bounds it."""
+    torch.manual_seed(0)
+    model, ids = Words().cuda(), torch.randint(0, 32_000, (4, 512), device="cuda")
+    optimizer = torch.optim.AdamW(model.parameters())
+    with pytest.raises(keepless.InfeasibleBudget) as caught:
+        keepless.plan(model, ids, "100MiB", optimizer=optimizer, cache=False)
+    assert caught.value.rewrites
+    for names, nbytes in caught.value.rewrites.items():
+        assert nbytes < caught.value.smallest_budget
+        plan = keepless.plan(model, ids, int(nbytes * 1.01), optimizer=optimizer, rewrites=names, cache=False)
+        assert plan.allocation is not None
+        assert plan.allocation.reserved <= plan.budget.limits["device"]
+
+
+def test_an_interrupted_backward_is_told() -> None:
+    """Autograd's threads of a device do not hide that a backward ended half way."""
+    model, ids = Words().cuda(), torch.randint(0, 32_000, (4, 64), device="cuda")
+    optimizer = torch.optim.AdamW(model.parameters())
+    keepless.fit(model, ids, "20GiB", optimizer=optimizer, rewrites=(OPTIMIZER_IN_BACKWARD,), cache=False)
+
+    def fails(grad: Any) -> None:
+        raise ValueError("a hook that fails")
+
+    handle = model.layers[0].weight.register_hook(fails)
+    with pytest.raises(ValueError, match="a hook that fails"):
+        model(ids).backward()
+    handle.remove()
+    with pytest.raises(keepless.TornStep) as caught:
+        model(ids)
+    assert "layers.0.weight" not in caught.value.updated
+    assert caught.value.updated

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import threading
 import types
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -23,6 +22,7 @@ from keepless.capture.checkpointed import checkpointed_places, refuse_checkpoint
 from keepless.capture.inputs import FlatInputs
 from keepless.capture.side_effects import guard_side_effects
 from keepless.errors import BatchError, CaptureError, DataDependentError, LossError, ParameterError
+from keepless.warning import warn_caller
 
 LossFn = Callable[[Any, Any], torch.Tensor]
 
@@ -315,10 +315,9 @@ def _dry_run(
             elif type(leaf).__name__.endswith("Cache"):
                 # Keys and values for generation: training never reads them, and holding them would cost their bytes.
                 leaves[i] = None
-                warnings.warn(
+                warn_caller(
                     f"The forward returns a {type(leaf).__name__}, which training does not read: a planned step "
-                    "returns None in its place. Set model.config.use_cache = False to say so yourself.",
-                    stacklevel=2,
+                    "returns None in its place. Set model.config.use_cache = False to say so yourself."
                 )
             elif not isinstance(leaf, (bool, int, float, complex, str, bytes, type(None), *_SYMBOLIC)):
                 raise CaptureError(

@@ -28,6 +28,7 @@ from keepless.ir import format_bytes
 from keepless.machine.elsewhere import describe_elsewhere, margin_of
 from keepless.report.decisions import format_seconds
 from keepless.report.tables import plan_dict, verdict
+from keepless.solve.sizes import MAX_SIZE
 
 if TYPE_CHECKING:
     from keepless.cli.sized import Sized
@@ -46,6 +47,11 @@ def fits_command(
     max_batch: Annotated[bool, typer.Option("--max-batch", help="Find the largest batch.")] = False,
     max_length: Annotated[bool, typer.Option("--max-length", help="Find the longest text, in eights.")] = False,
     max_depth: Annotated[bool, typer.Option("--max-depth", help="Find the deepest model.")] = False,
+    batches: Annotated[str | None, typer.Option("--batch", help="A grid: of these rows, as 1,2,4.")] = None,
+    lengths: Annotated[str | None, typer.Option("--length", help="A grid: of these texts, as 512,1024.")] = None,
+    every: Annotated[
+        bool, typer.Option("--every", help="Look at every cell of the grid, not along its border.")
+    ] = False,
     max_overhead: Annotated[
         float | None, typer.Option(help="Longest step, over everything kept: 0.2 is twenty percent.")
     ] = None,
@@ -74,6 +80,11 @@ def fits_command(
             raise UsageError("Give one model: keepless fits MODEL, or keepless fits --model MODEL.")
         if sum((max_batch, max_length, max_depth)) > 1:
             raise UsageError("Give one of --max-batch, --max-length and --max-depth.")
+        is_grid = batches is not None or lengths is not None
+        if is_grid and (max_batch or max_length or max_depth or max_overhead is not None or price is not None):
+            raise UsageError("--batch and --length make a grid of bytes: leave --max-... and --price-per-hour out.")
+        if every and not is_grid:
+            raise UsageError("--every is of a grid: give --batch 1,2,4 and --length 512,1024.")
         for name, number in (("--price-per-hour", price), ("--max-overhead", max_overhead)):
             if number is not None and not (math.isfinite(number) and number >= 0):
                 raise UsageError(f"{name} is {number}: give a number from 0 on.")
@@ -96,7 +107,11 @@ def fits_command(
         }
         wanted = 1.0 if budget is None else read_budget(budget)
         subject = Sized(recipe, given)
-        if max_batch or max_length or max_depth:
+        if is_grid:
+            _show_grid(
+                current, subject, wanted, options, _numbers("--batch", batches), _numbers("--length", lengths), every
+            )
+        elif max_batch or max_length or max_depth:
             axis = "batch" if max_batch else "length" if max_length else "depth"
             found = _search(subject, axis, wanted, options, max_overhead=max_overhead)
             _show_search(current, subject, found, price)
@@ -125,12 +140,62 @@ def _search(subject: Sized, axis: str, budget: str | int | float, options: dict[
         find = api.max_batch if axis == "batch" else api.max_length
         return find(
             built.model,
-            lambda size: subject.batch(axis, size),
+            lambda size: subject.batch(**{axis: size}),
             budget,
             optimizer=built.optimizer,
             progress=progress,
             **options,
         )
+
+
+def _numbers(name: str, text: str | None) -> list[int] | None:
+    """Sizes as they stand on a command line, with commas between."""
+    if text is None:
+        return None
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isascii() and word.isdecimal() and 0 < int(word) < MAX_SIZE for word in words):
+        raise UsageError(f"{name} {text}: give whole numbers with commas between, as 1,2,4.")
+    return [int(word) for word in words]
+
+
+def _show_grid(
+    current: Session,
+    subject: Sized,
+    budget: str | int | float,
+    options: dict[str, Any],
+    batches: list[int] | None,
+    lengths: list[int] | None,
+    every: bool,
+) -> None:
+    """A table of batch by length; a side that is not given is the step's own size."""
+    from keepless import api
+
+    sides = {"batch": batches, "length": lengths}
+    for axis, sizes in sides.items():
+        if sizes is not None:
+            subject.check(axis)
+    built = subject.built
+    with planning("grid") as progress:
+        found = api.fits_grid(
+            built.model,
+            lambda rows, tokens: subject.batch(
+                **{axis: size for axis, size in (("batch", rows), ("length", tokens)) if sides[axis] is not None}
+            ),
+            budget,
+            batches=batches or [subject.num_rows],
+            lengths=lengths or [subject.recipe.seq_len],
+            optimizer=built.optimizer,
+            loss_fn=built.loss_fn,
+            every=every,
+            progress=progress,
+            **options,
+        )
+    is_any = any(cell.fits for cell in found.cells.values())
+    current.answer = {"fits": is_any, "grid": found.as_dict()}
+    current.show(str(found))
+    if not is_any:
+        current.code = INFEASIBLE
+        current.answer["exit_code"] = INFEASIBLE
 
 
 def _show_search(current: Session, subject: Sized, found: Fits, price: float | None) -> None:

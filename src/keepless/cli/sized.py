@@ -59,13 +59,13 @@ class Sized:
                 "that, and a config is one of a model of texts where it is the length."
             )
 
-    def batch(self, axis: str, size: int) -> Any:
-        """A batch of so many rows or tokens, for the same model."""
+    def batch(self, **sizes: int) -> Any:
+        """A batch of so many rows (`batch`), tokens (`length`) or both, for the same model."""
         device = torch.device(self.recipe.device)
         if not self.is_config:
-            return call_factory(self.recipe.spec, device, self._sizes({axis: size}))[1]
-        changed = {"batch_size": size} if axis == "batch" else {"seq_len": size}
-        return batch_of(self.built.model, replace(self.recipe, **changed), device)  # type: ignore[arg-type]  # ints
+            return call_factory(self.recipe.spec, device, self._sizes(sizes))[1]
+        rows, tokens = sizes.get("batch", self.recipe.batch_size), sizes.get("length", self.recipe.seq_len)
+        return batch_of(self.built.model, replace(self.recipe, batch_size=rows, seq_len=tokens), device)
 
     def model(self, depth: int) -> torch.nn.Module:
         """The model in another depth."""

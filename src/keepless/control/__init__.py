@@ -10,7 +10,10 @@ from keepless.control.curves import make_curve as make_curve
 from keepless.control.estimating import Estimate as Estimate
 from keepless.control.estimating import make_estimate as make_estimate
 from keepless.control.fits import Fits as Fits
+from keepless.control.fits import FitsGrid as FitsGrid
+from keepless.control.fits import GridCell as GridCell
 from keepless.control.fits import SizeTried as SizeTried
+from keepless.control.fits import fits_grid as fits_grid
 from keepless.control.fits import max_batch as max_batch
 from keepless.control.fits import max_depth as max_depth
 from keepless.control.fits import max_length as max_length

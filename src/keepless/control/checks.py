@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import replace
 
 import torch
@@ -12,6 +11,7 @@ from keepless.errors import MeasureError, ParameterError, PlanError
 from keepless.ir import Phase, format_bytes
 from keepless.machine import Plan, simulate
 from keepless.measure import optimizer_footprint
+from keepless.warning import warn_caller
 
 
 def check_module(model: object) -> None:
@@ -94,8 +94,7 @@ def check_planned_optimizer(optimizer: torch.optim.Optimizer, model: torch.nn.Mo
             f"The plan counts no optimizer, and this {name} has {state}: the step would need {format_bytes(peak)}, "
             f"above the budget of {format_bytes(limit)}. {remedy}."
         )
-    warnings.warn(
+    warn_caller(
         f"Keepless: the plan counts no optimizer: with the state of this {name}, {state}, the step needs "
-        f"{format_bytes(peak)}, within the budget, but not what the plan says. {remedy}.",
-        stacklevel=4,
+        f"{format_bytes(peak)}, within the budget, but not what the plan says. {remedy}."
     )

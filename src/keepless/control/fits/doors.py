@@ -1,4 +1,4 @@
-"""What fits, as it is called from outside: `keepless.max_batch`, `max_length`, `max_depth`."""
+"""What fits, as it is called from outside: `keepless.max_batch`, `max_length`, `max_depth`, `fits_grid`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from keepless.control.fits import finding
+from keepless.control.fits.grid import FitsGrid
 from keepless.control.fits.result import Fits
 from keepless.control.options import LossFn, Progress, SizeOptions
 from keepless.cost import DeviceSpec
@@ -130,6 +131,63 @@ def max_length(
         progress=progress,
     )
     return finding.max_batch(model, make_batch, budget, optimizer, options, axis="length")
+
+
+def fits_grid(
+    model: torch.nn.Module,
+    make_batch: Callable[[int, int], Any],
+    budget: str | int | float,
+    *,
+    batches: Sequence[int],
+    lengths: Sequence[int],
+    optimizer: torch.optim.Optimizer | None = None,
+    loss_fn: LossFn | None = None,
+    accumulate: bool = False,
+    release_outputs: bool = False,
+    outside: str | int = 0,
+    every: bool = False,
+    cache: bool = True,
+    progress: Progress | None = None,
+    takeover: bool = False,
+    rewrites: Sequence[str] = (),
+    on: str | os.PathLike[str] | DeviceSpec | None = None,
+) -> FitsGrid:
+    """Which batches of which lengths fit a budget: with everything kept, by recomputing, or not. No step is run.
+
+    ::
+
+        grid = keepless.fits_grid(model, make_batch, "8GiB", batches=(1, 2, 4, 8), lengths=(512, 1024, 2048))
+        print(grid)
+        grid.largest                                # {512: 8, 1024: 4, 2048: None}
+        grid.cells[4, 1024].smallest_budget
+
+    More rows, and longer texts, need more: so the border of what fits is walked along, and about as many cells are
+    captured as the grid has rows and columns. What the others are follows from those.
+
+    Arguments:
+        make_batch: the batch of so many rows of a length; otherwise as in `max_batch`.
+        batches, lengths: in any order.
+        every: look at every cell, so that each has its bytes.
+        The others as in `max_batch`.
+
+    Raises:
+        SizeError: make_batch fails, or makes the same batch for different cells; or there are no such sizes.
+        CaptureError: no cell can be captured as one graph; RewriteError, BudgetError as in `max_batch`.
+    """
+    options = SizeOptions(
+        loss_fn=loss_fn,
+        accumulate=accumulate,
+        release_outputs=release_outputs,
+        outside=outside,
+        cache=cache,
+        takeover=takeover,
+        rewrites=rewrites,
+        on=on,
+        progress=progress,
+    )
+    return finding.fits_grid(
+        model, make_batch, budget, optimizer, options, batches=batches, lengths=lengths, every=every
+    )
 
 
 def max_depth(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from keepless.capture import Inputs, flatten_inputs, planned_device
 from keepless.control.captured import Settings
 from keepless.control.checks import check_module
+from keepless.control.fits.grid import FitsGrid, find_grid, read_axis
 from keepless.control.fits.result import HIGH, MEMORY, MODEL, SLOWDOWN, Fits
 from keepless.control.fits.sizing import Sizing, Subject
 from keepless.control.options import SizeOptions, StepOptions
@@ -50,6 +51,36 @@ def max_batch(
         found = _find(sizing, *sizes, options.max_overhead)
     note(found.plan.signature, options.takeover)
     return found
+
+
+def fits_grid(
+    model: torch.nn.Module,
+    make_batch: Callable[[int, int], Any],
+    budget: object,
+    optimizer: torch.optim.Optimizer | None,
+    options: SizeOptions,
+    *,
+    batches: Sequence[int],
+    lengths: Sequence[int],
+    every: bool,
+) -> FitsGrid:
+    """See `keepless.fits_grid`."""
+    check_module(model)
+    if not callable(make_batch):
+        raise SizeError(
+            f"make_batch is a {type(make_batch).__name__}, not a function from rows and a length to a batch."
+        )
+    sides = read_axis("batches", batches), read_axis("lengths", lengths)
+    scratch: dict[str, int] = {}
+    with budgeted(model, budget, optimizer, options) as settings:
+
+        def sizing(length: int) -> Sizing:
+            def subject(rows: int) -> Subject:
+                return Subject(model, make_batch(rows, length), settings)
+
+            return Sizing(f"length {length}, batch", subject, settings.budget, options.progress, scratch)
+
+        return find_grid(sizing, settings.budget, *sides, every=every)
 
 
 @contextlib.contextmanager

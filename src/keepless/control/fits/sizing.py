@@ -95,9 +95,17 @@ class Sizing:
         axis: "batch", "length" or "depth".
         subject: the step of a size; raises what the caller's code raises.
         budget: bytes.
+        scratch: scratch bytes of ops by key that are known already; what is measured is added.
     """
 
-    def __init__(self, axis: str, subject: Callable[[int], Subject], budget: int, progress: Progress | None) -> None:
+    def __init__(
+        self,
+        axis: str,
+        subject: Callable[[int], Subject],
+        budget: int,
+        progress: Progress | None,
+        scratch: dict[str, int] | None = None,
+    ) -> None:
         self.axis = axis
         self.budget = budget
         self.rows: dict[int, SizeTried] = {}
@@ -105,7 +113,7 @@ class Sizing:
         self._steps: dict[int, _Step] = {}
         self._plans: dict[int, Plan] = {}
         self._untimed: dict[int, Plan] = {}
-        self._scratch: dict[str, int] = {}
+        self._scratch: dict[str, int] = {} if scratch is None else scratch
         self._tell = progress or (lambda stage, done, total: None)
 
     @property
@@ -128,6 +136,11 @@ class Sizing:
             self.rows[size] = row
             self._tell("sizes", len(self.rows), len(self.rows) + 1)
         return Need(row.fits, row.smallest_budget, hint)
+
+    def flat(self, size: int) -> FlatInputs | None:
+        """The call of a size that was captured."""
+        step = self._steps.get(size)
+        return None if step is None else step.flat
 
     def fixed(self, size: int) -> int:
         """Bytes of a size's step that stay for all of it and are no part of the batch."""
