@@ -18,7 +18,7 @@ from keepless.control.fits.grid import FITS, KEPT, REFUSED, TOO_LARGE, find_grid
 from keepless.errors import BatchError, CaptureError, InfeasibleBudget, RewriteError, SizeError
 
 Invoke = Callable[..., Any]
-BATCHES, LENGTHS = (4, 8, 16, 32), (4, 8, 12, 16)
+BATCHES, LENGTHS = (4, 16, 64), (4, 12, 16)
 
 
 def make_batch(rows: int, length: int) -> dict[str, torch.Tensor]:
@@ -45,17 +45,17 @@ def test_the_border_is_that_of_every_cell_and_of_plans() -> None:
     assert found.num_looked_at < whole.num_looked_at == len(states) == len(BATCHES) * len(LENGTHS)
     assert found.largest == whole.largest
     assert found.largest[16] is None
-    for length in (8, 12):
-        largest = found.largest[length]
-        assert largest is not None
-        plan = keepless.plan(model, make_batch(largest, length), budget, **options)
-        cell = whole.cells[largest, length]
-        assert cell.smallest_budget == plan.smallest_budget <= found.budget
-        assert cell.baseline_budget == plan.baseline_peak
-        assert (cell.state == KEPT) == (plan.baseline_peak <= found.budget)
-        beyond = BATCHES[BATCHES.index(largest) + 1]
-        with pytest.raises(InfeasibleBudget):
-            keepless.plan(model, make_batch(beyond, length), budget, **options)
+    length = 12
+    largest = found.largest[length]
+    assert largest is not None
+    plan = keepless.plan(model, make_batch(largest, length), budget, **options)
+    cell = whole.cells[largest, length]
+    assert cell.smallest_budget == plan.smallest_budget <= found.budget
+    assert cell.baseline_budget == plan.baseline_peak
+    assert (cell.state == KEPT) == (plan.baseline_peak <= found.budget)
+    beyond = BATCHES[BATCHES.index(largest) + 1]
+    with pytest.raises(InfeasibleBudget):
+        keepless.plan(model, make_batch(beyond, length), budget, **options)
 
 
 def test_the_text_and_the_json() -> None:
@@ -159,16 +159,17 @@ def test_the_command(invoke: Invoke) -> None:
     assert states[2, 8] == KEPT
     assert states[16, 32] == TOO_LARGE
     assert "batch 16" in invoke(*words).stdout
-    done = invoke("fits", "factories:sized", "--batch", "64,128", "-b", "100KiB", "--json")
+    done = invoke("fits", "hf:config.json", "--batch", "2,4", "--length", "8", "-b", "100KiB", "--json")
     assert done.exit_code == 3, done.output
     assert json.loads(done.stdout)["fits"] is False
     for wrong in (
-        ("factories:sized", "--batch", "1,x"),
-        ("factories:sized", "--batch", "0"),
-        ("factories:sized", "--length", "8"),
-        ("factories:sized", "--every"),
-        ("factories:sized", "--batch", "1,2", "--max-batch"),
-        ("factories:sized", "--batch", "1,2", "--price-per-hour", "1"),
+        ("hf:config.json", "--batch", "1,x", "--length", "8"),
+        ("hf:config.json", "--batch", "0", "--length", "8"),
+        ("hf:config.json", "--batch", "1"),
+        ("hf:config.json", "--every"),
+        ("hf:config.json", "--batch", "1,2", "--length", "8", "--max-batch"),
+        ("hf:config.json", "--batch", "1,2", "--length", "8", "--price-per-hour", "1"),
+        ("factories:sized", "--batch", "1,2", "--length", "8"),
     ):
         done = invoke("fits", *wrong)
         assert done.exit_code == 2, (wrong, done.output)

@@ -83,8 +83,8 @@ def fits_command(
         is_grid = batches is not None or lengths is not None
         if is_grid and (max_batch or max_length or max_depth or max_overhead is not None or price is not None):
             raise UsageError("--batch and --length make a grid of bytes: leave --max-... and --price-per-hour out.")
-        if every and not is_grid:
-            raise UsageError("--every is of a grid: give --batch 1,2,4 and --length 512,1024.")
+        if (is_grid or every) and (batches is None or lengths is None):
+            raise UsageError("A grid has two sides: give --batch 1,2,4 and --length 512,1024.")
         for name, number in (("--price-per-hour", price), ("--max-overhead", max_overhead)):
             if number is not None and not (math.isfinite(number) and number >= 0):
                 raise UsageError(f"{name} is {number}: give a number from 0 on.")
@@ -94,7 +94,9 @@ def fits_command(
         device, on = device_and_target(model or named or "", device)
         if device == "cpu" and (model or named or "").startswith("hf:"):
             device = "meta"  # the same answer without making weights
-        recipe = Recipe(model or named or "", batch_size or 8, seq_len or 128, dtype, optimizer, device, 1e-3, seed)
+        rows, tokens = _numbers("--batch", batches), _numbers("--length", lengths)
+        smallest = batch_size or min(rows, default=8), seq_len or min(tokens, default=128)
+        recipe = Recipe(model or named or "", *smallest, dtype, optimizer, device, 1e-3, seed)
         given = {axis: size for axis, size in (("batch", batch_size), ("length", seq_len)) if size is not None}
         options: dict[str, Any] = {
             "accumulate": accumulate,
@@ -108,9 +110,7 @@ def fits_command(
         wanted = 1.0 if budget is None else read_budget(budget)
         subject = Sized(recipe, given)
         if is_grid:
-            _show_grid(
-                current, subject, wanted, options, _numbers("--batch", batches), _numbers("--length", lengths), every
-            )
+            _show_grid(current, subject, wanted, options, rows, tokens, every)
         elif max_batch or max_length or max_depth:
             axis = "batch" if max_batch else "length" if max_length else "depth"
             found = _search(subject, axis, wanted, options, max_overhead=max_overhead)
@@ -148,11 +148,9 @@ def _search(subject: Sized, axis: str, budget: str | int | float, options: dict[
         )
 
 
-def _numbers(name: str, text: str | None) -> list[int] | None:
-    """Sizes as they stand on a command line, with commas between."""
-    if text is None:
-        return None
-    words = [word.strip() for word in text.split(",")]
+def _numbers(name: str, text: str | None) -> list[int]:
+    """Sizes as they stand on a command line, with commas between; none where nothing stands there."""
+    words = [] if text is None else [word.strip() for word in text.split(",")]
     if not all(word.isascii() and word.isdecimal() and 0 < int(word) < MAX_SIZE for word in words):
         raise UsageError(f"{name} {text}: give whole numbers with commas between, as 1,2,4.")
     return [int(word) for word in words]
@@ -163,27 +161,23 @@ def _show_grid(
     subject: Sized,
     budget: str | int | float,
     options: dict[str, Any],
-    batches: list[int] | None,
-    lengths: list[int] | None,
+    batches: list[int],
+    lengths: list[int],
     every: bool,
 ) -> None:
-    """A table of batch by length; a side that is not given is the step's own size."""
+    """A table of batch by length."""
     from keepless import api
 
-    sides = {"batch": batches, "length": lengths}
-    for axis, sizes in sides.items():
-        if sizes is not None:
-            subject.check(axis)
+    for axis in ("batch", "length"):
+        subject.check(axis)
     built = subject.built
     with planning("grid") as progress:
         found = api.fits_grid(
             built.model,
-            lambda rows, tokens: subject.batch(
-                **{axis: size for axis, size in (("batch", rows), ("length", tokens)) if sides[axis] is not None}
-            ),
+            lambda rows, tokens: subject.batch(batch=rows, length=tokens),
             budget,
-            batches=batches or [subject.num_rows],
-            lengths=lengths or [subject.recipe.seq_len],
+            batches=batches,
+            lengths=lengths,
             optimizer=built.optimizer,
             loss_fn=built.loss_fn,
             every=every,
