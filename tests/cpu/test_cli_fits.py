@@ -128,6 +128,7 @@ def test_what_cannot_be_captured_is_no_answer(invoke: Invoke) -> None:
         [],
         ["--release-outputs", "--rewrite", "optimizer_in_backward"],
         ["--accumulate", "--outside", "100KiB"],
+        ["--rewrite", "chunked_loss", "--optimizer", "sgd"],
     ],
     ids=lambda words: " ".join(words) or "as it is",
 )
