@@ -100,7 +100,7 @@ bench: $(VENV)/.ready
 
 # An hour on 2 quiet cores; what has a row already is not run again. FIDELITY_ARGS="--first 12", say.
 bench-fidelity: $(VENV)/.ready
-	$(BIN)/python -m benchmarks.fidelity $(FIDELITY_ARGS); status=$$?; \
+	PYTHONHASHSEED=0 $(BIN)/python -m benchmarks.fidelity $(FIDELITY_ARGS); status=$$?; \
 	$(BIN)/python -m benchmarks.fidelity_figures && exit $$status
 
 bench-planner: $(VENV)/.ready

@@ -78,3 +78,14 @@ def test_rows_by_position_keep_nothing_free() -> None:
     torch.manual_seed(0)
     plan = keepless.plan(Positions(), batch(), "1GiB", engine="eager", cache=False)
     assert "data_sizes" not in plan.signature
+
+
+def test_landing_leaves_it_free() -> None:
+    """A plan that was landed on one batch has no more room than before."""
+    torch.manual_seed(0)
+    model = Edges()
+    kept = keepless.plan(model, batch(), "1GiB", engine="eager", cache=False).baseline_peak
+    plan = keepless.plan(model, batch(), kept, engine="eager", cache=False)
+    landed = keepless.land(model, batch(), plan)
+    assert landed.predicted_peak <= kept - plan.signature["data_sizes"][1]
+    assert landed.budget.reserve >= plan.signature["data_sizes"][1]

@@ -183,6 +183,7 @@ def _landed(run: Runner, settings: Settings, tell: Any, solve: Callable[[int], P
                 spare = headroom_of(plan)
                 plan = solve(over + spare)
             plan.smallest_budget += spare
+            plan.budget = replace(plan.budget, reserve=plan.budget.reserve + spare)  # landing leaves it free, too
             plan.signature = {**plan.signature, "data_sizes": [by_data, spare]}
         plan.capture = plan.capture or settings
         resident = plan.graph.start_nbytes

@@ -35,13 +35,23 @@ def bind(model: torch.nn.Module, plan: Plan, flat: FlatInputs) -> Capture:
         raise PlanError(
             f"The plan was made for another step: the captured graph's fingerprint is {now[:12]} and the plan's is "
             f"{planned[:12]}, though parameters and batch agree. It differs at {_first_difference(capture, plan)}. "
-            "Another version of torch or of the model's code is the usual cause. Plan again."
+            f"{_likely_cause(capture, plan)} Plan again."
         )
     if isinstance(plan.capture, Captures):
         plan.capture.add(capture)
     else:
         plan.capture = Captures(capture)
     return capture
+
+
+def _likely_cause(capture: Capture, plan: Plan) -> str:
+    here, there = (sorted(graph.where(op) for op in graph.ops) for graph in (capture.binding.graph, plan.graph))
+    if here == there:
+        return (
+            "They are the same ops in another order: a model whose code goes through a set of names does that from "
+            "process to process. Set PYTHONHASHSEED=0 in the environment where it is planned and where it is run."
+        )
+    return "Another version of torch or of the model's code is the usual cause."
 
 
 def _first_difference(capture: Capture, plan: Plan) -> str:
