@@ -234,6 +234,19 @@ def test_models_that_need_numbers_are_made_with_weights() -> None:
     assert found.size > 1
 
 
+def test_the_widest_model() -> None:
+    """Models of another width have as many parameters, but of other shapes: that is another size, too."""
+    batch = mlp_batch(64)
+    found = keepless.max_depth(
+        lambda size: models.mlp(width=8 * size), batch, "512KiB", make_optimizer=torch.optim.AdamW, cache=False
+    )
+    assert found.ended_by == "memory"
+    assert found.next_size == found.size + 1 > 2
+    wider = models.mlp(width=8 * (found.size + 1))
+    with pytest.raises(InfeasibleBudget):
+        keepless.plan(wider, batch, "512KiB", optimizer=torch.optim.AdamW(wider.parameters()), cache=False)
+
+
 def test_configs_of_another_depth() -> None:
     """The config given stays as it is; entries for each layer follow; other configs are refused."""
 
@@ -310,7 +323,7 @@ def test_what_cannot_be_answered() -> None:
         keepless.max_batch(model, torch.randn(4, 8), "1GiB")  # type: ignore[arg-type]
     with pytest.raises(SizeError, match="not a function"):
         keepless.max_depth(model, torch.randn(4, 8), "1GiB")
-    with pytest.raises(SizeError, match="as many parameters"):
+    with pytest.raises(SizeError, match="the same parameters"):
         keepless.max_depth(lambda depth: models.mlp(), torch.randn(4, 8), "1GiB", cache=False)
     with pytest.raises(SizeError, match="gives a int"):
         keepless.max_depth(lambda depth: depth, torch.randn(4, 8), "1GiB", cache=False)  # type: ignore[arg-type, return-value]

@@ -218,8 +218,9 @@ def max_depth(
         keepless.max_depth(make, batch, budget="8GiB", make_optimizer=torch.optim.AdamW)
 
     Arguments:
-        make_model: a model of a depth, in the modes that the step will have. It is called with torch.device("meta") as
-            the default, so that no weights are made; once more without, where that fails.
+        make_model: a model of a depth, in the modes that the step will have; or of another size that changes shapes of
+            parameters: of a width, say. It is called with torch.device("meta") as the default, so that no weights are
+            made; once more without, where that fails.
         make_optimizer: from the model's trainable parameters to their optimizer.
         The others as in `max_batch`.
 

@@ -349,9 +349,9 @@ class Sizing:
         for other, step in self._steps.items():
             known = step.capture.model() if step.capture.model is not None else None
             if self.axis == "depth":
-                if known is not subject.model and _num_tensors(step) != len(list(subject.model.parameters())):
+                if known is not subject.model and _shapes(step) != sorted(p.shape for p in subject.model.parameters()):
                     continue
-                what = "make_model makes models of as many parameters"
+                what = "make_model makes models of the same parameters"
             else:
                 if other_call(step.flat, flat) or step.flat.facts != flat.facts:
                     continue
@@ -362,8 +362,9 @@ class Sizing:
             )
 
 
-def _num_tensors(step: _Step) -> int:
-    return len(step.capture.binding.params)
+def _shapes(step: _Step) -> list[torch.Size]:
+    binding = step.capture.binding
+    return sorted(binding.examples[slot].shape for slot in binding.params.values())
 
 
 @contextlib.contextmanager
