@@ -7,7 +7,7 @@ CONSTRAINTS := constraints.txt
 OLDEST ?= .venv-oldest
 NEWEST ?= .venv-newest
 
-.PHONY: help demo test test-fast test-pure test-oldest test-newest test-upstream check lint types imports format bench bench-fidelity bench-planner bench-gpu clean
+.PHONY: help demo test test-fast test-pure test-oldest test-newest test-upstream check lint types imports format bench bench-fidelity bench-growth bench-planner bench-gpu clean
 
 help:
 	@echo "make demo       train a small GPT-2 four ways inside and outside a budget (out/)"
@@ -17,6 +17,7 @@ help:
 	@echo "make test-upstream TORCH_SRC=...  PyTorch's own checkpoint tests, of a source checkout, with ours in its place"
 	@echo "make bench      the committed figures (benchmarks/results/)"
 	@echo "make bench-fidelity  are steps as high and as long as their plans said?"
+	@echo "make bench-growth  what trains in the memory where plain just fits, and how costs grow"
 	@echo "make bench-planner  how near the optimum plans are, and how soon"
 
 $(VENV)/.ready: pyproject.toml $(CONSTRAINTS)
@@ -102,6 +103,11 @@ bench: $(VENV)/.ready
 bench-fidelity: $(VENV)/.ready
 	PYTHONHASHSEED=0 $(BIN)/python -m benchmarks.fidelity $(FIDELITY_ARGS); status=$$?; \
 	$(BIN)/python -m benchmarks.fidelity_figures && exit $$status
+
+# What fits where plain just fits, and how costs grow; what has rows is not run again. GROWTH_ARGS="--parts depth", say.
+bench-growth: $(VENV)/.ready
+	$(BIN)/python -m benchmarks.growth $(GROWTH_ARGS); status=$$?; \
+	$(BIN)/python -m benchmarks.growth_figures && exit $$status
 
 bench-planner: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.planner
