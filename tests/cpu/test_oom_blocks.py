@@ -1,4 +1,4 @@
-"""Captured calls of a block plan go on where their forward finds no memory; their backward says that it cannot."""
+"""Captured calls of a block plan go on where they find no memory; backwards while they have what came into them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_a_failure_in_any_captured_call(tmp_path: Path) -> None:
         expected = step(model, x)
         total = len(calls)
         assert total > 20
-        survived = raised = 0
+        survived = raised = in_backward = 0
         for point in range(0, total, 3):
             keepless.apply(model, plan, black_box=tmp_path)
             calls.clear()
@@ -56,10 +56,15 @@ def test_a_failure_in_any_captured_call(tmp_path: Path) -> None:
                 runs = [run for chosen in planned.entries.values() for run in chosen.segments.values()]
                 assert sum(run.entry.recipe.counters.tightened for run in runs if run.entry is not None) == 1
                 survived += 1
+                entry = next(run.entry for run in runs if run.entry is not None)
+                program, index = calls[point]
+                in_backward += program[index].op > entry.binding.graph.loss_op  # type: ignore[union-attr,operator]
             fail_at[0] = -1
             found = step(model, x)
             assert all(torch.equal(found[name], expected[name]) for name in expected), "the next step"
     assert survived > 4
+    assert in_backward > 0
+    assert raised > 0
     assert survived + raised == len(range(0, total, 3))
 
 

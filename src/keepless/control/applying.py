@@ -11,6 +11,7 @@ from keepless.control.checks import check_module, check_optimizer, check_plan, c
 from keepless.control.parts import module_plans, module_steps
 from keepless.control.plan_book.book import Book
 from keepless.control.plan_book.recapturing import capture_of
+from keepless.control.rescue.calls import CallSurvival
 from keepless.control.rescue.optimizer import OptimizerGuard
 from keepless.control.rescue.survival import SURVIVE, Survival, check_black_box, check_on_oom
 from keepless.control.signature import check_signature, model_signature
@@ -50,7 +51,7 @@ def apply(
     if updates and optimizer is not None:
         check_optimizer(optimizer, model)
         check_planned_optimizer(optimizer, model, plan)
-    survival = Survival(plan, on_oom, black_box)
+    survival = (CallSurvival if module_plans.is_by_modules(plan) else Survival)(plan, on_oom, black_box)
     guard = None
     if optimizer is not None and OPTIMIZER_IN_BACKWARD not in plan.rewrites:
         guard = OptimizerGuard(model, optimizer, survival)
@@ -66,7 +67,7 @@ def apply(
     try:
         remove(model)
         take(model)
-        if module_plans.is_by_modules(plan):
+        if isinstance(survival, CallSurvival):
             module_plans.apply(model, plan, survival, guard)
         else:
             _put_in(model, plan, background, updater, survival, guard, arena)

@@ -451,6 +451,17 @@ def failed_at(error: BaseException) -> tuple[Program, int] | None:
     return found
 
 
+def locals_at(error: BaseException) -> dict[str, Any]:
+    """The names that stood in a generated step when it raised; empty where none did."""
+    found: dict[str, Any] = {}
+    step = error.__traceback__
+    while step is not None:
+        if step.tb_frame.f_code.co_filename == STEP_FILE:
+            found = dict(step.tb_frame.f_locals)
+        step = step.tb_next
+    return found
+
+
 def forget_frame(error: BaseException) -> None:
     """A traceback must not keep the activations of a step that failed."""
     step = error.__traceback__

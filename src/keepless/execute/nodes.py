@@ -27,7 +27,7 @@ from keepless import _compat
 from keepless.errors import ReplayError, StepError
 from keepless.execute.arena import Arena, Lease
 from keepless.execute.codegen import Compiled, forget_frame, stale
-from keepless.execute.recovery import Rescue, go_on
+from keepless.execute.recovery import Rescue, go_on, tangents_at
 
 _USED_TWICE = (
     "Trying to backward through a planned step a second time, but it was freed after the first. Specify "
@@ -200,8 +200,10 @@ class Step:
             self.advance()
             failure = None
         except BaseException as error:
-            forget_frame(error)
             rescue = self.recipe.rescue
+            if rescue is not None and rescue.covers(error) and rescue.survivor.survives:
+                self.tangents = self.tangents or tangents_at(error, rescue.binding)
+            forget_frame(error)
             if rescue is None or not rescue.covers(error):
                 self.release()
                 raise
@@ -213,6 +215,8 @@ class Step:
         if failure is not None:  # out of the handler, which holds the failed step
             self.end_lease()
             go_on(self, index, failure)
+            if not self.recipe.keeps_tangents:
+                self.tangents = None
         self.next_segment = index + 1
         grads = self.grads.copy()
         self.grads.clear()

@@ -24,15 +24,17 @@ import torch
 from keepless.binding import Binding
 from keepless.cost import CostModel
 from keepless.errors import OutOfMemory
-from keepless.execute.codegen import Compiled, compile_step, failed_at, forget_frame, is_write, stale
+from keepless.execute.codegen import Compiled, compile_step, failed_at, forget_frame, is_write, locals_at, stale
 from keepless.ir import Phase, Program, Run
+from keepless.machine import reuse_pairs
 from keepless.measure import is_out_of_memory
 
 if TYPE_CHECKING:
     from keepless.execute.nodes import Step
 
 MOST_TANGENT_NBYTES = 4096
-"""Gradients that come into the step from outside (a loss's) are held for a replay up to this size."""
+"""Gradients that come into the step from outside (a loss's) are held for a replay up to this size; larger ones serve
+where the program itself still had them when it failed."""
 
 
 class OutOfMemoryHere(OutOfMemory, torch.OutOfMemoryError):
@@ -79,6 +81,9 @@ class Survivor(Protocol):
     def tighter(self, rescue: Rescue, failure: Failure) -> Program | None:
         """A verified program that needs less than what failed; None where there is none."""
 
+    def smallest(self, rescue: Rescue, program: Program) -> Program | None:
+        """The verified program of the smallest peak; None where this is it already."""
+
     def record(self, rescue: Rescue, failure: Failure, done: str, after: Program | None) -> Note:
         """Writes a failure down; never raises."""
 
@@ -107,7 +112,7 @@ class Rescue:
 
     def covers(self, error: BaseException) -> bool:
         """Whether an error means that there was no memory, and nobody has dealt with it."""
-        return is_out_of_memory(error) and not isinstance(error, OutOfMemory)
+        return covers(error)
 
     def failure(self, error: BaseException, step: Step, compiled: Compiled) -> Failure:
         """What is to be known of an error; it may go then, with all that its traceback holds."""
@@ -138,29 +143,73 @@ class Rescue:
         if isinstance(instr, Run):
             place = f"at {self.binding.graph.where(self.binding.graph.ops[instr.op])}"
         note = self.survivor.record(self, failure, f"raised: {why}", None)
-        budget = note.suggested_budget
-        remedy = f"Plan for a budget of {budget} bytes, or use a smaller batch" if budget else "Use a smaller batch"
-        where = f" {note.path} has the whole." if note.path else ""
-        return OutOfMemoryHere(
-            f"The device ran out of memory in the {failure.phase} of a planned step, {place} "
-            f"({failure.text.strip()}), and the step cannot go on: {why}. {remedy}.{where}",
-            phase=failure.phase,
-            suggested_budget=budget,
-            black_box=note.path,
-        )
+        return cannot_go_on(failure.phase, place, failure.text, why, note)
 
     def told(self, error: BaseException, failure: Failure) -> None:
         """Where failures are only written down: the error itself says where."""
-        note = self.survivor.record(self, failure, "raised the error, as asked for", None)
-        budget = note.suggested_budget
-        lines = ["Keepless: a planned step ran out of memory"]
-        lines += [f"a budget of {budget} bytes needs less"] if budget else []
-        lines += [f"see {note.path}"] if note.path else []
-        text = "; ".join(lines)
-        if hasattr(error, "add_note"):
-            error.add_note(text)
-        else:  # Python 3.10
-            error.__dict__.setdefault("__notes__", []).append(text)
+        tell(error, self.survivor.record(self, failure, "raised the error, as asked for", None))
+
+
+def covers(error: BaseException) -> bool:
+    """Whether an error means that there was no memory, and nobody has dealt with it or written it down."""
+    if not is_out_of_memory(error) or isinstance(error, OutOfMemory):
+        return False
+    return not any(str(note).startswith(_TOLD) for note in getattr(error, "__notes__", ()))
+
+
+def cannot_go_on(phase: str, place: str, text: str, why: str, note: Note) -> OutOfMemoryHere:
+    """The error where a step cannot go on.
+
+    Arguments:
+        place: "at ...".
+        text: of the error that came.
+        note: what was written down.
+    """
+    budget = note.suggested_budget
+    remedy = f"Plan for a budget of {budget} bytes, or use a smaller batch" if budget else "Use a smaller batch"
+    where = f" {note.path} has the whole." if note.path else ""
+    return OutOfMemoryHere(
+        f"The device ran out of memory in the {phase} of a planned step, {place} "
+        f"({text.strip()}), and the step cannot go on: {why}. {remedy}.{where}",
+        phase=phase,
+        suggested_budget=budget,
+        black_box=note.path,
+    )
+
+
+_TOLD = "Keepless: a planned step ran out of memory"
+
+
+def tell(error: BaseException, note: Note) -> None:
+    """Adds to an error what was written down about it."""
+    budget = note.suggested_budget
+    lines = [_TOLD]
+    lines += [f"a budget of {budget} bytes needs less"] if budget else []
+    lines += [f"see {note.path}"] if note.path else []
+    text = "; ".join(lines)
+    if hasattr(error, "add_note"):
+        error.add_note(text)
+    else:  # Python 3.10
+        error.__dict__.setdefault("__notes__", []).append(text)
+
+
+def tangents_at(error: BaseException, binding: Binding) -> tuple[torch.Tensor, ...] | None:
+    """The gradients that came into a step from outside, where all of them still stood when its backward raised.
+
+    An op that works in place may have written to one before it failed: that one counts as gone.
+    """
+    place = failed_at(error)
+    if place is None:
+        return None
+    instr = place[0][place[1]]
+    own = {binding.slot_value[slot] for slot in binding.tangents}
+    if isinstance(instr, Run) and instr.reuse:
+        pairs = reuse_pairs(binding.graph, binding.graph.ops[instr.op])
+        if any(made in instr.keep and source in own for made, source in pairs):
+            return None
+    names = locals_at(error)
+    found = [names.get(f"t{slot}") for slot in binding.tangents]
+    return tuple(t for t in found if t is not None) if all(t is not None for t in found) else None
 
 
 def make_room(device: torch.device) -> None:
@@ -246,8 +295,8 @@ def _cannot_run_again(step: Step, rescue: Rescue) -> str:
         return f"{rescue.blocker}, so that the forward cannot run again as it ran"
     if step.tangents is None:
         return (
-            "the gradients that came into it from outside are larger than is held for this; with the loss inside of "
-            "the step (keepless.with_loss) they are small"
+            "the gradients that came into it from outside had been used up, and are larger than is held for this; with "
+            "the loss inside of the step (keepless.with_loss) they are small"
         )
     for position, argument in enumerate(step.arguments):
         now = 0 if argument.is_inference() else argument._version

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -23,8 +24,21 @@ from keepless.capture import StandingForward, is_tracing
 from keepless.eager import forward as regions
 from keepless.eager.determinism import CHECKS
 from keepless.eager.forward import Options
+from keepless.eager.randomness import Stream
 from keepless.errors import PlanError
-from keepless.execute import Attached, Survivor
+from keepless.execute import Attached, Counters
+from keepless.execute.recovery import cannot_go_on, covers, make_room, tell
+from keepless.machine import Plan
+from keepless.modules.recovery import (
+    CHANGES,
+    Beginning,
+    CallFailure,
+    CallSurvivor,
+    cannot_begin_again,
+    failure_of,
+    reaches,
+    streams_of,
+)
 from keepless.modules.segments import Segment
 from keepless.modules.sites import Calls, Site
 
@@ -53,12 +67,14 @@ class Chosen:
         baseline: bytes of the step with everything kept; 0 where nothing was planned.
         segments: calls that run by programs of their own.
         unseen: blocks that the measured step did not call. Where another step does, the call is recomputed as a whole.
+        plan: that it comes from; None where nothing was planned.
     """
 
     sites: frozenset[Site]
     baseline: int = 0
     segments: Mapping[Site, Segment] = field(default_factory=dict)
     unseen: frozenset[str] = frozenset()
+    plan: Plan | None = field(default=None, repr=False, compare=False)
 
     @property
     def paths(self) -> list[str]:
@@ -84,6 +100,9 @@ class _Current(threading.local):
         self.calls = Calls()
 
 
+_LEAST = "as little is kept already as the plan knows how"
+_IN_BACKWARD = "its backward cannot run again, as it has let go of what the forward saved"
+_LATER = "later steps keep less"
 _LEAVES = 5
 """Place in a key of the first of the call's leaves."""
 
@@ -125,7 +144,8 @@ class PlannedModules(StandingForward):
     Attributes:
         entries: kind of step -> the calls that it recomputes.
         planned_on_the_spot: how many kinds of steps were planned when they came.
-        survivor: how captured calls go on where there is no memory.
+        survivor: how it goes on where there is no memory.
+        counters: `ooms` and `tightened` outside of captured calls, which have their own.
         guard: looks after the optimizer's steps, as long as this forward stands in its model.
     """
 
@@ -138,8 +158,13 @@ class PlannedModules(StandingForward):
         self.current = _Current()
         self._for_training = model.training
         self._wrapped: dict[str, RegionForward] = {}
-        self.survivor: Survivor | None = None
+        self.survivor: CallSurvivor | None = None
+        self.counters = Counters()
         self.guard: Attached | None = None
+        self._latest: tuple[Key, Chosen] | None = None
+        self._with_buffers: list[weakref.ref[torch.nn.Module]] = []
+        self._streams: list[Stream] = []
+        self._unwatch: weakref.finalize[Any, Any] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -154,9 +179,96 @@ class PlannedModules(StandingForward):
             if torch.is_grad_enabled() and not (is_tracing() or _compat.transforms_active()):
                 chosen = self._chosen(args, kwargs)
             current.sites, current.segments, current.unseen = chosen.sites, chosen.segments, chosen.unseen
-            return self.original(*args, **kwargs)
+            if self.survivor is None or chosen.plan is None:
+                return self.original(*args, **kwargs)
+            return self._surviving(self.survivor, args, kwargs)
         finally:
             current.is_running = False
+
+    def _surviving(self, survivor: CallSurvivor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The planned forward, begun anew where it finds no memory and can be."""
+        assert self._latest is not None
+        key, chosen = self._latest
+        assert chosen.plan is not None
+        begun = None
+        if survivor.survives and chosen.plan.signature.get(CHANGES) == "":
+            begun = Beginning(self._buffers(), self._streams)
+        while True:
+            try:
+                return self.original(*args, **kwargs)
+            except Exception as error:
+                if not covers(error):
+                    raise
+                failure = failure_of(error, self.module, key, _LEAVES, "forward")
+                if not survivor.survives:
+                    tell(error, survivor.record_call(failure, chosen, "raised the error, as asked for", None))
+                    raise
+            chosen = self._begin_again(survivor, failure, key, chosen, begun, args, kwargs)
+
+    def _buffers(self) -> list[torch.Tensor]:
+        modules = [module for reference in self._with_buffers if (module := reference()) is not None]
+        return [buffer for module in modules for buffer in module._buffers.values() if buffer is not None]
+
+    def _begin_again(
+        self,
+        survivor: CallSurvivor,
+        failure: CallFailure,
+        key: Key,
+        chosen: Chosen,
+        begun: Beginning | None,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Chosen:
+        """After a forward that failed: everything is as it was before it, and less will be kept.
+
+        Raises:
+            OutOfMemory: it cannot begin anew, or nothing is left to recompute.
+        """
+        assert chosen.plan is not None
+        make_room(failure.device)
+        self.counters.ooms += 1
+        why = cannot_begin_again(self.module, begun, chosen.plan.signature.get(CHANGES), args, kwargs)
+        if begun is not None:
+            begun.again()
+        fewer = survivor.fewer_kept(chosen)
+        if fewer is not None:
+            self._adopt(key, fewer)
+        if why or fewer is None:
+            note = survivor.record_call(failure, chosen, f"raised: {why or _LEAST}", None)
+            raise cannot_go_on(failure.phase, failure.place, failure.text, why or _LEAST, note)
+        survivor.record_call(failure, chosen, "began the forward anew with less kept", fewer)
+        current = self.current
+        current.calls.restart()
+        current.sites, current.segments, current.unseen = fewer.sites, fewer.segments, fewer.unseen
+        return fewer
+
+    def _adopt(self, key: Key, chosen: Chosen) -> None:
+        """Later steps of a kind recompute other calls."""
+        self.add(key, chosen)
+        self._latest = key, chosen
+        self.counters.tightened += 1
+
+    def _backward_failed(self, error: Exception, roots: Sequence[Any]) -> Exception | None:
+        """Gives the typed error of a backward of this model that found no memory; None where it is not about that."""
+        survivor, latest, model = self.survivor, self._latest, self._model()
+        if survivor is None or latest is None or model is None or latest[1].plan is None:
+            return None
+        if not covers(error) or not reaches(roots, model):
+            return None
+        key, chosen = latest
+        failure = failure_of(error, model, key, _LEAVES, "backward")
+        self.counters.ooms += 1
+        if not survivor.survives:
+            tell(error, survivor.record_call(failure, chosen, "raised the error, as asked for", None))
+            return None
+        error.__traceback__ = None  # it holds what a failed recompute does
+        make_room(failure.device)
+        fewer = survivor.fewer_kept(chosen)
+        if fewer is not None:
+            self._adopt(key, fewer)
+        why = f"{_IN_BACKWARD}; {_LATER if fewer is not None else _LEAST}"
+        note = survivor.record_call(failure, chosen, f"raised: {why}", None)
+        return cannot_go_on(failure.phase, failure.place, failure.text, why, note)
 
     def _compiled(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._instance_forward is not None:
@@ -168,15 +280,16 @@ class PlannedModules(StandingForward):
         assert model is not None, "the model is gone"
         key = step_key(model, args, kwargs)
         found = self.entries.get(key)
-        if found is not None:
-            return found
-        if self._for_training and not model.training:  # evaluation
+        if found is None and self._for_training and not model.training:  # evaluation
             return _NONE
-        alike = self._alike(key)
-        if alike is not None:
-            self.add(key, alike)
-            return alike
-        return self.plan_for(key, model, args, kwargs)
+        if found is None:
+            found = self._alike(key)
+            if found is not None:
+                self.add(key, found)
+        if found is None:
+            found = self.plan_for(key, model, args, kwargs)
+        self._latest = key, found
+        return found
 
     def _alike(self, key: Key) -> Chosen | None:
         """What kinds of steps recompute that differ from this one in constants alone, where these do not matter."""
@@ -218,6 +331,8 @@ class PlannedModules(StandingForward):
         while len(self.entries) >= _MOST_ENTRIES:
             del self.entries[next(iter(self.entries))]
         self.entries[key] = chosen
+        self._with_buffers = [weakref.ref(module) for module in modules.values() if module._buffers]
+        self._streams = streams_of(next((p.device for p in model.parameters()), torch.device("cpu")))
         for segment in chosen.segments.values():
             segment.survivor = self.survivor
         for path in chosen.paths:
@@ -230,6 +345,10 @@ class PlannedModules(StandingForward):
         super().put_in()
         if self.guard is not None:
             self.guard.put_in()
+        if self.survivor is not None and self._unwatch is None:
+            reference = weakref.WeakMethod(self._backward_failed)
+            unwatch = _compat.watch_backwards(lambda error, roots: _call(reference, error, roots))
+            self._unwatch = weakref.finalize(self, unwatch)
         for wrapped in self._wrapped.values():
             module = wrapped._model()
             if module is not None:
@@ -240,8 +359,17 @@ class PlannedModules(StandingForward):
         super().take_out()
         if self.guard is not None:
             self.guard.take_out()
+        if self._unwatch is not None:
+            self._unwatch()
+            self._unwatch = None
         for wrapped in self._wrapped.values():
             wrapped.take_out()
+
+
+def _call(reference: Any, error: Exception, roots: Sequence[Any]) -> Exception | None:
+    method = reference()
+    found: Exception | None = None if method is None else method(error, roots)
+    return found
 
 
 class RegionForward(StandingForward):

@@ -29,12 +29,14 @@ class Segment:
         entry: the lowered program, None before the first call.
         missed: why calls ran without it -> how many.
         survivor: how the call goes on where there is no memory.
+        is_tight: it runs by the program of the smallest peak.
     """
 
     bind: Bind
     entry: Entry | None = None
     missed: dict[str, int] | None = None
     survivor: Survivor | None = None
+    is_tight: bool = False
 
     def __call__(self, standing: StandingForward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         args, kwargs = without_caches(args, kwargs)
@@ -45,10 +47,23 @@ class Segment:
             self.entry = found
             if self.survivor is not None and found.cost is not None:
                 equip(found, found.cost, self.survivor, self._adopt)
+                if self.is_tight:
+                    self.tighten()
         bound = self.entry.guard.check(args, kwargs)
         if isinstance(bound, str):
             return self._missed(bound, standing, args, kwargs)
         return run_entry(standing, self.entry, bound)
+
+    def tighten(self) -> bool:
+        """Later calls run by the program of the smallest peak; whether that is another one."""
+        was_tight, self.is_tight = self.is_tight, True
+        entry, survivor = self.entry, self.survivor
+        if entry is None or survivor is None or entry.recipe.rescue is None:
+            return not was_tight
+        program = survivor.smallest(entry.recipe.rescue, entry.program)
+        if program is not None:
+            self._adopt(program)
+        return program is not None
 
     def _adopt(self, program: Program) -> None:
         """Later calls run by another program."""

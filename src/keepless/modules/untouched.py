@@ -99,6 +99,40 @@ class Before:
                 container.update(content)
         randomness.put(self.random)
 
+    def changed(self, but_random: Iterable[randomness.Stream] = ()) -> str:
+        """The first thing that is not as it was, in words; empty where all is. Gradients are left out.
+
+        Arguments:
+            but_random: streams of random numbers that may have been drawn from.
+        """
+        for module, attributes, buffers in zip(self.modules, self.attributes, self.buffers, strict=True):
+            kind, now = type(module).__name__, _attributes(module)
+            names = [name for name in {**attributes, **now} if name != "forward"]
+            other = next((name for name in names if not _is_same(now, attributes, name)), None)
+            if other is not None:
+                return f"the attribute {other!r} of a {kind}"
+            if not _are_same(module._buffers, buffers):
+                return f"which buffers a {kind} has"
+            for name, buffer in buffers.items():
+                held = next((values for tensor, values in self.tensors if tensor is buffer), None)
+                if buffer is not None and held is not None and not torch.equal(buffer, held):
+                    return f"the buffer {name!r} of a {kind}"
+        if any(not torch.equal(tensor, values) for tensor, values in self.tensors):
+            return "a tensor that an attribute holds"
+        if any(tensor._version != version for tensor, _, version in self.batch):
+            return "its batch"
+        if any(not np.array_equal(array, content) for array, content in self.arrays):
+            return "an array that an attribute holds"
+        if not all(_are_same(own, before) for own, before in (*self.objects, *self.registered)):
+            return "an object that an attribute holds"
+        if not all(list(table.items()) == list(hooks.items()) for table, hooks in self.hooks):
+            return "hooks"
+        if not all(_is_content(container, content) for container, content in self.contents):
+            return "a list, a dictionary or a set that an attribute holds"
+        allowed = {stream.key for stream in but_random}
+        drawn = next((stream.name for stream in randomness.moved(self.random) if stream.key not in allowed), None)
+        return "" if drawn is None else f"the state of {drawn}"
+
     def versions_again(self) -> None:
         """Sets back how often each tensor was changed: graphs that the caller made before go on to be valid."""
         _compat.set_versions(*self.versions)
@@ -131,6 +165,26 @@ class Before:
 
 def _attributes(module: torch.nn.Module) -> dict[str, Any]:
     return {name: value for name, value in module.__dict__.items() if name not in _INTERNAL}
+
+
+_NOTHING = object()
+
+
+def _is_same(now: dict[str, Any], before: dict[str, Any], name: str) -> bool:
+    one, other = now.get(name, _NOTHING), before.get(name, _NOTHING)
+    return one is other or (type(one) in _SCALARS and type(one) is type(other) and one == other)
+
+
+def _are_same(now: dict[str, Any], before: dict[str, Any]) -> bool:
+    return now.keys() == before.keys() and all(_is_same(now, before, name) for name in now)
+
+
+def _is_content(container: Any, content: Any) -> bool:
+    if isinstance(container, dict):
+        return list(container) == list(content) and all(container[key] is content[key] for key in content)
+    if isinstance(container, set):
+        return len(container) == len(content) and set(map(id, container)) == set(map(id, content))
+    return len(container) == len(content) and all(a is b for a, b in zip(container, content, strict=True))
 
 
 def _hook_tables(module: torch.nn.Module) -> list[dict[Any, Any]]:

@@ -59,6 +59,18 @@ def describe_timeline(graph: Graph, program: Program, cost: CostModel, index: in
     return {"columns": ["index", "op", *CATEGORIES], "rows": rows, "predicted_peak": timeline.peak}
 
 
+def describe_phases(graph: Graph, program: Program, cost: CostModel) -> dict[str, dict[str, int]]:
+    """Predicted bytes by category at the highest instruction of each phase; replays are the phase "recompute"."""
+    highest: dict[str, dict[str, int]] = {}
+    for held in holdings(graph, program, simulate(graph, program, cost)):
+        instr = program[held.index]
+        if isinstance(instr, Run):
+            phase = "recompute" if instr.replay else graph.ops[instr.op].phase.value
+            if sum(held.nbytes.values()) > sum(highest.get(phase, {"": -1}).values()):
+                highest[phase] = {name: held.nbytes[name] for name in CATEGORIES}
+    return highest
+
+
 def describe_plan(plan: Plan) -> dict[str, object]:
     """The plan that stood in the model."""
     return {
@@ -83,12 +95,17 @@ def black_box_text(document: Mapping[str, object]) -> str:
         places = ", ".join(str(instr[key]) for key in ("module", "source") if instr.get(key))
         again = ", a replay" if instr.get("replay") else ""
         lines.append(f"at instruction {instr.get('index')} of {instr.get('of')}: {instr['op']} ({places}){again}")
+    elif instr.get("source"):
+        inside = f"in the module {instr['module']!r}" if instr.get("module") else "in the model's own code"
+        lines.append(f"{inside} ({instr['source']})")
     timeline = _table(document, "timeline")
     columns, rows = timeline.get("columns"), timeline.get("rows")
-    if isinstance(columns, Sequence) and isinstance(rows, Sequence) and rows and isinstance(rows[-1], Sequence):
-        held = [(name, n) for name, n in zip(columns[2:], rows[-1][2:], strict=False) if isinstance(n, int) and n]
-        parts = ", ".join(f"{name} {format_bytes(n)}" for name, n in held)
-        lines.append(f"predicted there: {format_bytes(sum(n for _, n in held))} ({parts})")
+    if "op" in instr and isinstance(columns, Sequence) and isinstance(rows, Sequence) and rows:
+        last = rows[-1] if isinstance(rows[-1], Sequence) else ()
+        lines.append(f"predicted there: {_bytes_text(dict(zip(columns[2:], last[2:], strict=False)))}")
+    for phase, nbytes in _table(document, "phases").items():
+        if isinstance(nbytes, Mapping):
+            lines.append(f"predicted peak of the {phase}: {_bytes_text(nbytes)}")
     inputs = document.get("inputs")
     if isinstance(inputs, Sequence) and inputs:
         shapes = [f"{row['name']} {row['dtype']} {row['shape']}" for row in inputs if isinstance(row, Mapping)]
@@ -110,3 +127,9 @@ def black_box_text(document: Mapping[str, object]) -> str:
 def _table(document: Mapping[str, object], key: str) -> Mapping[str, object]:
     found = document.get(key)
     return found if isinstance(found, Mapping) else {}
+
+
+def _bytes_text(nbytes: Mapping[str, object]) -> str:
+    held = [(name, n) for name, n in nbytes.items() if isinstance(n, int) and n]
+    parts = ", ".join(f"{name} {format_bytes(n)}" for name, n in held)
+    return f"{format_bytes(sum(n for _, n in held))} ({parts})"

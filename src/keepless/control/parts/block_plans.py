@@ -362,7 +362,14 @@ def chosen_of(plan: Plan) -> Chosen:
         assert isinstance(unseen, list)
     except (AssertionError, KeyError, TypeError, ValueError, IndexError) as error:
         raise PlanError("The plan's list of captured module calls is damaged. Plan again.") from error
-    return Chosen(sites, plan.baseline_peak, runs, frozenset(map(str, unseen)))
+    return Chosen(sites, plan.baseline_peak, runs, frozenset(map(str, unseen)), plan)
+
+
+def regions_of(plan: Plan) -> frozenset[Site]:
+    """The calls of a plan of blocks that can be recomputed as a whole."""
+    rows = plan.signature["regions"]
+    assert isinstance(rows, list)
+    return frozenset(Site(str(path), int(number)) for path, number, _ in rows)
 
 
 @dataclass(frozen=True)

@@ -44,13 +44,15 @@ from keepless.errors import (
     PlanError,
     SolverError,
 )
-from keepless.execute import Attached, Survivor
+from keepless.execute import Attached
+from keepless.ir import Phase
 from keepless.machine import Plan, managed_share
 from keepless.measure.steps import increments
 from keepless.modules.blocks import Blocks
 from keepless.modules.planned import CONSTANT, STRUCTURE, Chosen, Key, PlannedModules, autocast_now, model_key
+from keepless.modules.recovery import CHANGES, CallSurvivor, streams_of
 from keepless.modules.sites import tensors_in
-from keepless.modules.untouched import untouched
+from keepless.modules.untouched import Before, untouched
 from keepless.solve.regions import NAME
 
 _ROUNDS = 3
@@ -191,12 +193,13 @@ def _landed(run: Runner, settings: Settings, tell: Any, solve: Callable[[int], P
         planned.on_miss = _never
         try:
             run.prepare()
-            run.forward_backward()  # regions are watched the first time
+            changes = _watching_changes(run)  # and regions are watched the first time
             run.prepare()
             plan.measured_peak = resident + increments(run.forward_backward, run.device)
         finally:
             planned.take_out()
         if plan.measured_peak <= settings.budget - spare:
+            plan.signature = {**plan.signature, CHANGES: changes}
             tell("solve", 1, 1)
             return plan
         over += plan.measured_peak - (settings.budget - spare)
@@ -210,13 +213,35 @@ def _landed(run: Runner, settings: Settings, tell: Any, solve: Callable[[int], P
     )
 
 
+def _watching_changes(run: Runner) -> str:
+    """Runs a step, and gives what its forward changes beside random numbers; empty where it is nothing.
+
+    What only a first forward does (libraries hang hooks on modules then) counts for nothing.
+    """
+    found = ""
+    streams = streams_of(run.device)
+
+    def mark(phase: str) -> None:
+        nonlocal found
+        if phase == Phase.FORWARD.value:
+            found = run.before.changed(streams)
+
+    run.forward_backward(mark)
+    if found:
+        again = Before(run.model, run.device, tensors_of(run.inputs))
+        with torch.no_grad():
+            run.model(*run.inputs.args, **run.inputs.kwargs)
+        found = again.changed(streams)
+    return found
+
+
 def apply(
-    model: torch.nn.Module, plan: Plan, survivor: Survivor | None = None, guard: Attached | None = None
+    model: torch.nn.Module, plan: Plan, survivor: CallSurvivor | None = None, guard: Attached | None = None
 ) -> PlannedModules:
     """Puts a plan of module calls into a model that has none. Calls of other shapes are planned on the spot.
 
     Arguments:
-        survivor: how captured calls go on where there is no memory.
+        survivor: how it goes on where there is no memory.
         guard: in place as long as the plan is.
 
     Raises:
@@ -266,7 +291,7 @@ def _chosen(plan: Plan) -> Chosen:
     """The calls that a plan recomputes or captures."""
     if plan.engine == BLOCKS:
         return block_plans.chosen_of(plan)
-    return Chosen(region_plans.recomputed_sites(plan), plan.baseline_peak)
+    return Chosen(region_plans.recomputed_sites(plan), plan.baseline_peak, plan=plan)
 
 
 def settings_of(plan: Plan) -> Settings:

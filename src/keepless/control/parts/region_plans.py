@@ -13,7 +13,7 @@ from keepless.control.runner import Runner
 from keepless.control.signature import batch_signature, model_signature, module_facts
 from keepless.cost import CostModel
 from keepless.errors import InfeasibleBudget, PlanError
-from keepless.ir import Certificate, Status
+from keepless.ir import Certificate, Program, Status
 from keepless.machine import Baseline, Plan, make_plan
 from keepless.modules.sites import Site
 from keepless.passes import evaluate, from_order, reuse_storage
@@ -132,6 +132,27 @@ def recomputed_sites(plan: Plan) -> frozenset[Site]:
     if program.instrs != plan.program.instrs:
         raise PlanError("The plan's recomputed module calls are not what its program recomputes. Plan again.")
     return found
+
+
+def lowest_sites(plan: Plan) -> frozenset[Site]:
+    """The module calls to recompute for the lowest peak that is found."""
+    tree, _ = _tree_of(plan)
+    _, numbers = Regions(tree).lowest(plan.graph, plan.cost)
+    sites = _sites_of(plan)
+    return frozenset(sites[number] for number in numbers)
+
+
+def program_of(plan: Plan, recomputed: frozenset[Site]) -> Program:
+    """The plan's step where these calls are recomputed."""
+    tree, _ = _tree_of(plan)
+    numbers = frozenset(number for number, site in enumerate(_sites_of(plan)) if site in recomputed)
+    return reuse_storage(plan.graph, from_order(plan.graph, tree.order(numbers, len(plan.graph.ops))))
+
+
+def _sites_of(plan: Plan) -> list[Site]:
+    rows = plan.signature["regions"]
+    assert isinstance(rows, list)
+    return [Site(str(path), int(number)) for path, number, _, _ in rows]
 
 
 _DAMAGED = "The plan's list of recomputed module calls is damaged. Plan again."

@@ -15,7 +15,13 @@ from keepless.execute import Failure, Note, Rescue
 from keepless.ir import Program
 from keepless.machine import Plan, simulate
 from keepless.measure import describe_device, free_nbytes
-from keepless.report.black_box import describe_instruction, describe_plan, describe_timeline, program_fingerprint
+from keepless.report.black_box import (
+    describe_instruction,
+    describe_phases,
+    describe_plan,
+    describe_timeline,
+    program_fingerprint,
+)
 from keepless.report.black_box_file import MOST_FILES, folder_of, write_black_box
 from keepless.solve.notches import Notches
 
@@ -68,6 +74,11 @@ class Survival:
         self._taken[rescue] = taken + 1
         return found
 
+    def smallest(self, rescue: Rescue, program: Program) -> Program | None:
+        """See `keepless.execute.Survivor`."""
+        notches = self._notches_of(rescue)
+        return notches.below(program, -1, at_once=True)
+
     def record(self, rescue: Rescue, failure: Failure, done: str, after: Program | None) -> Note:
         """See `keepless.execute.Survivor`."""
         try:
@@ -77,10 +88,13 @@ class Survival:
             return Note("", None)
 
     def _below(self, rescue: Rescue, failure: Failure, at_once: bool) -> Program | None:
+        return self._notches_of(rescue).below(failure.program, failure.index, at_once=at_once)
+
+    def _notches_of(self, rescue: Rescue) -> Notches:
         notches = self._notches.get(rescue)
         if notches is None:
             notches = self._notches[rescue] = Notches(rescue.binding.graph, rescue.cost)
-        return notches.below(failure.program, failure.index, at_once=at_once)
+        return notches
 
     def _recorded(self, rescue: Rescue, failure: Failure, done: str, after: Program | None) -> Note:
         graph, cost, program, index = rescue.binding.graph, rescue.cost, failure.program, failure.index
@@ -94,6 +108,7 @@ class Survival:
             "instruction": describe_instruction(graph, program, index, cost) if index >= 0 else {},
             "program": program_fingerprint(program),
             "timeline": describe_timeline(graph, program, cost, index),
+            "phases": describe_phases(graph, program, cost),
             "inputs": [{"name": name, "shape": list(shape), "dtype": dtype} for name, shape, dtype in failure.shapes],
             "plan": describe_plan(self.plan),
             "device": device_facts(rescue.binding.device),
