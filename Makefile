@@ -7,7 +7,7 @@ CONSTRAINTS := constraints.txt
 OLDEST ?= .venv-oldest
 NEWEST ?= .venv-newest
 
-.PHONY: help demo test test-fast test-pure test-oldest test-newest test-upstream check lint types imports format bench bench-fidelity bench-growth bench-planner bench-gpu clean
+.PHONY: help demo test test-fast test-pure test-oldest test-newest test-upstream check lint types imports format bench bench-more bench-check bench-fidelity bench-growth bench-planner bench-gpu clean
 
 help:
 	@echo "make demo       train a small GPT-2 four ways inside and outside a budget (out/)"
@@ -15,7 +15,9 @@ help:
 	@echo "make test-fast  the tests without the slow ones"
 	@echo "make test-oldest, make test-newest  the same on the oldest and the newest torch that is supported"
 	@echo "make test-upstream TORCH_SRC=...  PyTorch's own checkpoint tests, of a source checkout, with ours in its place"
-	@echo "make bench      the committed figures (benchmarks/results/)"
+	@echo "make bench      beside every peer (docs/benchmarks.md)"
+	@echo "make bench-more the figures of README, checkpoint's costs, lengths"
+	@echo "make bench-check  have a few ratios moved from the committed ones?"
 	@echo "make bench-fidelity  are steps as high and as long as their plans said?"
 	@echo "make bench-growth  what trains in the memory where plain just fits, and how costs grow"
 	@echo "make bench-planner  how near the optimum plans are, and how soon"
@@ -94,7 +96,15 @@ test-newest: $(NEWEST)/.ready
 test-upstream: $(VENV)/.ready
 	$(BIN)/python tests/upstream/run.py "$(TORCH_SRC)"
 
+# On quiet cores. PEERS_ARGS="--resume", "--models gpt2 t5" or "--quick", say.
 bench: $(VENV)/.ready
+	$(BIN)/python -m benchmarks.peers $(PEERS_ARGS); status=$$?; \
+	$(BIN)/python -m benchmarks.peers.pages && exit $$status
+
+bench-check: $(VENV)/.ready
+	$(BIN)/python -m benchmarks.peers.check
+
+bench-more: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.step
 	$(BIN)/python -m benchmarks.checkpoint
 	$(BIN)/python -m benchmarks.lengths

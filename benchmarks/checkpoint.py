@@ -1,6 +1,6 @@
 """What a checkpointed region costs per call: ours, and torch's, over plain.
 
-    python -m benchmarks.checkpoint                   # two minutes: part of make bench
+    python -m benchmarks.checkpoint                   # two minutes: part of make bench-more
 
 Forward and backward of a small body, called as itself, through `keepless.checkpoint` and through torch's own function
 (`use_reentrant=False`), in turn, on one thread. The region was called before: no call is watched. The overhead is the

@@ -1,6 +1,6 @@
 """Writes the committed figures into README.md: what it says of speed and bytes is what the results say.
 
-python -m benchmarks.figures      # after make bench
+python -m benchmarks.figures      # after make bench-more
 """
 
 from __future__ import annotations

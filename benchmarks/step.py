@@ -1,6 +1,6 @@
 """How high does a training step rise and how long does it take, beside plain eager and torch's checkpointing?
 
-    python -m benchmarks.step                      # everything, 15 minutes on 2 quiet cores: make bench
+    python -m benchmarks.step                      # everything, 15 minutes on 2 quiet cores: make bench-more
     python -m benchmarks.step --quick              # small models, few rounds: does it work? under 3 minutes
     python -m benchmarks.step --models demo tiny   # some models only, in place of their rows of an earlier run;
                                                    # --no-planning leaves benchmarks/planning.py out

@@ -1,0 +1,1 @@
+"""Keepless beside what a user would otherwise pick, on the same work, in one run: `python -m benchmarks.peers`."""

@@ -1,0 +1,431 @@
+"""From rows to answers: pure functions, one per question, each a Markdown table.
+
+Letters are those of the questions in docs/benchmarks.md. A point is a contender at its measured peak with its median
+step over plain's, both of the same model.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from benchmarks.common import Row
+from benchmarks.peers.contenders import OURS, PLAIN, family_of
+from benchmarks.peers.models import FAMILIES
+
+NONE = "No results are committed yet."
+SLOWDOWNS = (0.02, 0.09, 0.20)
+REASONS = ("missing: ", "refused: ", "failed: ", "left out: ", "timed once: ", "not reached: ", "not compared: ")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One contender of a model.
+
+    Arguments:
+        peak: bytes; `activations` of them above parameters, buffers, gradients and optimizer state.
+        step: median over plain's; p20 and p80 of the same.
+        is_exact: bit for bit plain's.
+        is_wrong: gradients or buffers are wrong, beyond another order of sums.
+    """
+
+    model: str
+    name: str
+    peak: float
+    activations: float
+    step: float
+    p20: float
+    p80: float
+    is_exact: bool
+    is_wrong: bool
+
+    @property
+    def family(self) -> str:
+        """What it is a point of."""
+        return family_of(self.name)
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it is Keepless."""
+        return self.family in OURS
+
+    @property
+    def kernels(self) -> str:
+        """What runs the ops."""
+        return "inductor" if self.family == "inductor" else "eager"
+
+
+Found = dict[tuple[str, str, str], Row]
+
+
+def index(rows: Iterable[Row]) -> Found:
+    """Rows by model, contender and metric."""
+    return {(row.model, row.contender, row.metric): row for row in rows}
+
+
+def models_of(rows: Iterable[Row]) -> list[str]:
+    """Models that have rows, in the order of `FAMILIES`."""
+    names = {row.model for row in rows}
+    return [name for name in FAMILIES if name in names]
+
+
+def points(rows: Sequence[Row], model: str) -> list[Point]:
+    """A model's contenders that have a peak and a time."""
+    found = index(rows)
+    made = []
+    for (owner, name, metric), row in found.items():
+        step = found.get((model, name, "step_over_plain"))
+        if owner != model or metric != "peak" or step is None:
+            continue
+
+        def value(metric: str, name: str = name) -> float:
+            other = found.get((model, name, metric))
+            return 0.0 if other is None else other.value
+
+        made.append(
+            Point(
+                model,
+                name,
+                row.value,
+                value("activations"),
+                step.p50,
+                step.p20,
+                step.p80,
+                bool(value("exact")),
+                bool(value("wrong")),
+            )
+        )
+    return made
+
+
+def front(given: Iterable[Point]) -> list[Point]:
+    """Points that no other one beats in both peak and time, ascending in peak."""
+    kept: list[Point] = []
+    for point in sorted(given, key=lambda point: (point.peak, point.step)):
+        if not kept or point.step < kept[-1].step:
+            kept.append(point)
+    return kept
+
+
+def _plain(given: Sequence[Point]) -> Point | None:
+    return next((point for point in given if point.name == PLAIN), None)
+
+
+def is_of(name: str, family: str) -> bool:
+    """Whether a contender is one of a family that has several."""
+    return name.startswith((f"{family} ", f"{family},"))
+
+
+def _table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    found = [" | ".join(line) for line in lines]
+    if not found:
+        return NONE
+    columns = ["---", *("--:" for _ in head[1:])]
+    return "\n".join(f"| {line} |" for line in (" | ".join(head), " | ".join(columns), *found))
+
+
+def time_against_peak(rows: Sequence[Row]) -> str:
+    """(a): per model and family the points that are worth having, peak and time over plain's."""
+    lines = []
+    for model in models_of(rows):
+        given = points(rows, model)
+        plain = _plain(given)
+        if plain is None:
+            continue
+        families = dict.fromkeys(point.family for point in given if point.name != PLAIN)
+        for family in sorted(families, key=lambda name: (name not in OURS, name)):
+            mine = [point for point in given if point.family == family]
+            right = [point for point in mine if not point.is_wrong]
+            cells = [f"{point.peak / plain.peak:.2f}, {point.step:.2f}x" for point in front(right)]
+            wrong = len(mine) - len(right)
+            exact = "yes" if right and all(point.is_exact for point in right) else "no"
+            text = "; ".join(cells) + (f" WRONG at {wrong} of {len(mine)}" if wrong else "")
+            lines.append((model, family, exact if right else "WRONG", text.strip()))
+    return _table(("model", "contender", "exact", "peak, step (over plain's)"), lines)
+
+
+def wrong(rows: Sequence[Row]) -> str:
+    """Contenders whose gradients or buffers are wrong, and how much."""
+    found = index(rows)
+    lines = []
+    for (model, name, metric), row in found.items():
+        if metric != "wrong" or not row.value:
+            continue
+
+        def value(metric: str, model: str = model, name: str = name) -> float:
+            other = found.get((model, name, metric))
+            return math.nan if other is None else other.value
+
+        lines.append(
+            (
+                model,
+                name,
+                f"{value('elements_off'):.1%}",
+                f"{value('largest_relative_difference'):.3g}",
+                f"{value('difference_of_norms'):.2g}",
+                "WRONG" if value("wrong_buffers") else "right",
+            )
+        )
+    head = ("model", "contender", "gradient elements off", "largest, relative", "in norm", "buffers")
+    return _table(head, lines) if lines else ("None." if rows else NONE)
+
+
+def without_figures(rows: Sequence[Row]) -> str:
+    """Contenders that were not measured, or not as the others, and why."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if row.metric.startswith(REASONS) and not row.metric.startswith("timed once"):
+            reasons.setdefault((row.contender, row.metric), []).append(row.model)
+    return _table(
+        ("contender", "models", "why"),
+        ((name, ", ".join(models), reason) for (name, reason), models in reasons.items()),
+    )
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Ours over the best exact peer, at a peer's peak.
+
+    Arguments:
+        point: the peer whose peak it is.
+        ours, best: what is compared.
+        ratio, p20, p80: of steps in the same round.
+    """
+
+    model: str
+    point: str
+    ours: str
+    best: str
+    ratio: float
+    p20: float
+    p80: float
+
+
+def cells(rows: Iterable[Row], kind: str = "ours_over_best") -> list[Cell]:
+    """All of (b); kind "ours_over_inductor" is beside it."""
+    found = []
+    for row in rows:
+        head, _, names = row.metric.partition(": ")
+        if head == kind:
+            ours, _, best = names.partition(" / ")
+            found.append(Cell(row.model, row.contender, ours, best, row.p50, row.p20, row.p80))
+    return found
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    """Of positive numbers."""
+    return math.exp(statistics.fmean(math.log(value) for value in values))
+
+
+def at_equal_peak(rows: Sequence[Row]) -> str:
+    """(b): per model the geometric mean and the worst cell; Inductor beside."""
+    lines = []
+    every: list[float] = []
+    for model in models_of(rows):
+        mine = [cell for cell in cells(rows) if cell.model == model]
+        if not mine:
+            continue
+        every += [cell.ratio for cell in mine]
+        worst = max(mine, key=lambda cell: cell.ratio)
+        fused = [cell.ratio for cell in cells(rows, "ours_over_inductor") if cell.model == model]
+        unreached = sum(row.model == model and row.metric.startswith("not reached") for row in rows)
+        lines.append(
+            (
+                model,
+                str(len(mine)),
+                str(unreached),
+                f"{geometric_mean([cell.ratio for cell in mine]):.3f}",
+                f"{worst.ratio:.3f} ({worst.p20:.3f} to {worst.p80:.3f})",
+                f"{worst.point}: {worst.ours} over {worst.best}",
+                f"{geometric_mean(fused):.3f}" if fused else "",
+            )
+        )
+    if every:
+        whole = geometric_mean(every)
+        lines.append(("all", str(len(every)), "", f"{whole:.3f}", f"{max(every):.3f}", "", ""))
+    head = ("model", "cells", "not reached", "geometric mean", "worst (p20 to p80)", "which", "over Inductor")
+    return _table(head, lines)
+
+
+def every_cell(rows: Sequence[Row]) -> str:
+    """(b), cell by cell."""
+    return _table(
+        ("model", "at the peak of", "ours", "best exact peer", "ratio", "p20 to p80"),
+        (
+            (cell.model, cell.point, cell.ours, cell.best, f"{cell.ratio:.3f}", f"{cell.p20:.3f} to {cell.p80:.3f}")
+            for cell in cells(rows)
+        ),
+    )
+
+
+def saved(given: Sequence[Point], slowdown: float, *, whole: bool) -> float | None:
+    """The largest share of plain's activation bytes (or of its whole peak) that exact points save within a slowdown."""
+    plain = _plain(given)
+    within = [point for point in given if point.is_exact and point.step <= 1 + slowdown and point.name != PLAIN]
+    if plain is None or not within:
+        return None
+    lowest = min(point.peak for point in within)
+    base = plain.peak if whole else plain.activations
+    return (plain.peak - lowest) / base if base > 0 else None
+
+
+def saved_memory(rows: Sequence[Row]) -> str:
+    """(c): ours, and the best exact peer with eager kernels."""
+    lines = []
+    for model in models_of(rows):
+        given = points(rows, model)
+        plain = _plain(given)
+        if plain is None:
+            continue
+        ours = [plain, *(point for point in given if point.is_ours)]
+        theirs = [plain, *(point for point in given if not point.is_ours and point.kernels == "eager")]
+        cells = [f"{plain.activations / plain.peak:.0%}"]
+        for group, whole in ((ours, False), (theirs, False), (ours, True)):
+            shares = [saved(group, slowdown, whole=whole) for slowdown in SLOWDOWNS]
+            cells.append(", ".join("none" if share is None else f"{share:.0%}" for share in shares))
+        lines.append((model, *cells))
+    times = ", ".join(f"+{slowdown:.0%}" for slowdown in SLOWDOWNS)
+    head = ("model", "activations of plain's peak", f"activation bytes saved at {times}", "best peer")
+    return _table((*head, "of the whole peak"), lines)
+
+
+def ratios(rows: Sequence[Row]) -> str:
+    """(e): parameters per GB, percent of the peak saved per percent of time added, recompute overhead; at the lowest
+    peak of plain, of the exact peers and of ours.
+    """
+    found = index(rows)
+    lines = []
+    for model in models_of(rows):
+        given = points(rows, model)
+        plain, size = _plain(given), found.get((model, "model", "parameters"))
+        if plain is None or size is None:
+            continue
+        exact = [point for point in given if point.is_exact and point.kernels == "eager" and point.name != PLAIN]
+        groups = (
+            [plain],
+            [point for point in exact if not point.is_ours],
+            [point for point in exact if point.is_ours],
+        )
+        for group in groups:
+            if not group:
+                continue
+            low = min(group, key=lambda point: (point.peak, point.step))
+            less, more = 1 - low.peak / plain.peak, low.step - 1
+            worth = "" if low is plain else "no time added" if more <= 0 else f"{less / more:.2f}"
+            lines.append(
+                (
+                    model,
+                    low.name,
+                    f"{size.value / (low.peak / 1e9) / 1e6:.1f}",
+                    f"{low.peak / plain.peak:.2f}",
+                    worth,
+                    "" if low is plain else f"{more:+.1%}",
+                )
+            )
+    head = ("model", "at the lowest peak of", "million parameters per GB", "of plain's peak", "% saved per % of time")
+    return _table((*head, "recompute overhead"), lines)
+
+
+def everything_kept(rows: Sequence[Row]) -> str:
+    """(f): each engine with everything kept against eager: the step, and forward and backward alone."""
+    found = index(rows)
+    lines = []
+    for model in models_of(rows):
+        texts = [model]
+        for engine in OURS:
+            whole = found.get((model, f"{engine}, all kept", "step_over_plain"))
+            part = found.get((model, f"{engine}, all kept", "forward_backward_over_plain"))
+            texts.append("" if whole is None or part is None else f"{whole.p50:.3f}, {part.p50:.3f}")
+        lines.append(texts)
+    return _table(("model", *(f"{engine}: step, forward and backward" for engine in OURS)), lines)
+
+
+def planning(rows: Sequence[Row]) -> str:
+    """(g): seconds until the first step: ours by stage, and what compilers take."""
+    found = index(rows)
+    lines = []
+    for model in models_of(rows):
+
+        def seconds(contender: str, metric: str, model: str = model) -> str:
+            row = found.get((model, contender, metric))
+            return "" if row is None else f"{row.value:.1f}"
+
+        def spread(engine: str, metric: str, model: str = model) -> str:
+            values = [
+                row.value
+                for row in rows
+                if row.model == model and row.metric == metric and is_of(row.contender, engine)
+            ]
+            return f"{statistics.median(values):.1f}, {max(values):.1f}" if values else ""
+
+        lines.append(
+            (
+                model,
+                seconds("graph", "capture"),
+                seconds("graph", "measure"),
+                *(spread(engine, "planning") for engine in OURS),
+                *(spread(backend, "setup") for backend in ("aot_eager", "inductor")),
+            )
+        )
+    head = ("model", "capture", "measure", *(f"{engine}: plan" for engine in OURS), "aot_eager: compile", "inductor")
+    return _table(head, lines)
+
+
+def predictions(rows: Sequence[Row]) -> str:
+    """(i): per engine, predicted over measured: the largest and the median error of peaks and of seconds."""
+    lines = []
+    for engine in OURS:
+        peaks, steps, above = [], [], 0
+        found = index(rows)
+        for row in rows:
+            if not is_of(row.contender, engine):
+                continue
+            if row.metric == "predicted_over_peak":
+                peaks.append(abs(row.value - 1))
+                budget, peak = (found.get((row.model, row.contender, m)) for m in ("budget", "peak"))
+                above += budget is not None and peak is not None and peak.value > budget.value
+            if row.metric == "predicted_over_step":
+                steps.append(abs(row.value - 1))
+        if peaks:
+            times = f"{max(steps):.1%}, {statistics.median(steps):.1%}" if steps else ""
+            lines.append(
+                (engine, str(len(peaks)), str(above), f"{max(peaks):.2%}, {statistics.median(peaks):.2%}", times)
+            )
+    head = ("engine", "plans", "above their budget", "peak: largest error, median", "step: largest error, median")
+    return _table(head, lines)
+
+
+def faults(rows: Sequence[Row]) -> list[str]:
+    """What must not be: a plan of ours that is not exact, or above its budget."""
+    found = index(rows)
+    texts = []
+    for (model, name, metric), row in found.items():
+        if metric == "exact" and not row.value and any(is_of(name, engine) for engine in OURS):
+            texts.append(f"{model}, {name}: bits are not plain eager's")
+        if metric == "budget":
+            peak = found.get((model, name, "peak"))
+            if peak is not None and peak.value > row.value:
+                texts.append(f"{model}, {name}: peak {peak.value:.0f} bytes above its budget of {row.value:.0f}")
+    return texts
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """What the command prints at its end."""
+    return "\n\n".join((time_against_peak(rows), at_equal_peak(rows), saved_memory(rows), without_figures(rows)))
+
+
+QUESTIONS = {
+    "a": time_against_peak,
+    "wrong": wrong,
+    "b": at_equal_peak,
+    "b, every cell": every_cell,
+    "c": saved_memory,
+    "e": ratios,
+    "f": everything_kept,
+    "g": planning,
+    "i": predictions,
+    "not measured": without_figures,
+}
+"""Sections of docs/benchmarks.md."""

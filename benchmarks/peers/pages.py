@@ -1,0 +1,68 @@
+"""Tables and pictures of docs/benchmarks.md from the rows of `benchmarks.peers`.
+
+python -m benchmarks.peers.pages      # rewrites docs/benchmarks.md and docs/benchmarks-*.png
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from benchmarks.common import RESULTS, ROOT, Row, read_rows
+from benchmarks.peers import answers
+from benchmarks.peers.pictures import draw, pictures
+
+PAGE = ROOT / "docs" / "benchmarks.md"
+CSV = RESULTS / "peers.csv"
+END = "<!-- end of peers -->"
+
+
+def begin(question: str) -> str:
+    """The mark before a section."""
+    return f"<!-- peers: {question} -->"
+
+
+def where(rows: Sequence[Row]) -> str:
+    """What the figures are of."""
+    if not rows:
+        return answers.NONE
+    first = rows[0]
+    dates = sorted({row.date[:10] for row in rows})
+    loads = [row.value for row in rows if row.metric == "load_before"]
+    rounds = [row.n for row in rows if row.metric == "step_over_plain" and row.n > 1]
+    days = " to ".join(dict.fromkeys((dates[0], dates[-1])))
+    return (
+        f"{first.device}, {first.threads} threads, torch {first.torch}, {days}; {len(answers.models_of(rows))} models, "
+        f"{min(rounds, default=0)} to {max(rounds, default=0)} rounds; load of the machine before a model "
+        f"{max(loads, default=0.0):.1f} at most."
+    )
+
+
+def section(question: str, rows: Sequence[Row]) -> str:
+    """A section with its marks."""
+    text = where(rows) if question == "where" else answers.QUESTIONS[question](rows)
+    if rows:
+        text += "".join(f"\n\n![{title}]({name})" for name, (title, _) in pictures(rows).get(question, {}).items())
+    return f"{begin(question)}\n{text}\n{END}"
+
+
+def updated(page: str, rows: Sequence[Row]) -> str:
+    """The page's text with the figures of these rows; sections that the page has not stay out."""
+    for question in ("where", *answers.QUESTIONS):
+        before, mark, rest = page.partition(begin(question))
+        if mark:
+            _, _, after = rest.partition(END)
+            page = f"{before}{section(question, rows)}{after}"
+    return page
+
+
+def main() -> None:
+    """Rewrites the page and its pictures."""
+    rows = read_rows(CSV)
+    PAGE.write_text(updated(PAGE.read_text(encoding="utf-8"), rows), encoding="utf-8")
+    if rows:
+        for path in draw(rows, PAGE.parent):
+            print(path.relative_to(ROOT))
+
+
+if __name__ == "__main__":
+    main()
