@@ -226,7 +226,7 @@ MAKERS: dict[str, Callable[[Subject], Any]] = {
     "curve": lambda s: keepless.curve(s.model, s.batch, optimizer=s.optimizer, points=3, cache=False, **s.options),
     "estimate": lambda s: keepless.estimate(s.model, s.batch, optimizer=s.optimizer, **s.options),
     "max_batch": largest_batch,
-    "infeasible": lambda s: s.plan(budget=67_000),
+    "infeasible": lambda s: s.plan(budget=20_000),
 }
 """What makes something of a model and a batch; a new function is a line here."""
 

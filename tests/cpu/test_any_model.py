@@ -39,7 +39,7 @@ EXPECTED: dict[str, tuple[str, float]] = {
     "3D U-Net": ("graph", 1.0),
     "LSTM": ("graph", 1.0),
     "unrolled LSTMCell": ("graph", 1.0),
-    "GNN": ("blocks", 0.23),
+    "GNN": ("eager", 0.73),
     "spectral norm": ("graph", 1.0),
     "old spectral norm": ("eager", 1.0),
     "layer drop": ("eager", 1.0),
