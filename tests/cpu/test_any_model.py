@@ -16,6 +16,7 @@ from test_checkpoint_zoo import ZOO, _bits, _seed
 from torch import Tensor
 
 import keepless
+from keepless.control.parts import module_plans
 from keepless.control.reserve import default_reserve
 from keepless.machine import managed_share
 from keepless.measure.steps import increments
@@ -67,6 +68,7 @@ peak is more than an activation."""
 NEEDS_MORE = {
     "old spectral norm": "its trial steps rise 50 KiB above what later ones need",
     "blocks left out": "the budget has room for the blocks that the measured step left out",
+    "mixtral eager experts": "planned by regions where these are faster than blocks: 5 KiB above, blocks are below",
 }
 """Where the smallest budget is above the peak of torch's checkpoint, and why."""
 
@@ -174,11 +176,15 @@ def test_bits_budget_engine_and_share(name: str, capsys: pytest.CaptureFixture[s
         for budget in ((low + high) // 2, low):
             case = build(name)
             plan = plan_of(case, budget)
-            assert plan.engine == EXPECTED[name][0], [part.reason for part in plan.parts]
-            assert managed_share(plan.graph) >= EXPECTED[name][1], "the plan decides about less than it did"
+            engine, share = EXPECTED[name]
+            why = [part.reason for part in plan.parts]
+            is_cheaper = share < module_plans._ENOUGH_MANAGED and any("costs less here" in reason for reason in why)
+            assert plan.engine == engine or (plan.engine == "eager" and is_cheaper), why  # measured seconds decide
+            assert managed_share(plan.graph) >= share, "the plan decides about less than it did"
             keepless.apply(case.model, plan)
             got = trained(case)
             assert [key for key in expected if got[key] != expected[key]] == []
             assert peak(case) <= budget
     if other is not None and name not in NEEDS_MORE:
-        assert low - default_reserve(low) <= other + GENERATORS
+        spare = everything.signature.get("data_sizes", [[], 0])[1]  # kept free for other data, which others do not
+        assert low - spare - default_reserve(low) <= other + GENERATORS
