@@ -470,6 +470,7 @@ def test_a_tighter_program_of_another_shape(inject: Callable[..., Injected]) -> 
     assert drill.planned.entries[0].program is not made.program
 
 
+@pytest.mark.filterwarnings("ignore:Keepless. the plan counts no optimizer")
 def test_random_points_one_after_another(inject: Callable[..., Injected], monkeypatch: pytest.MonkeyPatch) -> None:
     """50 random points of forward, recompute, backward and the optimizer's probe, in one run of training with
     undisturbed steps between: the run is the run without them."""
