@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from benchmarks.common import Row
@@ -126,14 +126,19 @@ def _table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {line} |" for line in (" | ".join(head), " | ".join(columns), *found))
 
 
-def time_against_peak(rows: Sequence[Row]) -> str:
-    """(a): per model and family the points that are worth having, peak and time over plain's."""
-    lines = []
+def _beside_plain(rows: Sequence[Row]) -> Iterator[tuple[str, list[Point], Point]]:
+    """Models of which plain was measured, with their points and plain's."""
     for model in models_of(rows):
         given = points(rows, model)
         plain = _plain(given)
-        if plain is None:
-            continue
+        if plain is not None:
+            yield model, given, plain
+
+
+def time_against_peak(rows: Sequence[Row]) -> str:
+    """(a): per model and family the points that are worth having, peak and time over plain's."""
+    lines = []
+    for model, given, plain in _beside_plain(rows):
         families = dict.fromkeys(point.family for point in given if point.name != PLAIN)
         for family in sorted(families, key=lambda name: (name not in OURS, name)):
             mine = [point for point in given if point.family == family]
@@ -274,11 +279,7 @@ def saved(given: Sequence[Point], slowdown: float, *, whole: bool) -> float | No
 def saved_memory(rows: Sequence[Row]) -> str:
     """(c): ours, and the best exact peer with eager kernels."""
     lines = []
-    for model in models_of(rows):
-        given = points(rows, model)
-        plain = _plain(given)
-        if plain is None:
-            continue
+    for model, given, plain in _beside_plain(rows):
         ours = [plain, *(point for point in given if point.is_ours)]
         theirs = [plain, *(point for point in given if not point.is_ours and point.kernels == "eager")]
         cells = [f"{plain.activations / plain.peak:.0%}"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import random
 import sys
@@ -55,3 +56,12 @@ def invoke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any
         return CliRunner().invoke(app, list(words))
 
     return run
+
+
+@pytest.fixture(scope="module")
+def few_objects() -> Iterator[None]:
+    """A failed step collects garbage: what other tests imported is no part of that."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()

@@ -28,6 +28,8 @@ from keepless.machine import Plan
 from keepless.report.black_box import black_box_text, program_fingerprint
 from keepless.report.black_box_file import read_black_box
 
+pytestmark = pytest.mark.usefixtures("few_objects")
+
 CPU_TEXT = (
     "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate "
     "1024 bytes. Error code 12 (Cannot allocate memory)"
@@ -85,15 +87,6 @@ class Injected:
         ops, binding = self.plan.graph.ops, self.first.binding
         found = [(i, instr.op) for i, instr in enumerate(self.plan.program) if isinstance(instr, Run)]
         return [i for i, op in found if binding.ops[op] is not None and (not phases or ops[op].phase in phases)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _few_objects() -> Iterator[None]:
-    """A failed step collects garbage: what other tests imported is no part of that."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture

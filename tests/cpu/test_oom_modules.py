@@ -3,9 +3,8 @@ and each failure is written down."""
 
 from __future__ import annotations
 
-import gc
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,8 @@ from keepless.modules.planned import PlannedModules
 from keepless.modules.recovery import CHANGES
 from keepless.report.black_box import black_box_text
 from keepless.report.black_box_file import read_black_box
+
+pytestmark = pytest.mark.usefixtures("few_objects")
 
 
 class Failing(TorchDispatchMode):
@@ -45,14 +46,6 @@ class Draws(Between):
 
     def body(self, x: torch.Tensor) -> torch.Tensor:
         return super().body(x) * (1.0 + random.random())
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _few_objects() -> Iterator[None]:
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")
