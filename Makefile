@@ -20,6 +20,7 @@ help:
 	@echo "make bench-check  have a few ratios moved from the committed ones?"
 	@echo "make bench-fidelity  are steps as high and as long as their plans said?"
 	@echo "make bench-growth  what trains in the memory where plain just fits, and how costs grow"
+	@echo "make bench-gpu  does it hold on a card, and beside every peer there?"
 	@echo "make bench-planner  how near the optimum plans are, and how soon"
 
 $(VENV)/.ready: pyproject.toml $(CONSTRAINTS)
@@ -123,8 +124,11 @@ bench-planner: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.planner
 	$(BIN)/python -m benchmarks.order
 
+# A card's; SECONDS is of each of the first two, what has rows is not run again.
 bench-gpu: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.gpu $(if $(SECONDS),--seconds $(SECONDS))
+	$(BIN)/python -m benchmarks.peers.card $(if $(SECONDS),--seconds $(SECONDS)) $(PEERS_ARGS); status=$$?; \
+	$(BIN)/python -m benchmarks.peers.pages && exit $$status
 	$(BIN)/python -m benchmarks.step --device cuda
 
 clean:

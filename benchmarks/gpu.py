@@ -49,9 +49,13 @@ ROOM = 1.1
 
 
 def workload_of(name: str, quick: bool, device: str) -> zoo.Workload:
-    """A workload with bf16 weights and floating-point inputs; its loss is taken in float32 by the models themselves."""
+    """A workload at bf16; its loss is taken in float32 by the models themselves."""
     torch.manual_seed(0)
-    made = zoo.BUILDERS[name](**(zoo.SIZES["small"][name] if quick else MODELS[name]))
+    return at_bf16(zoo.BUILDERS[name](**(zoo.SIZES["small"][name] if quick else MODELS[name])), device)
+
+
+def at_bf16(made: zoo.Workload, device: str) -> zoo.Workload:
+    """The same with bf16 weights and floating-point inputs, on a device."""
     made.model.to(torch.bfloat16)
     batch_of = made.batch
 

@@ -66,9 +66,9 @@ def index(rows: Iterable[Row]) -> Found:
 
 
 def models_of(rows: Iterable[Row]) -> list[str]:
-    """Models that have rows, in the order of `FAMILIES`."""
-    names = {row.model for row in rows}
-    return [name for name in FAMILIES if name in names]
+    """Models that have rows: those of `FAMILIES` in its order, then others as they come."""
+    names = dict.fromkeys(row.model for row in rows)
+    return [*(name for name in FAMILIES if name in names), *(name for name in names if name not in FAMILIES)]
 
 
 def points(rows: Sequence[Row], model: str) -> list[Point]:
@@ -415,6 +415,15 @@ def faults(rows: Sequence[Row]) -> list[str]:
 def summary(rows: Sequence[Row]) -> str:
     """What the command prints at its end."""
     return "\n\n".join((time_against_peak(rows), at_equal_peak(rows), saved_memory(rows), without_figures(rows)))
+
+
+def on_card(rows: Sequence[Row]) -> str:
+    """The rows of `benchmarks.peers.card`: where, and the tables."""
+    first = rows[0]
+    titles = {"a": "Time against measured peak", "b": "At the same measured peak", "c": "Memory saved"}
+    titles |= {"f": "Everything kept", "g": "Planning seconds", "i": "Predictions", "not measured": "Not measured"}
+    tables = (f"### {title}\n\n{QUESTIONS[question](rows)}" for question, title in titles.items())
+    return "\n\n".join((f"{first.device}, torch {first.torch}, {first.date[:10]}.", *tables))
 
 
 QUESTIONS = {

@@ -72,8 +72,12 @@ class Planner:
         loss_fn = None if loss is None else (lambda output, _: loss(output, targets))
         return {"optimizer": self.optimizer, "release_outputs": True, "loss_fn": loss_fn, "seed": self.seed}
 
-    def plan(self, engine: str, budget: int) -> tuple[str, keepless.Plan]:
+    def plan(self, engine: str, budget: int, *, of_reserved: bool = True) -> tuple[str, keepless.Plan]:
         """A plan and its name.
+
+        Arguments:
+            of_reserved: on a card the budget bounds reserved bytes, as it does for users; else allocated ones. Of the
+                graph engine alone.
 
         Raises:
             KeeplessError: there is none.
@@ -81,7 +85,7 @@ class Planner:
         if engine == "graph" and self._measured is None:
             self._measured, self._settings = self._measure()
         start = time.perf_counter()
-        plan = self._graph(budget) if engine == "graph" else self._whole(engine, budget)
+        plan = self._graph(budget, of_reserved) if engine == "graph" else self._whole(engine, budget)
         name = f"{engine}, all kept" if budget == PLENTY else f"{engine} {budget / 2**20:.2f} MiB"
         self.seconds[name] = time.perf_counter() - start
         return name, plan
@@ -101,10 +105,10 @@ class Planner:
         inputs, _ = self.subject.workload.batch(0)
         return keepless.plan(self.subject.model, inputs, budget, engine=engine, **self.options)
 
-    def _graph(self, budget: int) -> keepless.Plan:
+    def _graph(self, budget: int, of_reserved: bool) -> keepless.Plan:
         assert self._measured is not None
         assert self._settings is not None
-        settings = replace(self._settings, budget=budget)
+        settings = replace(self._settings, budget=budget, card=self._settings.card if of_reserved else None)
         plan = solve_measured(self._measured, settings)
         plan.capture = Captures(replace(self._measured.capture, settings=settings))
         return plan

@@ -13,6 +13,8 @@ from benchmarks.peers.pictures import draw, pictures
 
 PAGE = ROOT / "docs" / "benchmarks.md"
 CSV = RESULTS / "peers.csv"
+CARD = RESULTS / "gpu_peers.csv"
+"""Of `benchmarks.peers.card`."""
 END = "<!-- end of peers -->"
 
 
@@ -45,13 +47,25 @@ def section(question: str, rows: Sequence[Row]) -> str:
     return f"{begin(question)}\n{text}\n{END}"
 
 
-def updated(page: str, rows: Sequence[Row]) -> str:
-    """The page's text with the figures of these rows; sections that the page has not stay out."""
-    for question in ("where", *answers.QUESTIONS):
+def card_section(rows: Sequence[Row]) -> str:
+    """The card's section with its marks: all of its tables."""
+    text = answers.on_card(rows) if rows else answers.NONE
+    return f"{begin('card')}\n{text}\n{END}"
+
+
+def updated(page: str, rows: Sequence[Row], of_card: Sequence[Row] | None = None) -> str:
+    """The page's text with the figures of these rows; sections that the page has not stay out.
+
+    Arguments:
+        of_card: default: those of `CARD`.
+    """
+    sections = {question: section(question, rows) for question in ("where", *answers.QUESTIONS)}
+    sections["card"] = card_section(read_rows(CARD) if of_card is None else of_card)
+    for question, text in sections.items():
         before, mark, rest = page.partition(begin(question))
         if mark:
             _, _, after = rest.partition(END)
-            page = f"{before}{section(question, rows)}{after}"
+            page = f"{before}{text}{after}"
     return page
 
 

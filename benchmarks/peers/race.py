@@ -169,7 +169,7 @@ class Race:
             except Unavailable as error:
                 self.note(contender.name, error.kind, error.reason)
             except Exception as error:  # a contender that fails has a row that says so
-                self.note(contender.name, "failed", _line(error))
+                self.note(contender.name, "failed", line_of(error))
             else:
                 wanted.append(Entrant(contender.name, contender))
         if kernels == "eager":
@@ -293,10 +293,10 @@ class Race:
             name, plan = (self.planner.smallest if is_smallest else self.planner.plan)(engine, budget)
         except KeeplessError as error:
             kind = f"{engine} {budget / 2**20:.2f} MiB" if budget != PLENTY else engine
-            self.note(kind, "refused", f"{type(error).__name__}: {_line(error)}")
+            self.note(kind, "refused", f"{type(error).__name__}: {line_of(error)}")
             return None
         except Exception as error:  # a row, and the other models go on
-            self.note(engine, "failed", _line(error))
+            self.note(engine, "failed", line_of(error))
             traceback.print_exc()
             return None
         self.plans[name] = plan
@@ -323,7 +323,7 @@ class Race:
             try:
                 self._begin(entrant)
             except Exception as error:  # a row; the others go on
-                self.note(entrant.name, "failed", _line(error))
+                self.note(entrant.name, "failed", line_of(error))
                 del self.entrants[entrant.name]
         self.stand.reset()
         racing = [entrant for entrant in self.entrants.values() if entrant.is_timed]
@@ -410,19 +410,20 @@ class Race:
             self.note("graph", "not compared", "no plan of ours was timed")
             return
         for point in theirs:
-            mine, best = _fastest(ours, point.peak), _fastest(theirs, point.peak)
+            mine, best = fastest(ours, point.peak), fastest(theirs, point.peak)
             assert best is not None
             if mine is None:
                 self.note(point.name, "not reached", "no plan of ours has so low a peak")
                 continue
             self.add(point.name, f"ours_over_best: {mine.name} / {best.name}", "ratio", _steps_over(mine, best))
-            other = _fastest(fused, point.peak)
+            other = fastest(fused, point.peak)
             if other is not None:
                 names = f"{mine.name} / {other.name}"
                 self.add(point.name, f"ours_over_inductor: {names}", "ratio", _steps_over(mine, other))
 
 
-def _fastest(entrants: Iterable[Entrant], peak: int) -> Entrant | None:
+def fastest(entrants: Iterable[Entrant], peak: int) -> Entrant | None:
+    """The one whose median step is the shortest, of those within a peak."""
     within = [entrant for entrant in entrants if entrant.peak <= peak]
     return min(within, key=lambda e: statistics.median(s[1] for s in e.samples), default=None)
 
@@ -435,7 +436,8 @@ def _steps_over(mine: Entrant, theirs: Entrant) -> list[float]:
     return _over([s[1] for s in mine.samples], [s[1] for s in theirs.samples])
 
 
-def _line(error: BaseException) -> str:
+def line_of(error: BaseException) -> str:
+    """An error, for a row."""
     text = " ".join(f"{type(error).__name__}: {error}".split()).replace("|", "/")
     return text if len(text) <= 300 else f"{text[:200]} ... {text[-95:]}"
 
