@@ -254,13 +254,13 @@ def at_equal_peak(rows: Sequence[Row]) -> str:
     return _table(head, lines)
 
 
-def every_cell(rows: Sequence[Row]) -> str:
-    """(b), cell by cell."""
+def every_cell(rows: Sequence[Row], kind: str = "ours_over_best") -> str:
+    """(b), cell by cell, of a kind of `cells`."""
     return _table(
         ("model", "at the peak of", "ours", "best exact peer", "ratio", "p20 to p80"),
         (
             (cell.model, cell.point, cell.ours, cell.best, f"{cell.ratio:.3f}", f"{cell.p20:.3f} to {cell.p80:.3f}")
-            for cell in cells(rows)
+            for cell in cells(rows, kind)
         ),
     )
 
@@ -423,7 +423,14 @@ def on_card(rows: Sequence[Row]) -> str:
     titles = {"a": "Time against measured peak", "b": "At the same measured peak", "c": "Memory saved"}
     titles |= {"f": "Everything kept", "g": "Planning seconds", "i": "Predictions", "not measured": "Not measured"}
     tables = (f"### {title}\n\n{QUESTIONS[question](rows)}" for question, title in titles.items())
-    return "\n\n".join((f"{first.device}, torch {first.torch}, {first.date[:10]}.", *tables))
+    more = {
+        "Every cell": "ours_over_best",
+        "Every cell, by reserved bytes": "ours_over_best_reserved",
+        "Beside peers whose buffers are wrong": "ours_over_best_of_wrong_buffers",
+        "The same by reserved bytes": "ours_over_best_reserved_of_wrong_buffers",
+    }
+    shown = (f"### {title}\n\n{every_cell(rows, kind)}" for title, kind in more.items() if cells(rows, kind))
+    return "\n\n".join((f"{first.device}, torch {first.torch}, {first.date[:10]}.", *tables, *shown))
 
 
 QUESTIONS = {
