@@ -39,6 +39,7 @@ from keepless._compat.ambient import kernel_choices as kernel_choices
 from keepless._compat.ambient import num_function_modes as num_function_modes
 from keepless._compat.ambient import set_ambient_flags as set_ambient_flags
 from keepless._compat.backwards import watch_backwards as watch_backwards
+from keepless._compat.kernels import host_outputs as host_outputs
 
 tree_flatten = pytree.tree_flatten
 tree_leaves = pytree.tree_leaves

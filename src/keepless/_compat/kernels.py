@@ -10,6 +10,20 @@ from typing import Any
 import torch
 from torch.library import _scoped_library
 
+HOST_OUTPUTS: Mapping[str, tuple[int, ...]] = {
+    "aten::_scaled_dot_product_efficient_attention": (2, 3),
+    "aten::_efficient_attention_forward": (2, 3),
+}
+"""CUDA ops -> positions of outputs that are on the host: the seed and the offset of dropout, unless a CUDA graph is
+recorded. Their fake kernels say that these are on the device, and their backward reads them there without a check: a
+tensor on the device in such a place ends the process."""
+
+
+def host_outputs(target: Any) -> tuple[int, ...]:
+    """Positions of the outputs of an op on CUDA that are on the host although its fakes are not."""
+    schema = getattr(target, "_schema", None)
+    return () if schema is None else HOST_OUTPUTS.get(schema.name, ())
+
 
 @contextlib.contextmanager
 def replaced_kernels(table: Mapping[tuple[str, str], Callable[..., Any]]) -> Iterator[None]:

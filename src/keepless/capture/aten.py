@@ -44,13 +44,13 @@ def eager_scale(p: float, dtype: torch.dtype) -> float:
 
 
 def draw_in_place(
-    size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, keep: float, generator: None = None
+    size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, device: torch.device, keep: float, generator: None = None
 ) -> torch.Tensor:
     """`empty_like(x).bernoulli_(keep)` as eager draws it, in the order of x's memory.
 
     Tracing makes `aten.bernoulli.p` of it, which draws in the order of the indices, into a contiguous tensor.
     """
-    return torch.empty_strided(size, stride, dtype=dtype).bernoulli_(keep).contiguous()
+    return torch.empty_strided(size, stride, dtype=dtype, device=device).bernoulli_(keep).contiguous()
 
 
 def lstm_layer(*args: Any) -> Any:

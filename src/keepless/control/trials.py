@@ -29,6 +29,7 @@ def op_trials(binding: Binding, model: torch.nn.Module | None = None) -> list[Tr
     """
     trials: dict[str, Trial] = {}
     params = own_params(binding, model) if model is not None else {}
+    on_host = host_values(binding)
     for op, code in zip(binding.graph.ops, binding.ops, strict=True):
         if code is not None and op.key not in trials:
             nbytes = sum(
@@ -37,7 +38,8 @@ def op_trials(binding: Binding, model: torch.nn.Module | None = None) -> list[Tr
                 if binding.graph.values[value].kind is not Kind.RNG
             )
             own = {} if may_write(code.call.target) else params
-            trials[op.key] = Trial(op.key, _maker(binding, code, own), nbytes, _made_nbytes(binding, code, own))
+            maker = _maker(binding, code, own, on_host)
+            trials[op.key] = Trial(op.key, maker, nbytes, _made_nbytes(binding, code, own))
     return list(trials.values())
 
 
@@ -140,13 +142,28 @@ def _made_nbytes(binding: Binding, code: OpCode, params: Mapping[int, torch.Tens
     return sum(binding.graph.values[value].nbytes for value in values if value not in params)
 
 
-def _maker(binding: Binding, code: OpCode, params: Mapping[int, torch.Tensor]) -> Callable[[], Callable[[], object]]:
+def host_values(binding: Binding) -> frozenset[int]:
+    """Values that real kernels give on the host where their fakes are on the device."""
+    if binding.device.type != "cuda":
+        return frozenset()
+    return frozenset(
+        value
+        for code in binding.ops
+        if code is not None
+        for position, _, value in code.outputs
+        if position in _compat.host_outputs(code.call.target)
+    )
+
+
+def _maker(
+    binding: Binding, code: OpCode, params: Mapping[int, torch.Tensor], on_host: Container[int]
+) -> Callable[[], Callable[[], object]]:
     def make() -> Callable[[], object]:
         storages: dict[int, torch.Tensor] = {}
         tensors: dict[int, torch.Tensor] = {}
         call: Call = code.call
         for slot in slots_of(call):
-            tensors[slot] = _real(binding, slot, storages, params)
+            tensors[slot] = _real(binding, slot, storages, params, on_host)
         args = map_refs(call.args, tensors.__getitem__)
         kwargs = map_refs(dict(call.kwargs), tensors.__getitem__)
         target: Any = call.target
@@ -156,12 +173,17 @@ def _maker(binding: Binding, code: OpCode, params: Mapping[int, torch.Tensor]) -
 
 
 def _real(
-    binding: Binding, slot: int, storages: dict[int, torch.Tensor], params: Mapping[int, torch.Tensor]
+    binding: Binding,
+    slot: int,
+    storages: dict[int, torch.Tensor],
+    params: Mapping[int, torch.Tensor],
+    on_host: Container[int] = (),
 ) -> torch.Tensor:
     """A tensor like the slot's, filled with plain numbers; slots of one value share storage.
 
     Arguments:
         params: values that are there, and are only read.
+        on_host: values that are not on the device of the step.
     """
     example = binding.examples[slot]
     if slot in binding.constants:
@@ -175,7 +197,9 @@ def _real(
         nbytes = max(example.untyped_storage().nbytes(), binding.graph.values[value].nbytes)
         count = -(-nbytes // max(1, example.element_size()))
         fill: Any = 0.5 if example.is_floating_point() or example.is_complex() else example.dtype is torch.bool
-        base = torch.full((max(1, count),), fill, dtype=example.dtype, device=binding.device)
+        base = torch.full(
+            (max(1, count),), fill, dtype=example.dtype, device="cpu" if value in on_host else binding.device
+        )
         storages[value] = base
     return base.as_strided(example.size(), example.stride(), example.storage_offset())
 
