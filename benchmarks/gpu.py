@@ -8,9 +8,10 @@
 A unit is a model and a question; its rows are written as soon as it is done:
 
 fidelity  plain, and plans with everything kept, half way down, and the smallest: measured peak (the allocator's
-          allocated bytes, a fresh process, three AdamW steps, the first included) beside the predicted one; reserved
-          bytes beside the budget; whether losses and weights are those of the plan that keeps everything; seconds of a
-          step, predicted and measured.
+          allocated bytes, a fresh process, three AdamW steps, the first included) beside the predicted one (of blocks
+          and workspaces, as the plan's allocation says); reserved bytes beside the predicted ones and the budget;
+          whether losses and weights are those of the plan that keeps everything; seconds of a step, predicted and
+          measured.
 oom       plain under a share of the card that is a tenth above the smallest budget
           (`torch.cuda.set_per_process_memory_fraction`) must run out of memory, and the plan must train there. On the
           CPU, where nothing sets such a share, the unit says that it was left out.
@@ -166,6 +167,7 @@ class Unit:
             add(self.model, contender, "within_budget", "count", found.peak <= budget)
             if found.reserved:
                 add(self.model, contender, "reserved", "bytes", max(found.reserved))
+                add(self.model, contender, "predicted_reserved", "bytes", answer["predicted_reserved"])
                 add(self.model, contender, "reserved_within_budget", "count", max(found.reserved) <= budget)
             add(self.model, contender, "replays", "count", answer["num_replays"])
             step = add(self.model, contender, "step", "s", answer["seconds"])

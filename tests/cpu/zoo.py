@@ -389,7 +389,8 @@ class Trainer:
         before = [plan.graph.values[value] for value in plan.graph.inputs]
         return {
             "budget": plan.budget.limits["device"],
-            "predicted_peak": plan.predicted_peak,
+            "predicted_peak": plan.predicted_peak if plan.allocation is None else plan.allocation.allocated,
+            "predicted_reserved": 0 if plan.allocation is None else plan.allocation.reserved,
             "predicted_seconds": plan.predicted_seconds,
             "baseline_peak": plan.baseline_peak,
             "baseline_seconds": plan.baseline_seconds,

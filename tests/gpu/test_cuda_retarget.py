@@ -100,7 +100,7 @@ def sizes(graph: Graph) -> Counter[tuple[str, int]]:
             nbytes = -(-graph.values[value].nbytes // 512) * 512
             known = graph.values[value]
             if nbytes > SMALL and known.kind is not Kind.RNG and not known.name.endswith(".reserve"):
-                found[op.name.removesuffix(".default"), nbytes] += 1
+                found[op.name.removesuffix(".default").replace("keepless.cudnn", "aten.cudnn"), nbytes] += 1
     return found
 
 

@@ -37,6 +37,7 @@ class Words(torch.nn.Module):
 def trained(model: Any, ids: Any, optimizer: Any, steps: int = 4) -> int:
     """A plain loop; the highest bytes that it allocates."""
     torch.manual_seed(3)
+    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     for _ in range(steps):
         optimizer.zero_grad()
@@ -48,6 +49,7 @@ def trained(model: Any, ids: Any, optimizer: Any, steps: int = 4) -> int:
 @pytest.mark.parametrize("options", [{}, {"fused": True}, {"foreach": False}], ids=str)
 def test_optimizer_in_the_backward(options: dict[str, Any]) -> None:
     """foreach, fused and for-loop AdamW: the same weights, within a smaller budget."""
+    others = torch.cuda.memory_allocated()
     torch.manual_seed(0)
     model, ids = Words().cuda(), torch.randint(0, 32_000, (4, 256), device="cuda")
     twin = copy.deepcopy(model).cpu()
@@ -64,7 +66,8 @@ def test_optimizer_in_the_backward(options: dict[str, Any]) -> None:
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(torch.equal(p, q.cpu()) for p, q in zip(found, twin.parameters(), strict=True))
-    assert peak <= plan.predicted_peak * 1.02
+    assert plan.allocation is not None
+    assert peak - others <= plan.allocation.allocated * 1.01
 
 
 def test_loss_in_chunks() -> None:

@@ -31,6 +31,8 @@ MODELS: dict[str, Callable[[], zoo.Workload]] = {
 }
 CAPTURED = [name for name in MODELS if name != "moe"]
 STEPS = 2
+SMALL = 2 << 20
+"""Bytes of kernels' own constants, which torch allocates once: as much as a hundredth of these small models."""
 
 
 @contextmanager
@@ -96,6 +98,7 @@ def test_bits_and_peaks(name: str, engine: str, autocast: Any) -> None:
         with autocast():
             everything = workload.plan(zoo.PLENTY, engine=engine, optimizer=optimizer)
             low, high = everything.smallest_budget, everything.baseline_peak
+            low = int(low * (1.02 if name == "moe" else 1))  # its routes, and so its sizes, differ from step to step
             middle = int(low + 0.4 * max(high - low, 0))
             plans = [workload.plan(budget, engine=engine, optimizer=optimizer) for budget in (middle, low)]
         for plan in plans:
@@ -111,7 +114,9 @@ def test_bits_and_peaks(name: str, engine: str, autocast: Any) -> None:
             )
             assert losses == expected[0]
             assert {key for key in state if state[key] != expected[1][key]} == set()
+            allocated = plan.allocation.allocated
             assert peak <= plan.budget.limits["device"]
+            assert peak <= 1.01 * allocated + SMALL, (peak, allocated)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)

@@ -39,7 +39,12 @@ from keepless._compat.ambient import kernel_choices as kernel_choices
 from keepless._compat.ambient import num_function_modes as num_function_modes
 from keepless._compat.ambient import set_ambient_flags as set_ambient_flags
 from keepless._compat.backwards import watch_backwards as watch_backwards
+from keepless._compat.kernels import batch_norm_backend as batch_norm_backend
+from keepless._compat.kernels import batch_norm_reserve_nbytes as batch_norm_reserve_nbytes
+from keepless._compat.kernels import clear_workspaces as clear_workspaces
 from keepless._compat.kernels import host_outputs as host_outputs
+from keepless._compat.kernels import keep_busy as keep_busy
+from keepless._compat.kernels import suggested_memory_format as suggested_memory_format
 
 tree_flatten = pytree.tree_flatten
 tree_leaves = pytree.tree_leaves

@@ -69,3 +69,41 @@ def _guarded(name: str, key: str, function: Callable[..., Any], owner: int) -> C
         return target.decompose(*args, **kwargs)
 
     return kernel
+
+
+def batch_norm_backend(x: torch.Tensor, weight: Any, bias: Any, mean: Any, var: Any, training: bool, eps: float) -> str:
+    """What eager takes for a BatchNorm: "Native", "Cudnn" or "Miopen".
+
+    Arguments:
+        weight, bias, mean, var: tensors or None.
+    """
+    if weight is None or bias is None or (mean is None) != (var is None) or (mean is None and not training):
+        return "Native"
+    mean, var = (weight, weight) if mean is None else (mean, var)  # the call takes tensors only
+    found: Any = torch._C._select_batch_norm_backend(x, weight, bias, mean, var, training, eps)
+    return str(found.name)
+
+
+def batch_norm_reserve_nbytes(x: torch.Tensor, training: bool) -> int:
+    """Bytes that cuDNN's BatchNorm keeps for its backward."""
+    return int(torch._C._get_cudnn_batch_norm_reserve_space_size(x, training))  # type: ignore[attr-defined]
+
+
+def suggested_memory_format(x: torch.Tensor) -> torch.memory_format:
+    """`Tensor::suggest_memory_format`."""
+    return torch._prims_common.suggest_memory_format(x)
+
+
+_CYCLES_PER_S = 2e9
+"""About what a card's clock does; slower ones are busy for longer."""
+
+
+def keep_busy(seconds: float) -> None:
+    """Has the current CUDA device do nothing else for about so long; the host goes on at once."""
+    torch.cuda._sleep(int(seconds * _CYCLES_PER_S))  # type: ignore[no-untyped-call]
+
+
+def clear_workspaces() -> None:
+    """Gives cuBLAS' workspaces back to the allocator: each thread that multiplies matrices makes its own anew."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch._C._cuda_clearCublasWorkspaces()

@@ -44,7 +44,12 @@ def eager_scale(p: float, dtype: torch.dtype) -> float:
 
 
 def draw_in_place(
-    size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, device: torch.device, keep: float, generator: None = None
+    size: tuple[int, ...],
+    stride: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    keep: float,
+    generator: None = None,
 ) -> torch.Tensor:
     """`empty_like(x).bernoulli_(keep)` as eager draws it, in the order of x's memory.
 

@@ -16,6 +16,7 @@ import torch
 from keepless import _compat
 from keepless.binding import Call, Ref, ViewCode, map_refs, slots_of
 from keepless.capture import aten as known
+from keepless.capture import cudnn
 from keepless.capture.constants import Getter, find_home
 from keepless.capture.inputs import FlatInputs
 from keepless.capture.trace import Traced, named_state, planned_device
@@ -116,6 +117,7 @@ class Drafting:
         self.forward: list[Draft] = []
         self.mutations: list[Draft] = []
         self.backward: list[Draft] = []
+        self.reserve_of: dict[int, int] = {}
         self.scale_of_mask: dict[int, float] = {}
         self.module_of_seq: dict[int, tuple[str, str]] = {}
         self.num_slots = 0
@@ -259,20 +261,31 @@ class Drafting:
                 target, args, kwargs = known.apply_mask, (args[0], args[1], self.scale_of_mask[mask_value]), {}
         if target is torch.ops.aten.bernoulli.p and self.is_uninitialized(node.args[0]):
             like = self.examples[args[0].slot]
-            args = (tuple(like.shape), tuple(like.stride()), like.dtype, *args[1:])
+            args = (tuple(like.shape), tuple(like.stride()), like.dtype, like.device, *args[1:])
             target = known.draw_in_place
         if target is torch.ops.aten.mkldnn_rnn_layer.default and args[-1]:
             target = known.lstm_layer
         replay = None
+        by_cudnn = target in known.BATCH_NORM_FORWARD and self.by_cudnn(args)
         if target in known.BATCH_NORM_BACKWARD:
-            args = known.batch_norm_backward_args(args)
-        if target in known.BATCH_NORM_FORWARD and self.only_updates_statistics(node):
+            reserve = self.reserve_of.get(self.slot_value[args[5].slot]) if isinstance(args[5], Ref) else None
+            if reserve is None:
+                args = known.batch_norm_backward_args(args)
+            else:
+                target, args = cudnn.cudnn_batch_norm_backward, (*args[:3], *args[5:7], args[8], Ref(reserve))
+        if by_cudnn:
+            target = cudnn.cudnn_batch_norm
+            if self.only_updates_statistics(node):
+                replay = Call(target, (*args[:3], None, None, *args[5:]))
+        elif target in known.BATCH_NORM_FORWARD and self.only_updates_statistics(node):
             form = known.batch_norm_replay(args, *(self.examples[args[place].slot].dtype for place in (0, 3)))
             replay = Call(form[0], form[1]) if form else None
         call = Call(target, args, kwargs)
         outputs = self.results(node, call)
         if outputs is None:
             return
+        if by_cudnn:
+            outputs.append(self.reserve(node, args))
         if target is known.lstm_layer:
             workspace = self.slot_value[outputs[3][1]]
             nbytes = known.lstm_workspace_nbytes(map_refs(args, self.real_example))
@@ -335,6 +348,20 @@ class Drafting:
         if not weights or weights[0].dtype == part.dtype or weights[0].dtype is not torch.float32:
             return part
         return torch.empty_strided(part.size(), part.stride(), dtype=torch.float32, device="meta")
+
+    def by_cudnn(self, args: tuple[Any, ...]) -> bool:
+        """Whether eager takes cuDNN for a training BatchNorm with these arguments."""
+        x, weight, bias, mean, var, training, _, eps = map_refs(args, self.examples.__getitem__)
+        return bool(training) and cudnn.runs_by_cudnn(x, weight, bias, mean, var, training, eps)
+
+    def reserve(self, node: torch.fx.Node, args: tuple[Any, ...]) -> tuple[int, int]:
+        """Place and slot of what cuDNN's BatchNorm keeps for its backward."""
+        x = self.examples[args[0].slot]
+        nbytes = _compat.batch_norm_reserve_nbytes(x, True)
+        example = torch.empty((nbytes,), dtype=torch.uint8, device="meta")
+        slot = self.new_slot(example, self.new_value(f"{node.name}.reserve", example, Kind.ACTIVATION, shared=False))
+        self.reserve_of[self.slot_value[self.slot_of[(node, 1)]]] = slot
+        return cudnn.RESERVE, slot
 
     def same_bytes(self, node: torch.fx.Node) -> bool:
         """Whether a copy can be its source, which it then is: what autograd saves of an op that works in place.

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 import torch
 
+from keepless import _compat
 from keepless.control.checks import check_module, check_optimizer, check_plan, check_planned_optimizer
 from keepless.control.parts import module_plans, module_steps
 from keepless.control.plan_book.book import Book
@@ -77,6 +78,8 @@ def apply(
             take(model)
             standing.put_in()
         raise
+    if plan.allocation is not None:
+        _compat.clear_workspaces()  # a backward before this was run by another thread, whose workspace still stands
     return model
 
 

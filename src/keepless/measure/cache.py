@@ -20,7 +20,8 @@ import torch
 from keepless.ir.budget import MAX_NBYTES
 from keepless.measure.device import describe_device
 
-_FORMAT = "v4"
+_FORMAT = "v5"
+_STORED = ("seconds", "scratch", "spread", "n", "launch")
 _MAX_FILE_NBYTES = 64 * 2**20
 """A larger file is not ours, or is mostly duplicates: it is started afresh."""
 
@@ -35,6 +36,7 @@ class OpCost:
         spread: relative spread of the seconds (p80 / p20 - 1).
         n: number of timed runs.
         disturbed: other processes had the cores in every run: the seconds are too long by an unknown factor.
+        launch: seconds that the host takes to start it, on a device that runs beside the host; 0.0 elsewhere.
     """
 
     seconds: float
@@ -42,6 +44,7 @@ class OpCost:
     spread: float
     n: int
     disturbed: bool = False
+    launch: float = 0.0
 
 
 def cache_folder() -> Path:
@@ -78,10 +81,7 @@ class CostCache:
         known = self._table(file)
         rows = {_digest(key): cost for key, cost in costs.items()}
         known.update(rows)
-        lines = [
-            json.dumps({"key": key, "seconds": c.seconds, "scratch": c.scratch, "spread": c.spread, "n": c.n})
-            for key, c in rows.items()
-        ]
+        lines = [json.dumps({"key": key, **{name: getattr(c, name) for name in _STORED}}) for key, c in rows.items()]
         # The leading newline ends a line that another process may have left torn.
         text = "\n" + "\n".join([json.dumps({"environment": describe_device(device)}), *lines]) + "\n"
         try:
@@ -148,14 +148,15 @@ def _text(value: object) -> str:
 
 
 def _cost(row: Mapping[str, object]) -> OpCost:
-    seconds, scratch, spread, n = (row[name] for name in ("seconds", "scratch", "spread", "n"))
-    for number in (seconds, scratch, spread, n):
+    seconds, scratch, spread, n, launch = numbers = tuple(row[name] for name in _STORED)
+    for number in numbers:
         if isinstance(number, bool) or not isinstance(number, (int, float)):
             raise TypeError("not a number")
         if not (math.isfinite(number) and 0 <= number <= MAX_NBYTES):
             raise ValueError("outside the range")
     assert isinstance(seconds, (int, float))
     assert isinstance(spread, (int, float))
+    assert isinstance(launch, (int, float))
     if not isinstance(scratch, int) or not isinstance(n, int):
         raise TypeError("not a whole number")
-    return OpCost(float(seconds), scratch, float(spread), n)
+    return OpCost(float(seconds), scratch, float(spread), n, launch=float(launch))

@@ -4,7 +4,8 @@ A trial brings its own inputs; one is alive at a time, so the memory in use stay
 the peak of the op's own allocations over its outputs (against a malloc interposer this was exact to 6 KB for 29
 kinds of op, convolutions and attention included; buffers that a math library keeps for itself are not in it).
 
-On CPU an op is timed with warm caches and with emptied ones, and costs what is in between (`measure.cold`).
+On CPU an op is timed with warm caches and with emptied ones, and costs what is in between (`measure.cold`). On CUDA it
+costs what the device takes, and what the host takes to launch it is told apart.
 
 Other processes on the same cores would be measured, too: a matrix product of 5.5 ms took a median of 48 ms beside three
 busy ones on 2 cores. On CPU, runs in which the system took a core away count only where there are no others; such costs
@@ -27,6 +28,7 @@ try:
 except ImportError:  # not POSIX: no run is known to be disturbed
     resource = None  # type: ignore[assignment]
 
+from keepless import _compat
 from keepless.errors import MeasureError
 from keepless.measure._profiler import run_traced
 from keepless.measure.cache import CostCache, OpCost
@@ -36,6 +38,9 @@ _MAX_RUNS = 200
 _MIN_RUNS = ((0.01, 5), (0.1, 3), (float("inf"), 2))
 """Runs by the seconds of one: slow ops vary less, and planning should take seconds."""
 _COLD_RUNS = 3
+_LAUNCH = 30e-6
+_MOST_AHEAD = 5e-3
+"""Seconds for which a card is kept busy before an op is timed on it: at first, and at most."""
 _TOO_LONG_FOR_CACHES = 0.05
 """Seconds of an op for which it makes no difference where its inputs are."""
 _PATIENCE = 3
@@ -156,15 +161,17 @@ def _measure(trial: Trial, device: torch.device, min_seconds: float) -> OpCost:
     with _told(trial, device):
         thunk = trial.make()
         peak = _peak(thunk, device)
+        launch = 0.0
         if device.type == "cuda":
-            seconds, disturbed = _cuda_seconds(thunk, device, min_seconds), False
+            seconds, launch = _cuda_seconds(thunk, device, min_seconds)
+            disturbed = False
         else:
             seconds, disturbed = _cpu_seconds(thunk, min_seconds)
     scratch = max(0, peak - trial.output_nbytes)
     typical = min(seconds) if disturbed else statistics.median(seconds)
     if device.type == "cpu" and typical < _TOO_LONG_FOR_CACHES:
         typical += IN_A_STEP * max(0.0, _cold_seconds(thunk, _COLD_RUNS if min_seconds else 1) - typical)
-    return OpCost(typical, scratch, spread=_spread(seconds), n=len(seconds), disturbed=disturbed)
+    return OpCost(typical, scratch, spread=_spread(seconds), n=len(seconds), disturbed=disturbed, launch=launch)
 
 
 @contextmanager
@@ -252,18 +259,29 @@ def _cuda_peak(thunk: Callable[[], object], device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def _cuda_seconds(thunk: Callable[[], object], device: torch.device, min_seconds: float) -> list[float]:
+def _cuda_seconds(thunk: Callable[[], object], device: torch.device, min_seconds: float) -> tuple[list[float], float]:
+    """Seconds of each run on the device, and the median of what the host took to launch one.
+
+    In a step the host runs ahead, so that the device does not wait for launches: here it is kept busy while the host
+    launches what is timed. An op that the device does in less than the host takes to launch it would else cost that.
+    """
     seconds: list[float] = []
+    launches: list[float] = []
     with torch.cuda.device(device):
         start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        while not _enough(len(seconds), sum(seconds), min_seconds):
+        ahead = _LAUNCH
+        while not _enough(len(seconds), sum(seconds) + sum(launches), min_seconds):
+            _compat.keep_busy(ahead)
             start.record()
+            began = perf_counter_ns()
             thunk()
+            launches.append((perf_counter_ns() - began) / 1e9)
             end.record()
             end.synchronize()
             seconds.append(start.elapsed_time(end) / 1e3)
-    return seconds
+            ahead = min(_MOST_AHEAD, 1.5 * launches[-1] + _LAUNCH)
+    return seconds, statistics.median(launches)
 
 
 def _spread(seconds: Sequence[float]) -> float:
