@@ -42,8 +42,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before torch: deterministic products
-
 import torch
 from rich.console import Console
 
@@ -557,6 +555,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))  # what is open is written
     warnings.filterwarnings("ignore")  # one for each kernel that is not deterministic, each time
     if not args.fast_kernels:
+        if torch.device(args.device).type == "cuda":
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first called
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     whole = {row.model for row in read_rows(out) if row.metric == DONE}
     units = [name for name in args.only if args.again or name not in whole]

@@ -9,8 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first called
+if torch.cuda.is_available():
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first called
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "cpu")]
 
@@ -18,8 +20,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "cpu")]
 @pytest.fixture
 def deterministic() -> Iterator[None]:
     """Kernels that give the same bits each time, where there are such."""
-    import torch
-
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -28,8 +28,6 @@ def deterministic() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _given_back() -> Iterator[None]:
     """A test begins with an allocator that holds nothing of the one before."""
-    import torch
-
     if torch.cuda.is_available():
         gc.collect()
         torch.cuda.empty_cache()
