@@ -8,7 +8,7 @@
 A unit is a model and a question; its rows are written as soon as it is done:
 
 fidelity  plain, and plans with everything kept, half way down, and the smallest: measured peak (the allocator's
-          allocated bytes, a fresh process, three AdamW steps, the first included) beside the predicted one (of blocks
+          allocated bytes, three AdamW steps, the first included) beside the predicted one (of blocks
           and workspaces, as the plan's allocation says); reserved bytes beside the predicted ones and the budget;
           whether losses and weights are those of the plan that keeps everything; seconds of a step, predicted and
           measured.
@@ -16,22 +16,29 @@ oom       plain under a share of the card that is a tenth above the smallest bud
           (`torch.cuda.set_per_process_memory_fraction`) must run out of memory, and the plan must train there. On the
           CPU, where nothing sets such a share, the unit says that it was left out.
 
-Every contender trains weights that are made anew from the same seed, with dropout on.
+Every contender trains the weights that the seed gave, with dropout on; on a card with deterministic kernels. There all
+of a model's contenders train it in this process: torch's allocator counts every block, so that what others left is
+known and taken off. Reserved bytes are those after the caches, cuBLAS' workspaces among them, were given back.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
+import os
 import time
+import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
+import keepless
 from benchmarks.common import RESULTS, Table, read_rows
-from keepless.errors import MeasureError
+from keepless import _compat
 from keepless.measure import device_nbytes, measure_peak
 
 import zoo  # isort: skip  (found through benchmarks.common)
@@ -93,15 +100,19 @@ def target(name: str, quick: bool, device: str, budget: int, share: float, timed
         nonlocal count
         trainer.step(count)
         count += 1
-        answer: dict[str, Any] = {"losses": trainer.losses[:STEPS], **trainer.claims()}
-        if count == STEPS:
-            state = trainer.state()
-            del state["generator"]
-            answer["state"] = zoo.digest_all(state)
-            answer["seconds"] = _seconds(trainer, device, timed)
-        return answer
+        if count < STEPS:
+            return {"losses": trainer.losses[:STEPS], **trainer.claims()}
+        return answer_of(trainer, device, timed)
 
     return step
+
+
+def answer_of(trainer: zoo.Trainer, device: str, timed: int) -> dict[str, Any]:
+    """What comes of the steps; then some more are timed."""
+    state = trainer.state()
+    del state["generator"]
+    answer = {"losses": trainer.losses[:STEPS], **trainer.claims(), "state": zoo.digest_all(state)}
+    return {**answer, "seconds": _seconds(trainer, device, timed)}
 
 
 def _seconds(trainer: zoo.Trainer, device: str, timed: int) -> list[float]:
@@ -121,6 +132,76 @@ def _synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
+@dataclass(frozen=True)
+class Found:
+    """What steps of a contender took: the peak of allocated bytes, reserved ones of each step; and its answer."""
+
+    peak: int
+    reserved: tuple[int, ...]
+    result: dict[str, Any]
+
+
+class Card:
+    """One model on a card, which its contenders train one after the other."""
+
+    def __init__(self, name: str, quick: bool, device: str) -> None:
+        self.device = device
+        self.workload = workload_of(name, quick, device)
+        self.weights = {key: t.to("cpu", copy=True) for key, t in self.workload.model.state_dict().items()}
+        inputs, targets = self.workload.batch(0)
+        self.workload.loss_of(self.workload.forward(inputs), targets).backward()  # type: ignore[no-untyped-call]
+        del inputs, targets  # what libraries hold from their first call on is held
+        self.clean()
+        self.own = torch.cuda.memory_allocated(device)
+
+    def clean(self) -> None:
+        """The weights of the seed, and nothing else."""
+        keepless.remove(self.workload.model)
+        self.workload.model.zero_grad()
+        self.workload.model.load_state_dict(self.weights)
+        gc.collect()
+        torch.cuda.synchronize(self.device)
+        _compat.clear_workspaces()
+        torch.cuda.empty_cache()
+
+    def measured(self, plan: keepless.Plan | None, share: float, timed: int) -> Found:
+        """Steps of plain (None) or of a plan, within a share of the card.
+
+        Raises:
+            torch.OutOfMemoryError: the share is too small.
+        """
+        self.clean()
+        others = torch.cuda.memory_allocated(self.device) - self.own
+        if share:
+            torch.cuda.set_per_process_memory_fraction(share, torch.device(self.device))
+        try:
+            trainer = zoo.Trainer(self.workload, "keepless" if plan else "plain", plan=plan)
+            torch.manual_seed(1)
+            peaks, reserved = [], []
+            for number in range(STEPS):
+                torch.cuda.reset_peak_memory_stats(self.device)
+                trainer.step(number)
+                torch.cuda.synchronize(self.device)
+                peaks.append(torch.cuda.max_memory_allocated(self.device) - others)
+                reserved.append(torch.cuda.max_memory_reserved(self.device))
+            return Found(max(peaks), tuple(reserved), answer_of(trainer, self.device, timed))
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0, torch.device(self.device))
+
+
+_CARDS: dict[str, Card] = {}
+"""The model that is on the card: at most one."""
+
+
+def card_of(name: str, quick: bool, device: str) -> Card:
+    """The model, in the place of the one before."""
+    if name not in _CARDS:
+        _CARDS.clear()
+        gc.collect()
+        _CARDS[name] = Card(name, quick, device)
+    return _CARDS[name]
+
+
 class Unit:
     """One model and one question."""
 
@@ -132,7 +213,16 @@ class Unit:
         """Measures, and adds rows."""
         getattr(self, f"_{self.question}")()
 
+    @property
+    def card(self) -> Card | None:
+        """The model, where it is on a card."""
+        is_card = torch.device(self.args.device).type == "cuda"
+        return card_of(self.name, self.args.quick, self.args.device) if is_card else None
+
     def _meter(self, budget: int = 0, share: float = 0.0, timed: int = TIMED_STEPS) -> Any:
+        if (card := self.card) is not None:
+            plan = card.workload.plan(budget, **options_of(card.workload)) if budget else None
+            return card.measured(plan, share, timed)
         arguments = {
             "name": self.name,
             "quick": self.args.quick,
@@ -145,7 +235,8 @@ class Unit:
 
     def _ends(self) -> tuple[int, int]:
         """The smallest budget, and the one that keeps everything."""
-        workload = workload_of(self.name, self.args.quick, self.args.device)
+        card = self.card
+        workload = card.workload if card else workload_of(self.name, self.args.quick, self.args.device)
         plan = workload.plan(zoo.PLENTY, **options_of(workload))
         return plan.smallest_budget, plan.baseline_peak
 
@@ -187,9 +278,7 @@ class Unit:
         try:
             self._meter(share=share, timed=0)
             ran_out = False
-        except MeasureError as error:
-            if "OutOfMemoryError" not in str(error):
-                raise
+        except torch.OutOfMemoryError:
             ran_out = True
         found = self._meter(budget, share=share, timed=0)
         self.table.add(self.model, "oom", "share_bytes", "bytes", budget)
@@ -219,6 +308,11 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """Runs the units that are asked for; a unit's rows are on disk as soon as it is done."""
     args = arguments()
+    if torch.device(args.device).type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first called
+        warnings.filterwarnings("ignore", message=".*deterministic")  # of each kernel that has no such form
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        torch.use_deterministic_algorithms(True, warn_only=True)
     console, start = Console(), time.perf_counter()
     out: Path = args.out or (Path("out") if args.quick else RESULTS) / "gpu.csv"
     done = {row.model for row in read_rows(out)}
