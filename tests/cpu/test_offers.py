@@ -16,6 +16,8 @@ import keepless
 from keepless.errors import InfeasibleBudget
 from keepless.ir import format_bytes
 from keepless.machine import CHUNKED_LOSS, OPTIMIZER_IN_BACKWARD
+from keepless.machine.allocation import CUBLAS_DEFAULT
+from keepless.measure.card import CardAllocator
 
 TOO_SMALL = 100_000
 
@@ -133,5 +135,23 @@ def test_offers_for_a_card_are_of_reserved_bytes() -> None:
         assert plan.allocation is not None
         assert plan.predicted_peak < plan.allocation.reserved <= nbytes < error.smallest_budget
         assert plan.smallest_budget == nbytes
+        gain = format_bytes(error.smallest_budget - nbytes)
+        assert f"rewrites={names} lowers the smallest budget by {gain} to {format_bytes(nbytes)}" in str(error)
+
+
+def test_offers_are_of_the_bytes_of_the_error_s_smallest_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where ops were not run, too: what a card's allocator reserves is stated for both, and only less is offered."""
+    card = CardAllocator((CUBLAS_DEFAULT,))
+    monkeypatch.setattr("keepless.control.planning.card_allocator", lambda device: card)
+    torch.manual_seed(0)
+    model, ids = Words(classes=20_000, width=96), torch.randint(0, 50, (8, 150))
+    optimizer = torch.optim.AdamW(model.parameters())
+    with pytest.raises(InfeasibleBudget, match="of what was not run") as caught:
+        keepless.plan(model, ids, "30MiB", optimizer=optimizer)
+    error = caught.value
+    assert error.smallest_budget > error.bound + sum(card.workspaces)
+    assert (CHUNKED_LOSS,) in error.rewrites
+    for names, nbytes in error.rewrites.items():
+        assert nbytes < error.smallest_budget
         gain = format_bytes(error.smallest_budget - nbytes)
         assert f"rewrites={names} lowers the smallest budget by {gain} to {format_bytes(nbytes)}" in str(error)

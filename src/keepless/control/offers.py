@@ -74,6 +74,7 @@ def with_offers(
     if measured.num_unrun or named_solver(settings.solver) is not SOLVERS["keepless"]:  # other bytes are in the error's
         base = _budget_of(measured.graph, measured.cost, settings.card)
     offers = find_offers(model, flat, batch, measured, settings, optimizer, base)
+    offers = [offer for offer in offers if offer.smallest_budget < error.smallest_budget]
     if not offers:
         return error
     before, found, after = str(error).partition(_HELP)

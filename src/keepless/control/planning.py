@@ -16,7 +16,7 @@ import torch
 
 from keepless.capture import FlatInputs, Inputs, flatten_inputs, lower, planned_device, trace_step
 from keepless.capture.target import TargetFaking
-from keepless.control.allocating import within_card
+from keepless.control.allocating import allocation_of, within_card
 from keepless.control.captured import Capture, Captures, Measured, Settings, beyond_peak
 from keepless.control.checks import check_module, check_optimizer
 from keepless.control.elsewhere import faking_for, loss_work, step_elsewhere, target_of
@@ -370,12 +370,16 @@ def solve_measured(measured: Measured, settings: Settings) -> Plan:
 
     if settings.card is None:
         return make(0)
-    return within_card(make, lambda: lowest_plan(measured, settings.budget), settings.budget, settings.card)
+    card = settings.card
+    return within_card(make, lambda: lowest_plan(measured, settings.budget, card), settings.budget, card)
 
 
-def lowest_plan(measured: Measured, nbytes: int) -> Plan:
+def lowest_plan(measured: Measured, nbytes: int, card: CardAllocator | None = None) -> Plan:
     """The plan of the smallest peak that the default planner finds, whatever its time; for what it needs where that is
     more than the budget: how much a card has to give for it is known only from its program.
+
+    Arguments:
+        card: its allocator, where the budget bounds what that reserves.
 
     Raises:
         InfeasibleBudget: it is above the budget, and ops that were not run may need more yet.
@@ -384,8 +388,9 @@ def lowest_plan(measured: Measured, nbytes: int) -> Plan:
     low = smallest(graph, cost)
     needed = with_reserve(low.peak)
     if needed > nbytes and measured.num_unrun:
+        stated = low.peak if card is None else allocation_of(graph, low.program, cost, card).reserved
         raise explain_infeasible(
-            graph, cost, nbytes, low.program, low.peak, low.smallest_bound, num_unrun=measured.num_unrun
+            graph, cost, nbytes, low.program, stated, low.smallest_bound, num_unrun=measured.num_unrun
         )
     limit = max(nbytes, needed)
     return plan_of(measured, low, Budget({"device": limit}, reserve=limit - low.peak))
