@@ -3,7 +3,9 @@ and each failure is written down."""
 
 from __future__ import annotations
 
+import copy
 import random
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,10 +17,11 @@ from any_models import Between, Block, Looks
 from test_oom import CPU_TEXT, around, live_nbytes
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import keepless
 from keepless.control.parts.module_steps import planned_modules
-from keepless.machine import Plan
+from keepless.machine import Plan, simulate
 from keepless.modules.planned import PlannedModules
 from keepless.modules.recovery import CHANGES
 from keepless.report.black_box import black_box_text
@@ -186,6 +189,115 @@ def test_block_plans_between_their_captured_calls(tmp_path: Path) -> None:
         assert same(forward_backward(model, x)[0], expected), "the next step"
     assert ended[0] == ended[in_forward // 5] == "went on"
     assert "backward" in ended
+    keepless.remove(model)
+
+
+class Wide(nn.Module):
+    """Blocks whose hidden activations are most of what a step takes."""
+
+    def __init__(self, layers: int = 5, width: int = 32) -> None:
+        super().__init__()
+        rows = [(nn.Linear(width, 4 * width), nn.GELU(), nn.Dropout(0.1), nn.Linear(4 * width, width))] * layers
+        self.blocks = nn.ModuleList([nn.Sequential(*map(copy.deepcopy, row)) for row in rows])
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        for block in self.blocks:
+            x = x + block(x)
+        return {"loss": x.square().mean()}
+
+
+class Full(TorchDispatchMode):
+    """An op after which more bytes live than there are finds no memory."""
+
+    def __init__(self, model: nn.Module, most: int) -> None:
+        super().__init__()
+        self.most, self.known = most, {p.untyped_storage()._cdata for p in model.parameters()}
+        self.live = sum(p.untyped_storage().nbytes() for p in model.parameters())
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for tensor in tree_leaves(result):
+            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
+            if storage is not None and storage._cdata not in self.known | given:
+                self.known.add(storage._cdata)
+                self.live += storage.nbytes()
+                weakref.finalize(storage, self.forget, storage._cdata, storage.nbytes())
+        if self.live > self.most:
+            raise RuntimeError(CPU_TEXT)
+        return result
+
+    def forget(self, key: int, nbytes: int) -> None:
+        self.known.discard(key)
+        self.live -= nbytes
+
+
+@pytest.fixture(scope="module")
+def wide() -> tuple[nn.Module, torch.Tensor, Plan]:
+    torch.manual_seed(0)
+    model, x = Wide().train(), torch.randn(256, 32)
+    plan = keepless.plan(model, x, "1GiB", engine="blocks", cache=False)
+    assert not plan.program.num_replays
+    return model, x, plan
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["between", "captured"])
+def test_each_failing_backward_tightens_a_plan_of_blocks_by_a_notch(
+    inside: bool, wide: tuple[nn.Module, torch.Tensor, Plan], tmp_path: Path
+) -> None:
+    """In the model's own code, and in a captured call that cannot run again: all calls keep less, bits are the same."""
+    model, x, plan = wide
+    own = {path: module.__dict__.get("forward") for path, module in model.named_modules()}
+    keepless.apply(model, plan, black_box=tmp_path)
+    expected = forward_backward(model, x)[0]
+    peaks = [plan.predicted_peak]
+    for number in range(1, 6):  # four notches, and the smallest
+        _, mode, in_forward = forward_backward(model, x)
+        at = in_forward + 2 if not inside else mode.count - 12
+        with pytest.raises(keepless.OutOfMemory, match="later steps keep less") as caught:
+            forward_backward(model, x, at)
+        assert ("larger than is held" in str(caught.value)) == inside
+        (chosen,) = standing(model).entries.values()
+        assert chosen.notches == standing(model).counters.tightened == number
+        assert chosen.program is not None
+        peaks.append(simulate(plan.graph, chosen.program, plan.cost).peak)
+        assert same(forward_backward(model, x)[0], expected), "the next step"
+    assert peaks == sorted(set(peaks), reverse=True)
+    assert peaks[-1] < plan.smallest_budget
+    keepless.remove(model)
+    assert {path: module.__dict__.get("forward") for path, module in model.named_modules()} == own
+    keepless.apply(model, plan, on_oom="raise", black_box=tmp_path)
+    with pytest.raises(RuntimeError, match="DefaultCPUAllocator"):
+        forward_backward(model, x, in_forward + 2)
+    assert all(chosen.notches == 0 for chosen in standing(model).entries.values())
+    keepless.remove(model)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5])
+def test_blocks_find_a_plan_for_the_memory_that_there_is(
+    share: float, wide: tuple[nn.Module, torch.Tensor, Plan], tmp_path: Path
+) -> None:
+    """A captured call that keeps as little as it can is not the last word: the others keep less, too."""
+    model, x, plan = wide
+    keepless.apply(model, plan, black_box=tmp_path)
+    expected = forward_backward(model, x)[0]
+    most = plan.smallest_budget + int(share * (plan.baseline_peak - plan.smallest_budget))
+    told = 0
+    for _ in range(6):
+        model.zero_grad()
+        torch.manual_seed(2)
+        random.seed(2)
+        try:
+            with Full(model, most):
+                loss = model(x)["loss"]
+                loss.backward()
+            break
+        except keepless.OutOfMemory:
+            told += 1
+    assert told < 6, "no step completed"
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    assert same({**found, "loss": loss.detach(), "draws": (torch.rand(3), random.random())}, expected)
+    assert standing(model).counters.tightened
     keepless.remove(model)
 
 

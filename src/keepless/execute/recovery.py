@@ -38,7 +38,13 @@ where the program itself still had them when it failed."""
 
 
 class OutOfMemoryHere(OutOfMemory, torch.OutOfMemoryError):
-    """The typed error for code that knows torch's own."""
+    """The typed error for code that knows torch's own.
+
+    Attributes:
+        survivor: `id` of the survivor of a captured step that raised it; 0 for none.
+    """
+
+    survivor = 0
 
 
 OutOfMemoryHere.__name__ = OutOfMemoryHere.__qualname__ = "OutOfMemory"
@@ -143,7 +149,9 @@ class Rescue:
         if isinstance(instr, Run):
             place = f"at {self.binding.graph.where(self.binding.graph.ops[instr.op])}"
         note = self.survivor.record(self, failure, f"raised: {why}", None)
-        return cannot_go_on(failure.phase, place, failure.text, why, note)
+        error = cannot_go_on(failure.phase, place, failure.text, why, note)
+        error.survivor = id(self.survivor)
+        return error
 
     def told(self, error: BaseException, failure: Failure) -> None:
         """Where failures are only written down: the error itself says where."""
@@ -220,6 +228,7 @@ def make_room(device: torch.device) -> None:
 
 
 _LAST = "this is the program of the smallest peak already"
+LATER = "later steps keep less"
 
 
 def begin_again(step: Step, failure: Failure) -> Program:
@@ -257,7 +266,8 @@ def go_on(step: Step, index: int, failure: Failure) -> None:
     """After a backward segment that failed: the gradients of this segment are there, made by a tighter program.
 
     Raises:
-        OutOfMemory: there is no tighter program, or the forward cannot run again as it ran.
+        OutOfMemory: there is no tighter program, or the forward cannot run again as it ran; then later steps run by
+            the tighter program.
     """
     recipe = step.recipe
     rescue = recipe.rescue
@@ -269,8 +279,12 @@ def go_on(step: Step, index: int, failure: Failure) -> None:
         make_room(rescue.binding.device)
         recipe.counters.ooms += 1
         why = _cannot_run_again(step, rescue)
-        program = None if why else rescue.survivor.tighter(rescue, failure)
-        if program is None:
+        program = rescue.survivor.tighter(rescue, failure)
+        if why and program is not None:  # of no use to this step
+            rescue.adopt(program)
+            recipe.counters.tightened += 1
+            why = f"{why}; {LATER}"
+        if why or program is None:
             step.release()
             raise rescue.given_up(failure, why or _LAST)
         rescue.survivor.record(rescue, failure, "ran the step again under a tighter program", program)

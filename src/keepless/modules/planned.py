@@ -27,7 +27,8 @@ from keepless.eager.forward import Options
 from keepless.eager.randomness import Stream
 from keepless.errors import PlanError
 from keepless.execute import Attached, Counters
-from keepless.execute.recovery import cannot_go_on, covers, make_room, tell
+from keepless.execute.recovery import LATER, OutOfMemoryHere, cannot_go_on, covers, make_room, tell
+from keepless.ir import Program
 from keepless.machine import Plan
 from keepless.modules.recovery import (
     CHANGES,
@@ -68,6 +69,8 @@ class Chosen:
         segments: calls that run by programs of their own.
         unseen: blocks that the measured step did not call. Where another step does, the call is recomputed as a whole.
         plan: that it comes from; None where nothing was planned.
+        program: what it runs in the plan's ops, where that is tighter than the plan's.
+        notches: how much tighter, in notches.
     """
 
     sites: frozenset[Site]
@@ -75,6 +78,8 @@ class Chosen:
     segments: Mapping[Site, Segment] = field(default_factory=dict)
     unseen: frozenset[str] = frozenset()
     plan: Plan | None = field(default=None, repr=False, compare=False)
+    program: Program | None = field(default=None, repr=False, compare=False)
+    notches: int = 0
 
     @property
     def paths(self) -> list[str]:
@@ -102,7 +107,6 @@ class _Current(threading.local):
 
 _LEAST = "as little is kept already as the plan knows how"
 _IN_BACKWARD = "its backward cannot run again, as it has let go of what the forward saved"
-_LATER = "later steps keep less"
 _LEAVES = 5
 """Place in a key of the first of the call's leaves."""
 
@@ -197,6 +201,12 @@ class PlannedModules(StandingForward):
             try:
                 return self.original(*args, **kwargs)
             except Exception as error:
+                if self._is_of_captured(error):
+                    fewer = self._fewer_after_captured(survivor, error, begun, args, kwargs)
+                    if fewer is None:
+                        raise
+                    chosen = fewer
+                    continue
                 if not covers(error):
                     raise
                 failure = failure_of(error, self.module, key, _LEAVES, "forward")
@@ -204,6 +214,44 @@ class PlannedModules(StandingForward):
                     tell(error, survivor.record_call(failure, chosen, "raised the error, as asked for", None))
                     raise
             chosen = self._begin_again(survivor, failure, key, chosen, begun, args, kwargs)
+
+    def _is_of_captured(self, error: Exception) -> bool:
+        """Whether one of this model's captured calls has raised it, which has written it down."""
+        return isinstance(error, OutOfMemoryHere) and error.survivor == id(self.survivor)
+
+    def _fewer_after_captured(
+        self,
+        survivor: CallSurvivor,
+        error: Exception,
+        begun: Beginning | None,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Chosen | None:
+        """After a captured call's forward that cannot go on by a program of its own: other calls keep less.
+
+        Returns:
+            What the forward begins anew with; None where it cannot.
+        """
+        assert self._latest is not None
+        key, chosen = self._latest
+        assert chosen.plan is not None
+        why = cannot_begin_again(self.module, begun, chosen.plan.signature.get(CHANGES), args, kwargs)
+        if begun is not None:
+            begun.again()
+        fewer = survivor.fewer_kept(chosen)
+        if fewer is None:
+            return None
+        self._adopt(key, fewer)
+        if why:
+            error.args = (f"{error} And {why}; {LATER}.",)
+            return None
+        self._start_over(fewer)
+        return fewer
+
+    def _start_over(self, chosen: Chosen) -> None:
+        current = self.current
+        current.calls.restart()
+        current.sites, current.segments, current.unseen = chosen.sites, chosen.segments, chosen.unseen
 
     def _buffers(self) -> list[torch.Tensor]:
         modules = [module for reference in self._with_buffers if (module := reference()) is not None]
@@ -237,9 +285,7 @@ class PlannedModules(StandingForward):
             note = survivor.record_call(failure, chosen, f"raised: {why or _LEAST}", None)
             raise cannot_go_on(failure.phase, failure.place, failure.text, why or _LEAST, note)
         survivor.record_call(failure, chosen, "began the forward anew with less kept", fewer)
-        current = self.current
-        current.calls.restart()
-        current.sites, current.segments, current.unseen = fewer.sites, fewer.segments, fewer.unseen
+        self._start_over(fewer)
         return fewer
 
     def _adopt(self, key: Key, chosen: Chosen) -> None:
@@ -253,9 +299,16 @@ class PlannedModules(StandingForward):
         survivor, latest, model = self.survivor, self._latest, self._model()
         if survivor is None or latest is None or model is None or latest[1].plan is None:
             return None
+        key, chosen = latest
+        if self._is_of_captured(error):
+            fewer = survivor.fewer_kept(chosen)
+            if fewer is not None:
+                self._adopt(key, fewer)
+                if LATER not in str(error):
+                    error.args = (f"{error} But {LATER}.",)
+            return None
         if not covers(error) or not reaches(roots, model):
             return None
-        key, chosen = latest
         failure = failure_of(error, model, key, _LEAVES, "backward")
         self.counters.ooms += 1
         if not survivor.survives:
@@ -266,7 +319,7 @@ class PlannedModules(StandingForward):
         fewer = survivor.fewer_kept(chosen)
         if fewer is not None:
             self._adopt(key, fewer)
-        why = f"{_IN_BACKWARD}; {_LATER if fewer is not None else _LEAST}"
+        why = f"{_IN_BACKWARD}; {LATER if fewer is not None else _LEAST}"
         note = survivor.record_call(failure, chosen, f"raised: {why}", None)
         return cannot_go_on(failure.phase, failure.place, failure.text, why, note)
 

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 from keepless.capture import StandingForward
 from keepless.eager import forward as regions
 from keepless.eager.determinism import CHECKS
 from keepless.eager.forward import Options
 from keepless.execute import Entry, Survivor, equip, reprogrammed, run_entry
-from keepless.ir import Program
+from keepless.ir import Graph, Program
 from keepless.modules.sites import without_caches
 
-Bind = Callable[[StandingForward, tuple[Any, ...], dict[str, Any]], "Entry | str"]
-"""Captures a call and lowers its program; or says why this call is not the one that was planned."""
+
+class Bind(Protocol):
+    """Captures a call and lowers its program; or says why this call is not the one that was planned."""
+
+    def __call__(self, standing: StandingForward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Entry | str:
+        """The entry, or the reason."""
+
+    def by(self, order: list[int]) -> Bind:
+        """The same for another order of the call's ops."""
+
+    def program(self, graph: Graph) -> Program:
+        """The verified program of its order."""
 
 
 @dataclass
@@ -64,6 +73,16 @@ class Segment:
         if program is not None:
             self._adopt(program)
         return program is not None
+
+    def by(self, order: list[int]) -> Segment:
+        """The same call, run by another order of its ops."""
+        bind = self.bind.by(order)
+        made = replace(self, bind=bind, is_tight=False)
+        if self.entry is not None:
+            entry = made.entry = reprogrammed(self.entry, bind.program(self.entry.binding.graph))
+            if self.survivor is not None and entry.cost is not None:
+                equip(entry, entry.cost, self.survivor, made._adopt)
+        return made
 
     def _adopt(self, program: Program) -> None:
         """Later calls run by another program."""

@@ -333,18 +333,12 @@ def chosen_of(plan: Plan) -> Chosen:
     known = plan.capture
     library = known.library if isinstance(known, Known) else Library(block_shape(bool(signature.get("accumulate"))))
     try:
-        rows, regions = signature["segments"], signature["regions"]
+        rows, segments = signature["segments"], _segments_of(plan)
         assert isinstance(rows, list)
-        assert isinstance(regions, list)
-        segments = [
-            composite.Segment(Site(str(path), int(number)), (int(first), int(last)), (int(back), int(end)))
-            for path, number, first, last, back, end, *_ in rows
-        ]
         order = [instr.op for instr in plan.program if isinstance(instr, Run)]
         orders = composite.own_orders(segments, graph, order)
         costs = composite.own_costs(segments, graph, plan.cost)
-        again = {instr.op for instr in plan.program if isinstance(instr, Run) and instr.replay}
-        sites = frozenset(Site(str(path), int(number)) for path, number, op in regions if int(op) in again)
+        sites = _recomputed(plan, plan.program)
         runs = {
             segment.site: Segment(
                 _Bind(
@@ -372,6 +366,37 @@ def regions_of(plan: Plan) -> frozenset[Site]:
     return frozenset(Site(str(path), int(number)) for path, number, _ in rows)
 
 
+def tightened(chosen: Chosen, program: Program) -> Chosen:
+    """What runs by another program in the ops of its plan.
+
+    Raises:
+        ProgramError: the part of a captured call breaks a rule.
+    """
+    plan = chosen.plan
+    assert plan is not None
+    segments = _segments_of(plan)
+    orders = composite.own_orders(segments, plan.graph, [instr.op for instr in program if isinstance(instr, Run)])
+    runs = {site: segment.by(orders[site]) for site, segment in chosen.segments.items()}
+    return replace(chosen, sites=chosen.sites | _recomputed(plan, program), segments=runs, program=program)
+
+
+def _segments_of(plan: Plan) -> list[composite.Segment]:
+    rows = plan.signature["segments"]
+    assert isinstance(rows, list)
+    return [
+        composite.Segment(Site(str(path), int(number)), (int(first), int(last)), (int(back), int(end)))
+        for path, number, first, last, back, end, *_ in rows
+    ]
+
+
+def _recomputed(plan: Plan, program: Program) -> frozenset[Site]:
+    """The calls that a program recomputes as a whole."""
+    regions = plan.signature["regions"]
+    assert isinstance(regions, list)
+    again = {instr.op for instr in program if isinstance(instr, Run) and instr.replay}
+    return frozenset(Site(str(path), int(number)) for path, number, op in regions if int(op) in again)
+
+
 @dataclass(frozen=True)
 class _Bind:
     """Makes the entry of one captured call."""
@@ -392,9 +417,13 @@ class _Bind:
             return str(error)
         if fingerprint(binding.graph) != self.fingerprint:
             return "its captured graph is not the one that was planned"
-        return make_entry(
-            module, flat.without_tensors(), binding, own_program(binding.graph, self.order), cost=self.cost
-        )
+        return make_entry(module, flat.without_tensors(), binding, self.program(binding.graph), cost=self.cost)
+
+    def by(self, order: list[int]) -> _Bind:
+        return replace(self, order=order)
+
+    def program(self, graph: Graph) -> Program:
+        return own_program(graph, self.order)
 
 
 def own_program(graph: Graph, order: list[int]) -> Program:

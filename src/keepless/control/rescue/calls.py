@@ -6,7 +6,7 @@ import warnings
 from dataclasses import replace
 
 from keepless.control.parts import block_plans, region_plans
-from keepless.control.rescue.survival import Survival, device_facts
+from keepless.control.rescue.survival import MOST_NOTCHES, Survival, device_facts
 from keepless.errors import KeeplessError
 from keepless.execute import Note
 from keepless.ir import Program
@@ -14,10 +14,13 @@ from keepless.machine import Plan, simulate
 from keepless.modules.planned import Chosen
 from keepless.modules.recovery import CallFailure
 from keepless.report.black_box import describe_phases, describe_plan, describe_timeline, program_fingerprint
+from keepless.solve.notches import Notches
 
 
 class CallSurvival(Survival):
     """The survivor of one model that is planned by module calls."""
+
+    _whole: tuple[Plan, Notches] | None = None
 
     def fewer_kept(self, chosen: Chosen) -> Chosen | None:
         """See `keepless.modules.recovery.CallSurvivor`."""
@@ -27,11 +30,24 @@ class CallSurvival(Survival):
             if plan.engine == region_plans.EAGER:
                 sites = region_plans.lowest_sites(plan)
                 return None if sites == chosen.sites else replace(chosen, sites=sites)
+            if (fewer := self._notch_less(chosen, plan)) is not None:
+                return fewer
             sites = block_plans.regions_of(plan) | chosen.sites
             tightened = [segment.tighten() for segment in chosen.segments.values()]
         except MemoryError:
             return None
         return replace(chosen, sites=sites) if any(tightened) or sites != chosen.sites else None
+
+    def _notch_less(self, chosen: Chosen, plan: Plan) -> Chosen | None:
+        """A plan of blocks that is one notch tighter; None where this is that of the smallest peak already."""
+        if self._whole is None or self._whole[0] is not plan:
+            self._whole = plan, Notches(plan.graph, plan.cost)
+        program = chosen.program or plan.program
+        try:
+            found = self._whole[1].below(program, -1, at_once=chosen.notches >= MOST_NOTCHES)
+            return None if found is None else replace(block_plans.tightened(chosen, found), notches=chosen.notches + 1)
+        except KeeplessError:  # pragma: no cover - plans' lists and orders are checked when they are applied
+            return None
 
     def record_call(self, failure: CallFailure, chosen: Chosen, done: str, after: Chosen | None) -> Note:
         """See `keepless.modules.recovery.CallSurvivor`."""
@@ -64,8 +80,11 @@ class CallSurvival(Survival):
 
 
 def _program_of(chosen: Chosen, plan: Plan) -> Program:
-    """What a kind of step runs, in the plan's ops; of blocks, whose calls have programs of their own, the plan's."""
-    return region_plans.program_of(plan, chosen.sites) if plan.engine == region_plans.EAGER else plan.program
+    """What a kind of step runs, in the plan's ops; of blocks, whose calls may run by tighter ones of their own, all
+    the calls' together."""
+    if plan.engine == region_plans.EAGER:
+        return region_plans.program_of(plan, chosen.sites)
+    return chosen.program or plan.program
 
 
 def _described(program: Program, plan: Plan) -> dict[str, object]:
