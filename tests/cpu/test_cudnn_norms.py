@@ -35,11 +35,16 @@ def stand_in_backward(grad: Any, x: Any, weight: Any, of_batch: Any, deviation: 
     return aten.native_batch_norm_backward.default(*args)
 
 
+def stand_in_inference(*args: Any) -> Any:
+    return aten._native_batch_norm_legit_no_training.default(*args)
+
+
 @pytest.fixture
 def cudnn_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cudnn, "runs_by_cudnn", lambda *args: True)
     monkeypatch.setattr(_compat, "batch_norm_reserve_nbytes", lambda x, training: 1024)
     monkeypatch.setattr(cudnn, "cudnn_batch_norm", stand_in)
+    monkeypatch.setattr(cudnn, "cudnn_batch_norm_inference", stand_in_inference)
     monkeypatch.setattr(cudnn, "cudnn_batch_norm_backward", stand_in_backward)
 
 
@@ -67,6 +72,20 @@ def test_the_reserve_goes_from_each_norm_to_its_backward() -> None:
         again = [zoo.run_step(model, inputs, seed) for seed in (1, 2)]
         assert [one.differences(two) for one, two in zip(got, again, strict=True)] == [[], []]
     assert tight.num_replays
+
+
+@pytest.mark.usefixtures("cudnn_everywhere")
+def test_frozen_norms_run_by_cudnn_forward_only() -> None:
+    """In evaluation mode the backward is torch's own."""
+    model, batch = zoo.convnet(), torch.randn(4, 3, 12, 12)
+    for module in model.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            module.eval()
+    plan = keepless.plan(model, batch, "1GiB", engine="graph", cache=False)
+    names = [op.name for op in plan.graph.ops]
+    assert "keepless.stand_in_inference" in names
+    assert "keepless.stand_in_backward" not in names
+    assert keepless.verify(model, batch, plan).equal
 
 
 def test_what_eager_takes_is_asked() -> None:

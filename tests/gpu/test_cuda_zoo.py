@@ -22,11 +22,21 @@ pytestmark = [
     pytest.mark.usefixtures("deterministic"),
 ]
 
+
+def frozen(workload: zoo.Workload) -> zoo.Workload:
+    """With BatchNorm in evaluation mode."""
+    for module in workload.model.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            module.eval()
+    return workload
+
+
 MODELS: dict[str, Callable[[], zoo.Workload]] = {
     **{name: lambda name=name: zoo.build(name) for name in zoo.BUILDERS},  # type: ignore[misc]
     "t5": lambda: zoo_more.t5(2, 64, 4, 64, 4),
     "moe": lambda: zoo_more.moe(2, 64, 4, 64, 4),
     "convnext": lambda: zoo_more.convnext((1, 1, 2, 1), 32, 64, 8),
+    "resnet50 frozen": lambda: frozen(zoo.build("resnet50")),
     "rnn": lambda: zoo_more.rnn(24, 6, 32, 16),
 }
 CAPTURED = [name for name in MODELS if name != "moe"]

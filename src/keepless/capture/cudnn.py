@@ -51,6 +51,20 @@ def cudnn_batch_norm(
     return out, of_batch, deviation, mean, var, reserve
 
 
+def cudnn_batch_norm_inference(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    mean: torch.Tensor,
+    var: torch.Tensor,
+    momentum: float,
+    eps: float,
+) -> tuple[torch.Tensor, ...]:
+    """In evaluation mode: output, and two that are empty. The backward is torch's own, as in eager."""
+    found: tuple[torch.Tensor, ...] = aten.cudnn_batch_norm.default(x, weight, bias, mean, var, False, momentum, eps)
+    return found[:3]
+
+
 def cudnn_batch_norm_backward(
     grad: torch.Tensor,
     x: torch.Tensor,

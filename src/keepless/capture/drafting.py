@@ -266,13 +266,15 @@ class Drafting:
         if target is torch.ops.aten.mkldnn_rnn_layer.default and args[-1]:
             target = known.lstm_layer
         replay = None
-        by_cudnn = target in known.BATCH_NORM_FORWARD and self.by_cudnn(args)
+        by_cudnn = target in known.BATCH_NORM_FORWARD and args[5] and self.by_cudnn(args)
         if target in known.BATCH_NORM_BACKWARD:
             reserve = self.reserve_of.get(self.slot_value[args[5].slot]) if isinstance(args[5], Ref) else None
             if reserve is None:
                 args = known.batch_norm_backward_args(args)
             else:
                 target, args = cudnn.cudnn_batch_norm_backward, (*args[:3], *args[5:7], args[8], Ref(reserve))
+        if target in known.BATCH_NORM_INFERENCE and self.by_cudnn(args):
+            target = cudnn.cudnn_batch_norm_inference
         if by_cudnn:
             target = cudnn.cudnn_batch_norm
             if self.only_updates_statistics(node):
@@ -350,9 +352,9 @@ class Drafting:
         return torch.empty_strided(part.size(), part.stride(), dtype=torch.float32, device="meta")
 
     def by_cudnn(self, args: tuple[Any, ...]) -> bool:
-        """Whether eager takes cuDNN for a training BatchNorm with these arguments."""
-        x, weight, bias, mean, var, training, _, eps = map_refs(args, self.examples.__getitem__)
-        return bool(training) and cudnn.runs_by_cudnn(x, weight, bias, mean, var, training, eps)
+        """Whether eager takes cuDNN for a BatchNorm with these arguments (without a mode: evaluation)."""
+        x, weight, bias, mean, var, *mode, _, eps = map_refs(args, self.examples.__getitem__)
+        return cudnn.runs_by_cudnn(x, weight, bias, mean, var, bool(mode and mode[0]), eps)
 
     def reserve(self, node: torch.fx.Node, args: tuple[Any, ...]) -> tuple[int, int]:
         """Place and slot of what cuDNN's BatchNorm keeps for its backward."""
