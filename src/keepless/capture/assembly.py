@@ -351,7 +351,8 @@ class Assembly:
             whole = example.untyped_storage().nbytes() == out.untyped_storage().nbytes()
             dense = example.numel() * example.element_size() == example.untyped_storage().nbytes()
             same = out.dtype == example.dtype and out.shape == example.shape and out.stride() == example.stride()
-            if value not in fixed and not aliased and whole and dense and same:
+            together = work.on_host(example) == work.on_host(out)
+            if value not in fixed and not aliased and whole and dense and same and together:
                 pairs[(work.slot_value[out_slot], value)] = Call(form, draft.call.args, draft.call.kwargs)
         return tuple(pairs), pairs
 

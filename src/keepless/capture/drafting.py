@@ -137,11 +137,15 @@ class Drafting:
             name += "'"
         self.value_names.add(name)
         dtype = str(example.dtype).removeprefix("torch.")
-        nbytes = example.untyped_storage().nbytes()
+        nbytes = 0 if self.on_host(example) else example.untyped_storage().nbytes()
         self.values.append(Value(value, name, nbytes, kind, dtype, tuple(example.shape)))
         if shared:
             self.value_of_storage[_compat.storage_key(example)] = value
         return value
+
+    def on_host(self, example: torch.Tensor) -> bool:
+        """Whether a tensor of a step on a card is not there: it takes none of the card's bytes."""
+        return self.device.type != "cpu" and example.device.type == "cpu"
 
     def set_kind(self, value: int, kind: Kind) -> None:
         old = self.values[value]
@@ -217,13 +221,16 @@ class Drafting:
                 f"The forward reads a tensor of shape {tuple(tensor.shape)} that requires a gradient but is no "
                 "parameter of the model: its gradient would be lost. Register it, or pass it in the batch."
             )
-        if tensor.device != self.device:
+        is_fresh = all(user.target in known.FRESH for user in node.users)  # torch.tensor(...), put together on the host
+        if tensor.device != self.device and not (self.on_host(tensor) and (is_fresh or not tensor.dim())):
             raise CaptureError(
-                f"The forward reads a tensor on {tensor.device}; the model is planned for {self.device}."
+                f"The forward reads a tensor of shape {tuple(tensor.shape)} on {tensor.device}; the model is planned "
+                f"for {self.device}, where only single numbers may be on the cpu. Register it as a buffer, or pass it "
+                "in the batch."
             )
         example = node.meta.get("val", tensor)
         home = None
-        if any(user.target not in known.FRESH for user in node.users):
+        if not is_fresh:
             home = find_home(self.model, tensor)
             if home is None:
                 raise CaptureError(
@@ -295,6 +302,11 @@ class Drafting:
         effects = {Effect.RNG} if known.draws_random(target, args, kwargs) else set()
         if effects and phase is Phase.BACKWARD:
             raise CaptureError(f"The backward draws random numbers ({node.target}); a captured step would draw others.")
+        if effects and any(self.on_host(self.examples[slot]) for _, slot in outputs):
+            raise CaptureError(
+                f"The forward draws random numbers on the cpu ({node.target}); the model is planned for {self.device}, "
+                "and only that device's generator is put back. Draw them there, or pass them in the batch."
+            )
         name = str(target) if isinstance(target, _compat.OpOverload) else f"keepless.{target.__name__}"
         draft = Draft(name, call, outputs, phase, effects, node, replay, module=module, source=source)
         (self.backward if phase is Phase.BACKWARD else self.forward).append(draft)

@@ -152,10 +152,11 @@ def _made_nbytes(binding: Binding, code: OpCode, params: Mapping[int, torch.Tens
 
 
 def host_values(binding: Binding) -> frozenset[int]:
-    """Values that real kernels give on the host where their fakes are on the device."""
-    if binding.device.type != "cuda":
+    """Values of a step on a card that are on the host, of whose fakes some are on the device all the same."""
+    if binding.device.type == "cpu":
         return frozenset()
-    return frozenset(
+    there = {binding.slot_value[slot] for slot, example in binding.examples.items() if example.device.type == "cpu"}
+    return frozenset(there) | frozenset(
         value
         for code in binding.ops
         if code is not None

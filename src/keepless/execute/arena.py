@@ -239,6 +239,8 @@ def _run_reason(
         return "it is made in another way"
     if op.effects - {Effect.RNG, Effect.CHOICE}:
         return "its op has side effects"
+    if binding.device.type != "cpu" and any(binding.examples[slot].device.type == "cpu" for _, slot, _ in code.outputs):
+        return "it is on the host"
     if {value for _, _, value in code.outputs} != set(at):
         return "not all results of its op are storage of their own"
     if any(reasons[number] for number in at.values()):

@@ -94,7 +94,8 @@ def _real(binding: Binding, call: Call) -> tuple[list[Any], dict[str, Any]]:
         base = storages.get(value)
         if base is None or base.dtype != example.dtype:
             nbytes = max(example.untyped_storage().nbytes(), binding.graph.values[value].nbytes)
-            base = storages[value] = _numbers(-(-nbytes // example.element_size()), example.dtype, generator)
+            own = torch.Generator().manual_seed(0) if example.device.type == "cpu" else generator
+            base = storages[value] = _numbers(-(-nbytes // example.element_size()), example.dtype, own)
         tensors[slot] = base.as_strided(example.size(), example.stride(), example.storage_offset())
     read: Callable[[int], torch.Tensor] = tensors.__getitem__
     return list(map_refs(tuple(call.args), read)), dict(map_refs(dict(call.kwargs), read))
