@@ -7,8 +7,8 @@ recomputation of its value.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -127,6 +127,33 @@ class Binding:
     facts: tuple[Fact, ...] = ()
     ambient: tuple[Any, ...] = ()
     accumulates: bool = False
+
+
+def renumbered(binding: Binding, graph: Graph, ops: Sequence[int], values: Sequence[int]) -> Binding:
+    """The same step bound to a graph that has its ops in another order.
+
+    Arguments:
+        graph: the other one.
+        ops: of each op of that graph, the op of the binding's; values: likewise.
+    """
+    new = {old: value for value, old in enumerate(values)}
+
+    def code_of(code: OpCode | None) -> OpCode | None:
+        if code is None:
+            return None
+        return replace(
+            code,
+            outputs=tuple((item, slot, new[value]) for item, slot, value in code.outputs),
+            in_place={(new[out], new[source]): call for (out, source), call in code.in_place.items()},
+            state=None if code.state is None else new[code.state],
+        )
+
+    return replace(
+        binding,
+        graph=graph,
+        ops=tuple(code_of(binding.ops[op]) for op in ops),
+        slot_value={slot: new[value] for slot, value in binding.slot_value.items()},
+    )
 
 
 def map_refs(item: Any, replace: Callable[[int], Any]) -> Any:

@@ -7,14 +7,17 @@ from dataclasses import replace
 
 import torch
 
+from keepless.binding import renumbered
 from keepless.capture import FlatInputs, lower, trace_step
 from keepless.control.captured import Capture, Captures, settings_from, shape_from, whole
 from keepless.control.planning import refs_of
 from keepless.control.signature import batch_signature, check_signature, model_signature
 from keepless.control.trials import untouched
 from keepless.errors import PlanError
+from keepless.ir import Run
 from keepless.ir.text import fingerprint
 from keepless.machine import Plan
+from keepless.passes.matching import match, reordered
 
 
 def capture_of(plan: Plan, model: torch.nn.Module) -> Capture | None:
@@ -25,23 +28,43 @@ def capture_of(plan: Plan, model: torch.nn.Module) -> Capture | None:
 def bind(model: torch.nn.Module, plan: Plan, flat: FlatInputs) -> Capture:
     """Captures a model for a plan that has not captured it, and refuses the plan if the captured step is another.
 
+    The same ops in another order, as a model that goes through a set gives them, run in the plan's order.
+
     Raises:
         PlanError: names what differs.
     """
     check_signature(plan.signature, {**model_signature(model), **batch_signature(flat)}, "model or batch")
     capture = recapture(model, flat, plan)
     now, planned = fingerprint(capture.binding.graph), fingerprint(plan.graph)
-    if now != planned:
+    bound = capture if now == planned else _in_order_of(plan, capture)
+    if bound is None:
         raise PlanError(
             f"The plan was made for another step: the captured graph's fingerprint is {now[:12]} and the plan's is "
             f"{planned[:12]}, though parameters and batch agree. It differs at {_first_difference(capture, plan)}. "
             f"{_likely_cause(capture, plan)} Plan again."
         )
     if isinstance(plan.capture, Captures):
-        plan.capture.add(capture)
+        plan.capture.add(bound)
     else:
-        plan.capture = Captures(capture)
-    return capture
+        plan.capture = Captures(bound)
+    return bound
+
+
+def _in_order_of(plan: Plan, capture: Capture) -> Capture | None:
+    """A capture whose ops are the plan's in another order, in the plan's; None where they are others.
+
+    Its program must not write over what cannot be written over here.
+    """
+    here = capture.binding.graph
+    found = match(here, plan.graph)
+    if found is None:
+        return None
+    graph = reordered(here, plan.graph, found)
+    if any(
+        isinstance(i, Run) and i.reuse and graph.ops[i.op].reuses != plan.graph.ops[i.op].reuses for i in plan.program
+    ):
+        return None
+    return replace(capture, binding=renumbered(capture.binding, graph, found.ops, found.values))
 
 
 def _likely_cause(capture: Capture, plan: Plan) -> str:
