@@ -7,11 +7,12 @@ CONSTRAINTS := constraints.txt
 OLDEST ?= .venv-oldest
 NEWEST ?= .venv-newest
 
-.PHONY: help demo test test-fast test-pure test-oldest test-newest test-upstream check lint types imports format bench bench-more bench-check bench-fidelity bench-growth bench-planner bench-gpu clean
+.PHONY: help demo test test-all test-fast test-pure test-oldest test-newest test-upstream check lint types imports format bench bench-more bench-check bench-fidelity bench-growth bench-planner bench-gpu clean
 
 help:
 	@echo "make demo       train a small GPT-2 four ways inside and outside a budget (out/)"
-	@echo "make test       lint, types, import contracts, all tests"
+	@echo "make test       lint, types, import contracts, tests; of large matrices (models, budgets, seeds) some of each kind"
+	@echo "make test-all   the same with whole matrices: an hour and a half on two cores"
 	@echo "make test-fast  the tests without the slow ones"
 	@echo "make test-oldest, make test-newest  the same on the oldest and the newest torch that is supported"
 	@echo "make test-upstream TORCH_SRC=...  PyTorch's own checkpoint tests, of a source checkout, with ours in its place"
@@ -31,7 +32,7 @@ $(VENV)/.ready: pyproject.toml $(CONSTRAINTS)
 $(PURE)/.ready: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(PURE)
 	$(PURE)/bin/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) \
-		numpy scipy ortools pytest pytest-timeout hypothesis
+		numpy scipy ortools pytest pytest-timeout pytest-xdist hypothesis
 	@touch $@
 
 # PIP_CONSTRAINT stands in the place of constraints that pip is configured with: these files say it all.
@@ -64,34 +65,42 @@ types: $(VENV)/.ready
 imports: $(VENV)/.ready
 	$(BIN)/lint-imports
 
+# Files of tests are handed to so many processes as these become free; each computes with one thread.
+WORKERS ?= 2
+PYTEST := -m pytest -q --durations=10
+SPREAD := --numprocesses $(WORKERS) --dist loadfile
+test test-all test-fast test-pure: export OMP_NUM_THREADS := 1
+
 # The half below the torch line, in an environment that has no torch.
 test-pure: $(PURE)/.ready
-	PYTHONPATH=src $(PURE)/bin/python -m pytest -q tests/pure
+	PYTHONPATH=src $(PURE)/bin/python $(PYTEST) $(SPREAD) tests/pure
 
-# On two cores: the pure half and then long tests beside the rest, for about as long; their output comes after.
-BESIDE := $(addprefix tests/cpu/test_,$(addsuffix .py,zoo checkpoint_zoo capture_symbolic endurance chunked_loss))
+# Both halves run, whatever the first one says. A device is for one process at a time.
+define both-halves
+@PYTHONPATH=src $(PURE)/bin/python $(PYTEST) $(SPREAD) $(1) tests/pure; pure=$$?; \
+$(BIN)/python $(PYTEST) $(SPREAD) $(1) tests/cpu; cpu=$$?; \
+$(BIN)/python $(PYTEST) $(1) tests/gpu; gpu=$$?; \
+test $$pure -eq 0 -a $$cpu -eq 0 -a $$gpu -eq 0
+endef
 
 test: check $(PURE)/.ready
-	@mkdir -p out; \
-	( OMP_NUM_THREADS=1 PYTHONPATH=src $(PURE)/bin/python -m pytest -q tests/pure; half=$$?; \
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=10 $(BESIDE) && exit $$half ) > out/test-beside.log 2>&1 & beside=$$!; \
-	$(BIN)/python -m pytest -q --durations=10 tests/cpu tests/gpu $(addprefix --ignore=,$(BESIDE)); rest=$$?; \
-	wait $$beside; half=$$?; cat out/test-beside.log; \
-	test $$half -eq 0 && exit $$rest
+	$(call both-halves,-m "not exhaustive")
+
+test-all: check $(PURE)/.ready
+	$(call both-halves)
 
 test-fast: $(VENV)/.ready
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow" tests/pure & pure=$$!; \
-	$(BIN)/python -m pytest -q -m "not slow" tests/cpu tests/gpu; rest=$$?; \
-	wait $$pure && exit $$rest
+	$(BIN)/python $(PYTEST) $(SPREAD) -m "not slow and not exhaustive" tests/pure tests/cpu; rest=$$?; \
+	$(BIN)/python $(PYTEST) -m "not slow and not exhaustive" tests/gpu && exit $$rest
 
 # The half above the torch line on other releases of torch and transformers; PYTEST_ARGS chooses some of it.
 PYTEST_ARGS ?= tests/cpu tests/gpu
 
 test-oldest: $(OLDEST)/.ready
-	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -q -m "not slow" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -q -m "not slow and not exhaustive" $(PYTEST_ARGS)
 
 test-newest: $(NEWEST)/.ready
-	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -q -m "not slow" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -q -m "not slow and not exhaustive" $(PYTEST_ARGS)
 
 # PyTorch's own tests of checkpoint, with torch's function and with ours; TORCH_SRC is a checkout of its source.
 test-upstream: $(VENV)/.ready

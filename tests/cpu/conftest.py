@@ -58,10 +58,8 @@ def invoke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any
     return run
 
 
-@pytest.fixture(scope="module")
-def few_objects() -> Iterator[None]:
-    """A failed step collects garbage: what other tests imported is no part of that."""
+@pytest.fixture(scope="module", autouse=True)
+def _few_objects() -> None:
+    """What a collection of garbage looks through, here and in a failed step: not what other files imported and left."""
     gc.collect()
     gc.freeze()
-    yield
-    gc.unfreeze()

@@ -72,7 +72,25 @@ NEEDS_MORE = {
 }
 """Where the smallest budget is above the peak of torch's checkpoint, and why."""
 
-FAST = ("gpt2 by default", "break between blocks", "break inside a block", "dataclass", "blocks twice", "skips", "t5")
+FAST = ("gpt2 by default", "break inside a block", "item branch")
+SLOW = (
+    "mixtral",
+    "t5",
+    "resnet",
+    "LSTM",
+    "GNN",
+    "old spectral norm",
+    "layer drop",
+    "break between blocks",
+    "dataclass",
+    "blocks twice",
+    "skips",
+)
+"""Of each engine and of each kind of model some; the others are `exhaustive`."""
+MARKED = [
+    pytest.param(name, marks=() if name in FAST else pytest.mark.slow if name in SLOW else pytest.mark.exhaustive)
+    for name in MODELS
+]
 
 
 class _Noted(Exception):
@@ -164,7 +182,7 @@ def checkpointed_peak(name: str) -> int | None:
         return None
 
 
-@pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in MODELS])
+@pytest.mark.parametrize("name", MARKED)
 def test_bits_budget_engine_and_share(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Two optimizer steps at a mid budget and at the smallest; what runs, and how much of it a plan decides about."""
     with warnings.catch_warnings():

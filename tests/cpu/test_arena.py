@@ -86,6 +86,7 @@ def check_bits(model: nn.Module, batch: Any, budget: int, steps: int = 3, **opti
     return report
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", [0, 1, 2], ids=["kept", "between", "small"])
 def test_bits_and_peak_of_a_model_with_dropout(which: int) -> None:
     torch.manual_seed(0)

@@ -242,6 +242,7 @@ def test_grad_scaler(engine: str) -> None:
     assert same(*results)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["blocks", "eager", "auto"])
 def test_a_model_that_torch_compile_wrapped(engine: str) -> None:
     """Planned through the wrapper, run through it."""
@@ -389,6 +390,7 @@ def test_a_second_backward_and_a_double_one() -> None:
         assert torch.allclose(plain[name], planned_too[name], rtol=1e-5, atol=1e-7), name
 
 
+@pytest.mark.slow
 def test_one_cell_many_times_with_an_output_that_gets_no_gradient() -> None:
     """Each call of a module has a plan of its own; the last cell state gets no gradient from outside."""
 
@@ -507,6 +509,7 @@ def test_a_library_holds_no_model() -> None:
     assert there() is None
 
 
+@pytest.mark.slow
 def test_indices_that_are_chosen_are_kept() -> None:
     """A router's top k runs once, whatever is recomputed around it; the decision table says why."""
 
@@ -577,6 +580,7 @@ def test_smallest_budgets_do_not_depend_on_what_was_planned_before() -> None:
     assert keepless.plan(model, x, 1 << 32, engine="eager").smallest_budget == before
 
 
+@pytest.mark.slow
 def test_experts_that_a_router_sends_rows_to_are_not_captured() -> None:
     """Their number of rows is another one in each step: they are recomputed as a whole, within the budget."""
     model, x = made(block=Moe), sequences()

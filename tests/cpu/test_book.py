@@ -35,7 +35,7 @@ CPU = torch.device("cpu")
 class Net(nn.Module):
     """Blocks with dropout whose activations are larger than their weights."""
 
-    def __init__(self, blocks: int = 5, width: int = 32) -> None:
+    def __init__(self, blocks: int = 3, width: int = 32) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(
             nn.Sequential(
@@ -115,6 +115,7 @@ def _nothing_in_the_background() -> Iterator[None]:
     assert not [thread for thread in threading.enumerate() if thread.name == "keepless-planner"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("background", [True, False])
 def test_every_size_is_right_and_within_the_budget(background: bool) -> None:
     """Shorter, longer and the planned size, in turns: bits of plain, and no peak above the one budget."""
@@ -154,6 +155,7 @@ def test_a_step_of_any_size_fits_or_is_refused() -> None:
     check_step(plain, model, batch_of(256))
 
 
+@pytest.mark.slow
 def test_a_better_program_is_taken_over() -> None:
     """A size that comes again is planned in the background; the swap is at a call's beginning, for the same bits."""
     plain, model, budget = pair()
@@ -193,6 +195,7 @@ def slowest_within(entry: Any, model: nn.Module) -> Any:
     return slow
 
 
+@pytest.mark.slow
 def test_a_better_program_is_one_only_where_it_is_faster() -> None:
     """What the search finds is taken over only where it is predicted to be faster than what runs."""
     plain, model, budget = pair()
@@ -373,6 +376,7 @@ def test_a_solver_by_name_plans_every_size_itself() -> None:
     assert forward_of(model).entries[0].program.num_replays
 
 
+@pytest.mark.slow
 def test_scratch_of_a_carried_cost_model_is_measured() -> None:
     """Bytes are those of a plan of its own; seconds are positive; the reserve is left."""
     _, model, budget = pair(background=False)

@@ -163,10 +163,15 @@ CASES: dict[str, Case] = {
 }
 
 
-SLOW = ("GRU", "U-Net", "Llama", "BERT", "ViT")
+SLOW = ("convnet", "language model", "GPT-2")
+EXHAUSTIVE = ("GRU", "U-Net", "Llama", "BERT", "ViT")
+MARKED = [
+    pytest.param(name, marks=pytest.mark.slow if name in SLOW else pytest.mark.exhaustive if name in EXHAUSTIVE else ())
+    for name in CASES
+]
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in CASES])
+@pytest.mark.parametrize("name", MARKED)
 def test_template_gives_the_captured_step(name: str) -> None:
     torch.manual_seed(0)
     case = CASES[name]
@@ -180,7 +185,7 @@ def test_template_gives_the_captured_step(name: str) -> None:
     assert all(reasons[len(batches) - case.refused :])
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_template_of_a_resnet() -> None:
     torch.manual_seed(0)
     model = zoo.resnet50(width=8, image=64, batch=2).model
@@ -259,6 +264,7 @@ def test_code_that_sees_symbols_has_no_template(name: str) -> None:
         template_of(Own(UNLIKE[name]), [randn(*size, 8) for size in SIZED])
 
 
+@pytest.mark.slow
 def test_layouts_that_the_symbols_foretell_wrongly_have_no_template() -> None:
     """torch's Python form of `aten.copy` lays its result out otherwise than the C++ one that a plain trace runs."""
 
@@ -273,6 +279,7 @@ def test_layouts_that_the_symbols_foretell_wrongly_have_no_template() -> None:
         template_of(t5(), [pairs(*size) for size in ((3, 8, 5), (2, 6, 9), (4, 7, 6))])
 
 
+@pytest.mark.slow
 def test_gradients_are_plain_eagers_bits() -> None:
     torch.manual_seed(0)
     model = models.TinyLM(fused=True)
@@ -424,6 +431,7 @@ def train(model: nn.Module, twin: nn.Module, batch: Any) -> None:
     assert outcomes[0].differences(outcomes[1]) == []
 
 
+@pytest.mark.slow
 def test_planned_model_learns_a_template(full_captures: list[Any]) -> None:
     torch.manual_seed(0)
     model, twin = models.TinyLM(fused=True), models.TinyLM(fused=True)

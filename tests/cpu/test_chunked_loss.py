@@ -210,6 +210,7 @@ def test_autocast() -> None:
     assert 0 < found.deviation < 0.01
 
 
+@pytest.mark.slow
 def test_hugging_face_other_shapes_and_files(tmp_path: Path) -> None:
     """GPT-2 from a saved plan: its output has no logits, and another length is rewritten, too."""
     workload = zoo.build("gpt2", "tiny")

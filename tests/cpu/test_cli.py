@@ -42,6 +42,7 @@ def test_a_tight_budget_recomputes_and_show_says_the_same(invoke: Invoke) -> Non
     assert "frees" in invoke("show", "step.plan", "--values").stdout
 
 
+@pytest.mark.slow
 def test_a_plan_lands_and_its_file_shows_the_rounds(invoke: Invoke) -> None:
     """`--land` runs the step; a model without weights has none to run."""
     done = invoke("plan", "factories:tiny", "-b", "4MiB", "-o", "step.plan", "--land", "--json")
@@ -60,6 +61,7 @@ def test_json_is_pure_where_a_factory_prints(invoke: Invoke) -> None:
     assert "a factory that prints" in done.stderr
 
 
+@pytest.mark.slow
 def test_infeasible_is_exit_code_3(invoke: Invoke) -> None:
     """A budget below the floor ends with 3; text and JSON hold the smallest budget."""
     done = invoke("plan", "factories:tiny", "-b", "100KiB")
@@ -169,6 +171,7 @@ def test_a_callers_own_loss_is_planned_for(invoke: Invoke) -> None:
     assert json.loads(done.stdout)["losses"] == json.loads(again.stdout)["losses"]
 
 
+@pytest.mark.slow
 def test_verify_measures_in_a_process_of_its_own(invoke: Invoke) -> None:
     """Verify compares bits, and the meter's peak of whole steps is within the budget and near the prediction."""
     done = invoke("verify", "factories:tiny", "-b", "4MiB", "--steps", "2", "--json")
@@ -194,6 +197,7 @@ def test_a_plan_for_another_model_is_refused(invoke: Invoke) -> None:
     assert "another model" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_hugging_face_config_is_a_model(invoke: Invoke) -> None:
     """A config file trains with random weights and random tokens; --device meta plans it without weights."""
     words = ["hf:config.json", "--batch-size", "2", "--seq-len", "16", "-b", "64MiB", "--json"]
@@ -326,6 +330,7 @@ def test_a_model_with_a_break_is_planned_by_its_blocks(invoke: Any) -> None:
     assert json.loads(done.stdout)["equal"]
 
 
+@pytest.mark.slow
 def test_timelines_are_written(invoke: Invoke, tmp_path: Path) -> None:
     """Of a plan file as predicted, of a model measured, too; as tables, JSON, trace and picture."""
     assert invoke("plan", "factories:tiny", "-b", "4MiB", "-o", "step.plan").exit_code == 0

@@ -17,6 +17,7 @@ Invoke = Callable[..., Any]
 HF = ("hf:config.json", "--seq-len", "32")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "budget"), [(("factories:tiny",), "4MiB"), (HF, "1200KiB")])
 def test_a_step_is_exported_and_solved_from_its_file(invoke: Invoke, model: tuple[str, ...], budget: str) -> None:
     """The same graph and costs, so the same seconds, peak, baseline and smallest budget; the program is the plan's."""

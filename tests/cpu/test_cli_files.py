@@ -55,6 +55,7 @@ def test_a_curve_has_two_points_at_least(invoke: Invoke, number: int) -> None:
     assert f"A curve has 2 to 200 points, not {number}." in result.stderr
 
 
+@pytest.mark.slow
 def test_a_closed_pipe_ends_a_command_without_a_traceback() -> None:
     done = subprocess.run(
         f"{sys.executable} -m keepless.cli env --json | head -1", shell=True, capture_output=True, text=True

@@ -57,6 +57,7 @@ def test_too_slow_is_no(invoke: Invoke) -> None:
     assert facts["instead"] is None  # the factory takes no batch_size
 
 
+@pytest.mark.slow
 def test_searches(invoke: Invoke) -> None:
     """The largest batch of a factory, the longest text of a config, which ends where its positions do."""
     facts = json.loads(invoke("fits", "factories:sized", "--max-batch", "-b", "1MiB", "--json").stdout)
@@ -71,6 +72,7 @@ def test_searches(invoke: Invoke) -> None:
     assert "the model has too few positions" in done.stdout
 
 
+@pytest.mark.slow
 def test_depth(invoke: Invoke) -> None:
     """The deepest model of a factory, and of a config."""
     facts = json.loads(invoke("fits", "factories:sized", "--max-depth", "-b", "1MiB", "--json").stdout)
@@ -122,13 +124,14 @@ def test_what_cannot_be_captured_is_no_answer(invoke: Invoke) -> None:
     assert "cannot be captured" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
     [
         [],
         ["--release-outputs", "--rewrite", "optimizer_in_backward"],
-        ["--accumulate", "--outside", "100KiB"],
-        ["--rewrite", "chunked_loss", "--optimizer", "sgd"],
+        pytest.param(["--accumulate", "--outside", "100KiB"], marks=pytest.mark.exhaustive),
+        pytest.param(["--rewrite", "chunked_loss", "--optimizer", "sgd"], marks=pytest.mark.exhaustive),
     ],
     ids=lambda words: " ".join(words) or "as it is",
 )

@@ -503,6 +503,7 @@ def test_odd_graphs_end_in_an_answer(invoke: Invoke, solver: str, nodes: list[di
         json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_neither_command_needs_torch(invoke: Invoke) -> None:
     """Both work where torch is not installed."""
     code = (

@@ -301,6 +301,7 @@ def test_one_plan_for_many_instances(is_loaded: bool, tmp_path: Path) -> None:
     assert gone() is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mlp", "conv", "lm"])
 def test_peaks_of_tiny_steps_are_predicted_to_a_few_bytes(name: str) -> None:
     """The generator's state, held for a second backward, counts; the gradient of the loss is not seen."""
@@ -342,6 +343,7 @@ def test_loaded_plan(tmp_path: Path) -> None:
         keepless.apply(zoo.mlp().double(), keepless.load(path))
 
 
+@pytest.mark.slow
 def test_loaded_plan_in_another_process(tmp_path: Path) -> None:
     """The same, where the plan is all that came along."""
     path = tmp_path / "step.plan"

@@ -190,6 +190,7 @@ class Block(nn.Module):
         return x.pow(2).mean()
 
 
+@pytest.mark.slow
 def test_a_plan_for_a_card_that_is_not_here() -> None:
     """Marked analytic, within its budget, with what it does not know; shares refer to that card's memory."""
     model = Block()
@@ -282,6 +283,7 @@ def test_planning_elsewhere_needs_no_weights_and_leaves_no_trace() -> None:
     assert all(torch.equal(before[name], p) and p.grad is None for name, p in real.named_parameters())
 
 
+@pytest.mark.slow
 def test_curves_for_a_card_that_is_not_here() -> None:
     curve = keepless.curve(Block(), torch.randn(8192, 256), points=4, strategies=(), on="l4")
     assert curve.as_dict()["costs_origin"] == "analytic"
@@ -292,6 +294,7 @@ def test_curves_for_a_card_that_is_not_here() -> None:
     assert curve.plan(0.9).budget.limits["device"] == int(0.9 * find_device("l4").usable_nbytes)
 
 
+@pytest.mark.slow
 def test_budgets_of_a_card_s_curve_are_those_of_its_plans() -> None:
     """What the allocator holds counts: a plan for a stated budget is no slower than stated, and fits."""
     options: dict[str, Any] = {"points": 5, "strategies": (), "on": "l4"}

@@ -54,7 +54,9 @@ def test_bytes_of_a_thousand_steps() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    "engine", [pytest.param(e, marks=pytest.mark.exhaustive) if e == "graph" else e for e in ENGINES]
+)
 def test_the_heap_of_a_thousand_steps(engine: str) -> None:
     """The same in large blocks of the heap, whoever allocates them."""
     reason = interposer.available()

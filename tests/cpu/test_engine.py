@@ -262,6 +262,7 @@ CASES: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_programs_equal_plain_eager(name: str) -> None:
     """Outputs, gradients and their strides, buffers and the generator, over two steps of four programs."""

@@ -89,11 +89,13 @@ def live_steps() -> int:
 
 @pytest.fixture
 def no_gc() -> Iterator[None]:
-    """The cycle collector is off."""
+    """The cycle collector is off, and what other tests imported is not looked through."""
     gc.collect()
+    gc.freeze()
     gc.disable()
     yield
     gc.enable()
+    gc.unfreeze()
 
 
 @pytest.mark.parametrize("name", ["mlp", "conv", "lm"])

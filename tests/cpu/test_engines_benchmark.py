@@ -15,6 +15,7 @@ def benchmarks_on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
 def test_both_engines_on_a_tiny_model() -> None:
     """Equal bits, peaks within budgets, and the same budget for both."""

@@ -110,7 +110,7 @@ def test_what_cannot_be_captured_is_refused() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["gpt2", "bert"])
+@pytest.mark.parametrize("name", ["gpt2", pytest.param("bert", marks=pytest.mark.exhaustive)])
 def test_an_estimate_is_the_measured_peak_of_a_plain_step(name: str) -> None:
     """Within 1 % of what the deciding meter sees of the engine with everything kept, in a fresh process."""
     workload = zoo.build(name)

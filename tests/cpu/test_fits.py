@@ -69,6 +69,7 @@ def test_the_largest_batch_trains_within_the_budget(
     assert measured.peak >= 0.97 * found.plan.predicted_peak  # or the size would be none that the budget is needed for
 
 
+@pytest.mark.slow
 def test_nothing_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights, statistics, gradients, optimizer, modes and all generators are as before, also where it ends in an
     error, and whatever make_batch draws."""
@@ -101,6 +102,7 @@ def test_nothing_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         assert "forward" not in model.__dict__
 
 
+@pytest.mark.slow
 def test_the_plan_is_applied_and_trains_the_same_bits() -> None:
     """The found plan is an ordinary one."""
     model, make_batch, _ = models.sized_gpt2()
@@ -136,6 +138,7 @@ def test_the_text_and_the_json(tmp_path: Path) -> None:
     assert told[-1] == ("solve", 1, 1)
 
 
+@pytest.mark.slow
 def test_a_slowdown_that_is_allowed() -> None:
     """With no slowdown allowed everything is kept at the size; with any slowdown, it is the size of memory alone."""
     model = models.mlp(width=64)
@@ -165,6 +168,7 @@ def test_high_and_low() -> None:
     assert found.tried[0].size == 2
 
 
+@pytest.mark.slow
 def test_the_longest_text_ends_where_the_positions_do() -> None:
     """A learned table of 12 positions is the end, found without a step; the next length fails in eager, too."""
     model = models.TinyLM()
@@ -188,6 +192,7 @@ def test_the_longest_text_ends_where_the_positions_do() -> None:
         keepless.plan(model, make_batch(tight.size + 1), "230KiB", cache=False)
 
 
+@pytest.mark.slow
 def test_the_deepest_model() -> None:
     """A config of another depth; no weights are made, and the plan serves a model that has them."""
     from transformers import AutoModelForCausalLM, GPT2Config

@@ -26,6 +26,7 @@ def make_batch(rows: int, length: int) -> dict[str, torch.Tensor]:
     return {"ids": ids, "labels": ids}
 
 
+@pytest.mark.slow
 def test_the_border_is_that_of_every_cell_and_of_plans() -> None:
     """Fewer captures, the same states; on both sides of the border planning agrees; texts beyond the positions are
     refused."""
@@ -124,6 +125,7 @@ def test_any_border_is_found() -> None:
         assert len(looks) == found.num_looked_at <= 2 * (len(batches) + len(lengths)) + len(lengths) * is_one_refused
 
 
+@pytest.mark.slow
 def test_what_cannot_be_answered() -> None:
     """Typed errors; what no cell can capture is the first cell's error."""
     model = models.TinyLM()
@@ -150,6 +152,7 @@ def test_what_cannot_be_answered() -> None:
         keepless.fits_grid(Looks(8, 8), lambda rows, length: torch.randn(rows, length, 8), "1GiB", **sides)
 
 
+@pytest.mark.slow
 def test_the_command(invoke: Invoke) -> None:
     """A config's grid with exit code 0; 3 where nothing fits; 2 for sizes that are none."""
     words = ("fits", "hf:config.json", "--batch", "2,16", "--length", "8,32", "-b", "1MiB")

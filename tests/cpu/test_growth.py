@@ -245,7 +245,7 @@ def test_rows_are_kept_as_they_come(tmp_path: Path) -> None:
     assert Rows(path).names == {"a", "b"}
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
 def test_a_tiny_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Real steps: everything that is said to train is within the budget, and what is next to it is not."""

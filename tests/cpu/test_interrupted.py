@@ -38,6 +38,7 @@ def plans() -> dict[str, keepless.Plan]:
         keepless.verify(one.model, one.batch, made[engine], repeats=1)
     MAKERS["curve"](subject("batchnorm"))
     gc.collect()
+    gc.unfreeze()  # the world has how many objects are frozen
     return made
 
 
@@ -57,6 +58,7 @@ def call(function: str, one: Subject, plans: dict[str, keepless.Plan], folder: P
     return lambda: MAKERS[function](one)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_at_any_line(function: str, plans: dict[str, keepless.Plan], tmp_path: Path) -> None:
@@ -110,6 +112,7 @@ def until_it_succeeds(run: Callable[[int, BaseException], Subject]) -> int:
     raise AssertionError
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", [*(f"plan {engine}" for engine in ENGINES), "curve"])
 def test_at_any_stage(function: str) -> None:
     """What is told of the progress raises."""
@@ -151,6 +154,7 @@ class Breaks(torch.nn.Module):
         return self.inner(x) + self.count.mean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use", ["plan", "verify", "timeline"])
 @pytest.mark.parametrize("engine", ENGINES)
 def test_in_any_forward(engine: str, use: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,6 +182,7 @@ def test_in_any_forward(engine: str, use: str, tmp_path: Path, monkeypatch: pyte
     assert until_it_succeeds(run) >= (0 if runs_captured else 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_in_the_loss(engine: str) -> None:
     """The caller's own loss raises."""
@@ -268,6 +273,7 @@ class CallsOp(torch.nn.Module):
         return self.inner(breaks(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_in_an_op(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """An op fails where it is measured, at its first, second ... run: out of memory, say."""

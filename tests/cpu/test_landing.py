@@ -79,6 +79,7 @@ def distorted(plan: keepless.Plan, more: int) -> keepless.Plan:
     return wrong
 
 
+@pytest.mark.slow
 def test_after_landing_the_prediction_is_right() -> None:
     """Scratch that was predicted far too high, and seconds that are nonsense: the landed plan predicts what it does."""
     model, batch = net()
@@ -101,6 +102,7 @@ def test_after_landing_the_prediction_is_right() -> None:
     assert plan.landing == ()
 
 
+@pytest.mark.slow
 def test_bytes_that_were_missed_are_found_within_the_budget() -> None:
     """Scratch that was predicted too low: the program that rises above the budget is not what is given out."""
     model, batch = net()
@@ -121,6 +123,7 @@ def test_bytes_that_were_missed_are_found_within_the_budget() -> None:
     assert given.predicted_peak <= peak
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rounds", [1, 3])
 def test_no_round_runs_a_program_above_the_budget(rounds: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is measured, what runs next is predicted to fit; what rose above the budget is never given out, and
@@ -147,6 +150,7 @@ def test_no_round_runs_a_program_above_the_budget(rounds: int, monkeypatch: pyte
     assert all(one.predicted_peak <= one.budget.device for one in ran)
 
 
+@pytest.mark.slow
 def test_a_slower_program_is_never_given_out() -> None:
     """The corrected plan turns out slower: the first one stays, and the rows say so."""
     model, batch = net()
@@ -167,6 +171,7 @@ def test_a_slower_program_is_never_given_out() -> None:
     assert landed.program == plan.program
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["graph", "blocks", "eager"])
 def test_nothing_of_the_users_changes(engine: str) -> None:
     """Parameters, buffers, gradients, generator, modes and a plan that stands: all as before; then the same bits."""

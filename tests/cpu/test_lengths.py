@@ -22,6 +22,7 @@ def lengths(monkeypatch: pytest.MonkeyPatch) -> Any:
     return lengths
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
 @pytest.mark.filterwarnings("ignore:A planned model has had")
 def test_lengths_within_one_budget(lengths: Any) -> None:

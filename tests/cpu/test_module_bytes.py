@@ -33,6 +33,7 @@ class LargeHead(nn.Module):
         return {"logits": logits, "loss": F.cross_entropy(logits, labels)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["eager", "blocks"])
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("own_loss", [True, False])
@@ -66,6 +67,7 @@ class LooksAside(LargeHead):
         return {"loss": F.cross_entropy(self.head(x)[:, :8], labels % 8)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["eager", "blocks"])
 @pytest.mark.parametrize("share", [0.5, 1.0])
 def test_what_a_dead_branch_saved_is_not_held(engine: str, share: float) -> None:
@@ -98,6 +100,7 @@ class Dropped(nn.Module):
         return x.square().mean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_bf16", [False, True])
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.7, 1.0])
 def test_a_kept_call_holds_no_input_and_casts_end_with_autocast(is_bf16: bool, share: float) -> None:

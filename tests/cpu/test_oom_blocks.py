@@ -23,6 +23,7 @@ def step(model: torch.nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
     return {**found, "loss": loss.detach(), "draw": torch.rand(3)}
 
 
+@pytest.mark.slow
 def test_a_failure_in_any_captured_call(tmp_path: Path) -> None:
     model, x = Between(Block, Block).train(), torch.randn(3, 40, 8)
     plan = keepless.plan(model, x, "1GiB", engine="blocks")

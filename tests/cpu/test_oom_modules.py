@@ -27,8 +27,6 @@ from keepless.modules.recovery import CHANGES
 from keepless.report.black_box import black_box_text
 from keepless.report.black_box_file import read_black_box
 
-pytestmark = pytest.mark.usefixtures("few_objects")
-
 
 class Failing(TorchDispatchMode):
     """The op of one number finds no memory; -1: none."""

@@ -147,7 +147,7 @@ def test_muon_steps_matrix_by_matrix() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["gpt2", "resnet50"])
+@pytest.mark.parametrize("name", ["gpt2", pytest.param("resnet50", marks=pytest.mark.exhaustive)])
 def test_measured_peak_is_below_any_plans_without(name: str, tmp_path: Path) -> None:
     """Whole steps in a process of their own stay within a budget that is infeasible without the rewrite."""
     workload = zoo.build(name)
@@ -511,6 +511,7 @@ def test_gradients_from_elsewhere_count(where: str) -> None:
     assert model.forward.counters.steps == (6 if where == "twice" else 3)
 
 
+@pytest.mark.slow
 def test_out_of_memory_is_survived_until_the_first_update(tmp_path: Path) -> None:
     """An op that finds no memory: the step goes on with the same bits, or, where weights have changed, a typed error.
 

@@ -16,6 +16,7 @@ from keepless.measure import measure_peak
 MIB = 1 << 20
 
 
+@pytest.mark.slow
 def test_an_op_beyond_the_budget_is_not_run() -> None:
     """128 MiB of one op's output are not allocated to tell that 32 MiB do not suffice; with room they are measured."""
     found = measure_peak("targets:planning_within", {"kind": "large op", "budget": 32 * MIB}, steps=1)

@@ -203,6 +203,7 @@ def test_bad_arguments_are_refused() -> None:
         keepless.curve(model, batch, optimizer="adamw")  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_the_command(invoke: Any) -> None:
     """A table for people; JSON for programs; a picture, and a plan that `show` reads."""
     done = invoke("curve", "factories:tiny", "--points", "5")

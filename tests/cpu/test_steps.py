@@ -16,8 +16,17 @@ from keepless.report import predicted_steps
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("accumulate", [False, True])
-@pytest.mark.parametrize("name", ["gpt2", "resnet50", "weights"])
+@pytest.mark.parametrize(
+    ("name", "accumulate"),
+    [
+        ("gpt2", True),
+        ("resnet50", False),
+        ("weights", False),
+        ("weights", True),
+        pytest.param("gpt2", False, marks=pytest.mark.exhaustive),
+        pytest.param("resnet50", True, marks=pytest.mark.exhaustive),
+    ],
+)
 def test_each_kind_of_step_is_predicted(name: str, accumulate: bool, tmp_path: Path) -> None:
     """Within 1 % in a fresh process, and none is above the budget. "weights" has its peak in the optimizer's step.
 

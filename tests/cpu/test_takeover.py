@@ -475,6 +475,7 @@ def build():
 """
 
 
+@pytest.mark.slow
 def test_the_command_line_takes_over(invoke: Callable[..., Any], tmp_path: Path) -> None:
     """`--takeover` of plan, curve, train and verify; a file's plan needs it only where it was made without."""
     (tmp_path / "taken.py").write_text(FACTORY)

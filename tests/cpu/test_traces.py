@@ -31,6 +31,7 @@ def _warm() -> None:
         one = subject("batchnorm")
         keepless.verify(one.model, one.batch, one.plan(engine), repeats=1)
     gc.collect()
+    gc.unfreeze()  # the world has how many objects are frozen
 
 
 def made(function: str, name: str) -> bool:
@@ -47,6 +48,7 @@ def made(function: str, name: str) -> bool:
     return is_made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("function", MAKERS)
 def test_making(function: str, name: str) -> None:

@@ -168,6 +168,7 @@ def test_a_case_whose_process_dies_counts_and_so_do_those_after_it(
     assert "its process ended first" in told
 
 
+@pytest.mark.slow
 def test_a_file_that_does_not_run_is_no_success(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "test").mkdir()
     (tmp_path / FILE).write_text("import torch_of_tomorrow\n")

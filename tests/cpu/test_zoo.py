@@ -25,6 +25,9 @@ from keepless.measure.steps import increments
 
 MODELS = tuple(zoo.BUILDERS)
 TRANSFORMERS = ("gpt2", "bert", "vit", "llama")
+SLOW = ("gpt2", "unet3d")
+MARKED = [pytest.param(name, marks=() if name in SLOW else pytest.mark.exhaustive) for name in MODELS]
+"""Where each model is a study of minutes, all but two are `exhaustive`: a transformer, and a net with BatchNorm."""
 MODES = ("fresh", "accumulate")
 POSITIONS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
@@ -96,7 +99,14 @@ def _differences(a: Phase, b: Phase) -> list[str]:
     return found + [n for n in {**left, **right} if left.get(n) != right.get(n)]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "unet3d",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt2", "llama", "resnet50")),
+        *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("bert", "vit")),
+    ],
+)
 def test_training_within_a_budget_is_equal(name: str) -> None:
     """Half-way to the smallest budget, three AdamW steps give plain eager's bits, and the step keeps the budget."""
     plain = zoo.Trainer(zoo.build(name), watch=True)
@@ -146,7 +156,7 @@ def test_no_batch_outlives_its_step(tmp_path: Path, is_loaded: bool) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", MARKED)
 def test_reference(name: str) -> None:
     """The table names what `verify` compares with: plain eager, or else the engine with everything kept."""
     workload = zoo.build(name)
@@ -164,7 +174,7 @@ def test_reference(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("position", POSITIONS)
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", MARKED)
 def test_equal_within_budget_and_as_predicted(name: str, mode: str, position: float) -> None:
     """Bits of the reference; every step and the planning within the budget; the peak as predicted; ops replayed."""
     phases = study(name)
@@ -192,7 +202,7 @@ def test_equal_within_budget_and_as_predicted(name: str, mode: str, position: fl
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", MARKED)
 def test_everything_kept_needs_no_more_than_eager(name: str, mode: str) -> None:
     """With nothing recomputed the engine's peak is at most plain eager's and 1 %."""
     phases = study(name)
@@ -201,7 +211,7 @@ def test_everything_kept_needs_no_more_than_eager(name: str, mode: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", MARKED)
 def test_smallest_budget_is_below_checkpointing(name: str, mode: str) -> None:
     """The smallest budget is at most the whole-step peak of torch's checkpoint on every block, in the same process."""
     phases = study(name)
@@ -211,7 +221,7 @@ def test_smallest_budget_is_below_checkpointing(name: str, mode: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", MARKED)
 def test_second_meter_agrees(name: str) -> None:
     """The malloc interposer, which knows nothing of torch, sees warm steps rise as high, and within the budget.
 

@@ -33,7 +33,7 @@ def as_measured(graph: Graph, program: Program, truth: CostModel) -> Timeline:
     return replace(simulate(graph, program, truth), origin="measured")
 
 
-@settings(deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.integers(0, 2**32), st.floats(0.2, 5), st.floats(0, 1))
 def test_a_whole_timeline_gives_the_true_costs_back(seed: int, factor: float, missing: float) -> None:
     """Where every op has an event the costs are the machine's; ops without one keep theirs, however many there are."""

@@ -49,7 +49,11 @@ def test_a_chain_of_equal_steps_is_dropped_from_the_start() -> None:
     assert [len(point.replays) for point in points] == list(range(len(points)))
 
 
-def test_the_planner_is_at_or_beyond_the_greedy() -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "sheds", [(0.2, 0.47, 0.8), pytest.param((0.4, 0.6, 0.69), marks=pytest.mark.exhaustive)], ids=["three", "more"]
+)
+def test_the_planner_is_at_or_beyond_the_greedy(sheds: tuple[float, ...]) -> None:
     """At each of its points: faster within the same peak, and with the peak ignored no slower for the same bytes.
 
     Where it sheds less than a third, both are within the 0.5 % at which the planner stops.
@@ -62,7 +66,7 @@ def test_the_planner_is_at_or_beyond_the_greedy() -> None:
     points = crude.crude_points(tables)
     cuts = crude.cut_points(tables)
     compared = 0
-    for shed in (0.2, 0.4, 0.47, 0.6, 0.69, 0.8):
+    for shed in sheds:
         slack = 1e-9 if shed > 1 / 3 else 0.005
         point = crude.fastest(points, shed)
         assert point is not None
@@ -74,5 +78,5 @@ def test_the_planner_is_at_or_beyond_the_greedy() -> None:
         assert by_bytes is not None
         assert by_bytes.added_seconds <= point.added_seconds * (1 + 1e-9)
         compared += mine.seconds - base < 0.95 * point.added_seconds
-    assert compared >= 3
+    assert compared >= 2
     assert max(point.shed for point in cuts) > max(point.shed for point in points)

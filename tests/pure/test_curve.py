@@ -66,7 +66,7 @@ def check(curve: Curve) -> None:
         assert bound <= curve.seconds_at(limit) * (1 + 1e-9)
 
 
-@pytest.mark.parametrize("model", sorted(SMALL))
+@pytest.mark.parametrize("model", ["bn", "gpt", "unet", pytest.param("dense", marks=pytest.mark.exhaustive)])
 def test_every_point_is_what_it_claims(model: str) -> None:
     """Points are a front, verify, simulate to their claims, and are at least as fast as the planner at one limit."""
     curve = traced(model)
@@ -78,7 +78,7 @@ def test_every_point_is_what_it_claims(model: str) -> None:
 
 
 @given(st.integers(0, 10**6), st.integers(2, 5))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_random_graphs_have_honest_curves(seed: int, layers: int) -> None:
     """On tiny random graphs no bound on the curve is above the exhaustive optimum, and no plan below it.
 

@@ -23,8 +23,9 @@ def interrupting(*after: int) -> Search:
     return Search(tell=tell)
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_the_points_that_there_are() -> None:
-    graph, cost = next(iter(SMALL.values()))()
+    graph, cost = SMALL["unet"]()
     whole = trace_curve(graph, cost, points=6)
     short = trace_curve(graph, cost, points=6, search=interrupting(3))
     assert short.is_ended_early

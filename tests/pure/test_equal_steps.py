@@ -71,7 +71,14 @@ def test_the_default_planner_is_the_optimum(num: int, slots: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["revolve", "keepless"])
 @pytest.mark.parametrize(
-    ("num", "slots"), [(60, 3), (100, 1), (500, 5), (1000, 1), (1000, 2), (1000, 7), (1000, 199), (1000, 999)]
+    ("num", "slots"),
+    [
+        (60, 3),
+        (500, 5),
+        (1000, 1),
+        (1000, 999),
+        *(pytest.param(*one, marks=pytest.mark.exhaustive) for one in ((100, 1), (1000, 2), (1000, 7), (1000, 199))),
+    ],
 )
 def test_up_to_a_thousand_steps(name: str, num: int, slots: int) -> None:
     """From one slot, half a million replays, to one per step, none."""

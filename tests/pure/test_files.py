@@ -107,8 +107,13 @@ def test_after_kill_gone_at_the_next_start(tmp_path: Path) -> None:
 
 def test_a_child_does_not_hold_its_parents_folder(tmp_path: Path) -> None:
     """A fork that lives on after its parent was killed: the lock went with the parent. A fork removes nothing."""
-    forked = "child = os.fork()\n    if not child: time.sleep(600)"
-    dead = ended(held(SLEEP, inside=forked + "\n    (folder / 'child').write_text(str(child))"), by(signal.SIGKILL))
+    forked = """
+    reads, writes = os.pipe()
+    child = os.fork()
+    if not child: os.write(writes, b"x"), time.sleep(600)
+    os.read(reads, 1)  # the child runs
+    (folder / "child").write_text(str(child))"""
+    dead = ended(held(SLEEP, inside=forked), by(signal.SIGKILL))
     child = int((dead / "child").read_text())
     try:
         remove_abandoned()

@@ -29,10 +29,11 @@ def limits(graph: Graph, cost: CostModel) -> list[int]:
 
 
 @pytest.mark.slow
-def test_small_graphs_are_planned_optimally() -> None:
+@pytest.mark.parametrize("seeds", [range(5), pytest.param(range(5, 14), marks=pytest.mark.exhaustive)], ids=repr)
+def test_small_graphs_are_planned_optimally(seeds: range) -> None:
     """In at least 95 % of small graphs the optimum, within 1 % in the rest; and a plan wherever there is one."""
     compared, equal = 0, 0
-    cases = [tiny(seed, layers) for seed in range(14) for layers in (3, 5)] + [dag(9, seed) for seed in range(14)]
+    cases = [tiny(seed, layers) for seed in seeds for layers in (3, 5)] + [dag(9, seed) for seed in seeds]
     for graph, cost in cases:
         is_free = graph.loss_op is None
         for limit in limits(graph, cost):
@@ -46,12 +47,12 @@ def test_small_graphs_are_planned_optimally() -> None:
             assert mine.seconds >= best.seconds * (1 - 1e-9)
             assert mine.seconds <= 1.01 * best.seconds
             equal += mine.seconds <= best.seconds * (1 + 1e-9)
-    assert compared >= 60
+    assert compared >= 4 * len(seeds)
     assert equal >= 0.95 * compared
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.exhaustive) for seed in (1, 2))])
 def test_no_classic_is_faster(seed: int) -> None:
     """At a classic's peak the default is at least as fast: chains of unequal steps, tiny graphs."""
     rng = random.Random(seed)
@@ -68,7 +69,17 @@ def test_no_classic_is_faster(seed: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("num", "slots"), [(2, 1), (7, 2), (20, 1), (20, 3), (40, 2), (40, 7), (100, 4), (200, 5)])
+@pytest.mark.parametrize(
+    ("num", "slots"),
+    [
+        (2, 1),
+        (7, 2),
+        (20, 3),
+        (40, 7),
+        (100, 4),
+        *(pytest.param(*sizes, marks=pytest.mark.exhaustive) for sizes in ((20, 1), (40, 2), (200, 5))),
+    ],
+)
 def test_equal_steps_run_again_as_often_as_the_binomial_schedule(num: int, slots: int) -> None:
     """On a chain of equal steps no more replays than the binomial optimum for the states that the limit holds.
 

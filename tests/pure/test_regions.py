@@ -171,7 +171,7 @@ def best_of_all(tree: RegionTree, graph: Graph, cost: CostModel, limit: int) -> 
     return min(found, default=None)
 
 
-@pytest.mark.parametrize("seeds", [range(4), pytest.param(range(4, 30), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seeds", [range(4), pytest.param(range(4, 30), marks=pytest.mark.exhaustive)])
 def test_small_steps_are_planned_as_well_as_by_trying_every_set(seeds: range) -> None:
     total = exact = 0
     for seed in seeds:
