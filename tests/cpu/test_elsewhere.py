@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from models import capture
 from torch import nn
+from torch.nn.attention import SDPBackend
 
 import keepless
 from keepless.capture import Inputs, StepShape, flatten_inputs, lower, trace_step
@@ -116,7 +117,62 @@ def test_which_attention_cuda_picks(
     q = torch.empty(1, 2, 16, head, dtype=dtype, device="meta")
     k = torch.empty(1, 2, keys, head, dtype=dtype, device="meta")
     bias = torch.empty(16, keys, dtype=dtype, device="meta") if mask else None
-    assert attention_variant(q, k, k, bias, dropout, causal, False, capability) == variant
+    with torch.nn.attention.sdpa_kernel(
+        list(set(SDPBackend.__members__.values()) - {SDPBackend.CUDNN_ATTENTION, SDPBackend.ERROR})
+    ):
+        assert attention_variant(q, k, k, bias, dropout, causal, False, Target(capability)) == variant
+
+
+NEW, OLD = {"release": (2, 14), "cudnn": 92400}, {"release": (2, 11), "cudnn": 91900}
+
+
+@pytest.mark.parametrize(
+    ("head", "value", "dropout", "keys", "facts", "capability", "variant"),
+    [
+        (64, 64, 0.0, 16, OLD, (9, 0), "cudnn"),
+        (64, 64, 0.1, 16, OLD, (9, 0), "cudnn"),
+        (64, 64, 0.1, 16, NEW, (9, 0), "flash"),
+        (64, 64, 0.125, 16, NEW, (10, 0), "cudnn"),
+        (64, 64, 0.0, 16, NEW, (8, 9), "flash"),
+        (64, 64, 0.0, 16, NEW, (12, 0), "flash"),
+        (64, 64, 0.0, 16, {"release": (2, 11), "cudnn": 91002}, (9, 0), "flash"),
+        (66, 66, 0.0, 16, NEW, (9, 0), "flash"),
+        (192, 192, 0.0, 16, OLD, (9, 0), "cudnn"),
+        (192, 192, 0.0, 16, NEW, (9, 0), "flash"),
+        (192, 128, 0.0, 16, NEW, (10, 0), "cudnn"),
+        (256, 256, 0.0, 16, NEW, (9, 0), "cudnn"),
+        (256, 256, 0.0, 16, OLD, (10, 0), "flash"),
+        (64, 64, 0.0, 1, NEW, (9, 0), "flash"),
+    ],
+)
+def test_where_cudnn_s_attention_comes_first(
+    head: int, value: int, dropout: float, keys: int, facts: dict[str, Any], capability: tuple[int, int], variant: str
+) -> None:
+    q, k = (torch.empty(1, 2, length, head, dtype=torch.bfloat16, device="meta") for length in (16, keys))
+    v = torch.empty(1, 2, keys, value, dtype=torch.bfloat16, device="meta")
+    target = Target(capability, **facts)
+    assert attention_variant(q, k, v, None, dropout, False, False, target) == variant
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert attention_variant(q, k, v, None, dropout, False, False, target) != "cudnn"
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("mask", [False, True])
+def test_a_hopper_s_attention_is_cudnn_s_with_its_saved_outputs(mask: bool) -> None:
+    """Heads, log-sums and gradients as they were captured on an H100 with torch 2.11 (dropout of 0.125 here)."""
+    x = torch.randn(2, 48, 256).bfloat16()
+    graph, target = captured(Attention(dropout=0.125, mask=mask).bfloat16(), x, capability=(9, 0))
+    assert set(target.attention) == {"cudnn"}
+    forward = next(op for op in graph.ops if op.name == "aten._scaled_dot_product_cudnn_attention.default")
+    values = [graph.values[v] for v in forward.outputs]
+    assert (values[0].shape, values[1].shape, values[1].dtype) == ((2, 4, 48, 64), (2, 4, 48, 1), "float32")
+    assert Effect.RNG in forward.effects
+    assert "aten._scaled_dot_product_cudnn_attention_backward.default" in names(graph)
+    plan = keepless.plan(Attention(mask=mask).bfloat16(), x, "1GiB", on="h100")
+    assert not plan.signature["on"]["unmapped"]
+    assert plan.signature["on"]["attention"] == ["cudnn"]
 
 
 def test_captures_for_here_are_as_before() -> None:

@@ -120,6 +120,7 @@ def kernel_choices() -> tuple[bool, ...]:
         c._get_flash_sdp_enabled(),
         c._get_mem_efficient_sdp_enabled(),
         c._get_math_sdp_enabled(),
+        c._get_cudnn_sdp_enabled(),
         c._get_mkldnn_enabled(),
     )
 

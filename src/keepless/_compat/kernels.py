@@ -19,6 +19,24 @@ recorded. Their fake kernels say that these are on the device, and their backwar
 tensor on the device in such a place ends the process."""
 
 
+def torch_release() -> tuple[int, int]:
+    """The running torch's major and minor version."""
+    major, minor = torch.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
+def cudnn_version() -> int:
+    """The running torch's cuDNN, 91900 for 9.19; 0 without one."""
+    cudnn: Any = torch.backends.cudnn
+    return int(cudnn.version() or 0)
+
+
+def cudnn_attention_enabled() -> bool:
+    """Whether attention may take cuDNN."""
+    cuda: Any = torch.backends.cuda
+    return bool(cuda.cudnn_sdp_enabled())
+
+
 def host_outputs(target: Any) -> tuple[int, ...]:
     """Positions of the outputs of an op on CUDA that are on the host although its fakes are not."""
     schema = getattr(target, "_schema", None)

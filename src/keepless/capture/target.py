@@ -4,21 +4,25 @@ Attention and autocast decide by the device, before anything is traced. Within s
 scaled dot-product attention calls the op that CUDA's selection would call, so that its saved outputs are those that
 torch's own shape functions give; and autocast casts by CUDA's lists. Everything else is named and sized on the finished
 graph (`keepless.passes.retarget`). Selection: `aten/src/ATen/native/transformers/cuda/sdp_utils.cpp`; lists:
-`aten/src/ATen/autocast_mode.h`; both of torch 2.14.
+`aten/src/ATen/autocast_mode.h`; both of torch 2.14, and what differs from 2.11 on.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from keepless._compat.kernels import replaced_kernels
+from keepless._compat.kernels import cudnn_attention_enabled, cudnn_version, replaced_kernels, torch_release
 from keepless.capture.trace import Faking
+
+WHEEL_CUDNN = {(2, 11): 91900, (2, 14): 92400}
+"""torch's release -> the cuDNN that its wheels for CUDA 13 bring, for builds without one; between them the earlier."""
 
 aten = torch.ops.aten
 HALF = (torch.float16, torch.bfloat16)
@@ -30,13 +34,23 @@ class Target:
 
     Arguments:
         capability: CUDA's compute capability.
+        release: of the torch that is to train there, (2, 14); the running one's by default.
+        cudnn: its cuDNN's version, 91900 for 9.19; by default the running one's, or that of the release's wheels.
         attention: names of the attention variants that were traced, with how often (each forward is traced thrice).
         casts: ops that CUDA's autocast runs in float32 and the CPU's does not, as they were met.
     """
 
     capability: tuple[int, int]
+    release: tuple[int, int] = field(default_factory=torch_release)
+    cudnn: int = 0
     attention: dict[str, int] = field(default_factory=dict)
     casts: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.cudnn:
+            here = cudnn_version() if self.release == torch_release() else 0
+            known = [version for release, version in WHEEL_CUDNN.items() if release <= self.release]
+            self.cudnn = here or max(known, default=0)
 
 
 class TargetFaking(Faking):
@@ -67,14 +81,18 @@ class TargetFaking(Faking):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> torch.Tensor:
-        variant = attention_variant(
-            query, key, value, attn_mask, dropout_p, is_causal, enable_gqa, self.target.capability
-        )
+        variant = attention_variant(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa, self.target)
         self.target.attention[variant] = self.target.attention.get(variant, 0) + 1
         result: torch.Tensor
         if variant == "math":
             result = aten._scaled_dot_product_attention_math.default(
                 query, key, value, attn_mask, dropout_p, is_causal, None, scale=scale, enable_gqa=enable_gqa
+            )[0]
+            return result
+        if variant == "cudnn":
+            bias = attn_mask if attn_mask is None or attn_mask.dtype is not torch.bool else _added(attn_mask, query)
+            result = aten._scaled_dot_product_cudnn_attention.default(
+                query, key, value, bias, torch.is_grad_enabled(), dropout_p, is_causal, False, scale=scale
             )[0]
             return result
         if variant == "efficient":
@@ -135,12 +153,13 @@ def attention_variant(
     dropout: float,
     is_causal: bool,
     grouped: bool,
-    capability: tuple[int, int],
+    target: Target,
 ) -> str:
-    """ "flash", "efficient" or "math": what CUDA's attention picks for tensors (batch, heads, length, head size).
-
-    Where cuDNN's attention is preferred (some releases, on Hopper and later), its saved outputs have flash's sizes.
-    """
+    """ "cudnn", "flash", "efficient" or "math": what CUDA's attention picks for tensors (batch, heads, length, head
+    size), in this order."""
+    capability = target.capability
+    if query.dim() == 4 and prefers_cudnn(target) and takes_cudnn(query, key, value, dropout, target):
+        return "cudnn"
     head = query.size(-1)
     same_heads = key.size(-1) == head == value.size(-1)
     if query.dim() != 4 or not query.dtype.is_floating_point:
@@ -159,12 +178,47 @@ def attention_variant(
     return "math"
 
 
+def prefers_cudnn(target: Target) -> bool:
+    """Whether cuDNN's attention comes first: on Hopper's and Blackwell's data center cards, where cuDNN is newer than
+    9.15.0, unless it is switched off or kernels must be deterministic (`check_prefer_cudnn_attention`)."""
+    if target.capability[0] not in (9, 10) or target.cudnn <= 91500:
+        return False
+    if os.environ.get("TORCH_CUDNN_SDPA_DEPRIORITIZED", "0") == "1" or not cudnn_attention_enabled():
+        return False
+    return not torch.are_deterministic_algorithms_enabled() or torch.is_deterministic_algorithms_warn_only_enabled()
+
+
+def takes_cudnn(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout: float, target: Target) -> bool:
+    """Whether cuDNN's attention takes a call that is trained (`can_use_cudnn_attention`)."""
+    sizes, length, keys = (query.size(-1), value.size(-1)), query.size(2), key.size(2)
+    if query.dtype not in HALF or key.size(-1) != sizes[0] or any(size % 8 for size in sizes):
+        return False
+    if dropout and (length == 1 or (target.release >= (2, 12) and (16 * dropout) % 1)):  # a kernel knows 16ths only
+        return False
+    if keys == 1 or not length or not keys or max(query.size(0), query.size(1)) > 65535:
+        return False
+    if any(t.stride(-1) != 1 and t.size(-1) != 1 for t in (query, key, value)):
+        return False
+    if max(sizes) <= 128:
+        return True
+    if target.release < (2, 14):
+        return max(sizes) <= 256 if target.capability == (9, 0) else target.capability[0] == 10 and sizes == (192, 128)
+    if not (target.capability == (9, 0) or target.capability[0] == 10):
+        return False
+    return sizes == (192, 128) or (sizes == (256, 256) and target.cudnn > 92200)
+
+
+def _added(mask: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    """A mask of booleans as numbers that are added to the scores."""
+    return torch.zeros_like(mask, dtype=query.dtype).masked_fill(mask.logical_not(), -math.inf)
+
+
 def _bias(mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor | None:
     """A mask as the kernel takes it: added to the scores, rows padded to 16 elements, one per head."""
     if mask is None:
         return None
     if mask.dtype is torch.bool:
-        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(mask.logical_not(), -math.inf)
+        mask = _added(mask, query)
     length = mask.size(-1)
     if length % 16:
         mask = torch.constant_pad_nd(mask, [0, -length % 16])[..., :length]

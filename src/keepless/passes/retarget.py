@@ -137,6 +137,12 @@ ROWS: dict[str, Row] = {
     "aten._scaled_dot_product_flash_attention_backward.default": Row(
         "dq in float32 and row sums beside the gradients (flash_attn/flash_api.cpp)", scratch=_flash_backward, kernels=3
     ),
+    "aten._scaled_dot_product_cudnn_attention.default": Row("CUDA's own op, captured"),
+    "aten._scaled_dot_product_cudnn_attention_backward.default": Row(
+        "cuDNN's workspace, taken to be flash's: dq in float32 and row sums (native/cudnn/MHA.cpp)",
+        scratch=_flash_backward,
+        kernels=3,
+    ),
     "aten._scaled_dot_product_efficient_attention.default": Row("CUDA's own op, captured"),
     "aten._scaled_dot_product_efficient_attention_backward.default": Row(
         "row sums and float32 gradients beside the gradients (mem_eff_attention)",
