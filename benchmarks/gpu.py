@@ -89,7 +89,7 @@ def target(name: str, quick: bool, device: str, budget: int, share: float, timed
         timed: steps that the last answer times, beside the metered ones.
     """
     if share:
-        torch.cuda.set_per_process_memory_fraction(share, torch.device(device))
+        torch.cuda.set_per_process_memory_fraction(share, _index(device))
     workload = workload_of(name, quick, device)
     plan = workload.plan(budget, **options_of(workload)) if budget else None
     trainer = zoo.Trainer(workload, "keepless" if budget else "plain", plan=plan)
@@ -125,6 +125,12 @@ def _seconds(trainer: zoo.Trainer, device: str, timed: int) -> list[float]:
         _synchronize(device)
         found.append(time.perf_counter() - start)
     return found
+
+
+def _index(device: str) -> int:
+    """Of a CUDA device."""
+    index = torch.device(device).index
+    return torch.cuda.current_device() if index is None else index
 
 
 def _synchronize(device: str) -> None:
@@ -173,7 +179,7 @@ class Card:
         self.clean()
         others = torch.cuda.memory_allocated(self.device) - self.own
         if share:
-            torch.cuda.set_per_process_memory_fraction(share, torch.device(self.device))
+            torch.cuda.set_per_process_memory_fraction(share, _index(self.device))
         try:
             trainer = zoo.Trainer(self.workload, "keepless" if plan else "plain", plan=plan)
             torch.manual_seed(1)
@@ -186,7 +192,7 @@ class Card:
                 reserved.append(torch.cuda.max_memory_reserved(self.device))
             return Found(max(peaks), tuple(reserved), answer_of(trainer, self.device, timed))
         finally:
-            torch.cuda.set_per_process_memory_fraction(1.0, torch.device(self.device))
+            torch.cuda.set_per_process_memory_fraction(1.0, _index(self.device))
 
 
 _CARDS: dict[str, Card] = {}

@@ -108,7 +108,7 @@ def test_bits_and_peaks(name: str, engine: str, autocast: Any) -> None:
         with autocast():
             everything = workload.plan(zoo.PLENTY, engine=engine, optimizer=optimizer)
             low, high = everything.smallest_budget, everything.baseline_peak
-            low = int(low * (1.02 if name == "moe" else 1))  # its routes, and so its sizes, differ from step to step
+            low = int(low * (1.1 if name == "moe" else 1))  # its routes, and so its sizes, differ from step to step
             middle = int(low + 0.4 * max(high - low, 0))
             plans = [workload.plan(budget, engine=engine, optimizer=optimizer) for budget in (middle, low)]
         for plan in plans:
