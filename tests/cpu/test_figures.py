@@ -40,6 +40,28 @@ def test_readme_claims_hold_in_the_results() -> None:
         assert found[model, mine, "step_over_plain"] < found[model, theirs, "step_over_plain"]
 
 
+def test_what_is_said_of_a_card_holds_in_its_results() -> None:
+    """README's words on the one card that it was run on."""
+    from benchmarks import common
+
+    rows = common.read_rows(common.RESULTS / "gpu.csv")
+    found = {(row.contender, row.metric): row.value for row in rows if row.model == "llama:fidelity"}
+    plans = ("everything kept", "half way", "smallest")
+    assert round(found["smallest", "peak"] / found["plain", "peak"], 2) == 0.41
+    for plan in plans:
+        assert abs(found[plan, "peak_prediction_error"]) < 0.001
+        assert found[plan, "reserved"] == found[plan, "predicted_reserved"] <= found[plan, "budget"]
+        assert abs(found[plan, "step_prediction_error"]) < 0.05
+        assert found[plan, "equal_losses_to_plain"] == found[plan, "equal_state_to_plain"] == 1
+    cells = [
+        row.value
+        for row in common.read_rows(common.RESULTS / "gpu_peers.csv")
+        if row.metric.startswith("ours_over_best:")
+    ]
+    assert min(cells) >= 0.73
+    assert round(max(cells), 2) <= 1.0
+
+
 def test_rows_of_other_models_stay(tmp_path: Path) -> None:
     """A run of some models replaces their rows, and leaves the others as they are."""
     from benchmarks import common
