@@ -74,6 +74,7 @@ def test_the_budget_bounds_reserved_bytes(card: CardAllocator, tmp_path: Path) -
     assert keepless.plan(model, batch, caught.value.smallest_budget, **options).allocation is not None
 
 
+@pytest.mark.slow
 def test_plans_of_a_curve_are_bounded_alike(card: CardAllocator) -> None:
     model, batch = stack(depth=2)
     curve = keepless.curve(model, batch, points=4, strategies=(), cache=True)

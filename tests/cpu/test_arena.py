@@ -97,6 +97,7 @@ def test_bits_and_peak_of_a_model_with_dropout(which: int) -> None:
     assert "outside" in str(report)
 
 
+@pytest.mark.slow
 def test_bits_of_a_language_model_whose_ids_are_looked_up() -> None:
     torch.manual_seed(0)
     model = zoo.TinyLM(width=64)

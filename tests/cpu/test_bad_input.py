@@ -66,6 +66,7 @@ def test_huge_and_tiny_budgets() -> None:
     keepless.plan(model, X, caught.value.smallest_budget, cache=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", ["keep_all", "every_k"])
 def test_infeasible_for_one_solver(solver: str) -> None:
     """Another solver's refusal states its own lowest budget, which it can plan for, and the default planner's."""

@@ -86,6 +86,7 @@ def replays(model: nn.Module) -> int:
     )
 
 
+@pytest.mark.slow
 def test_alike_blocks_share_one_capture() -> None:
     """Three equal blocks are traced once; one that reads another constant is traced by itself."""
 
@@ -135,6 +136,7 @@ def test_a_constant_that_changes_later_is_seen() -> None:
     assert replays(model) == 2
 
 
+@pytest.mark.slow
 def test_orders_of_segments_are_the_order_of_the_step() -> None:
     """Every replay stands in its own segment's place: the step's program is the segments' programs."""
     model, x = made(), sequences()
@@ -204,6 +206,7 @@ def test_accumulated_gradients(engine: str) -> None:
     assert same(*results)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_autocast(engine: str) -> None:
     """Under bfloat16 autocast, planned and run."""
@@ -259,6 +262,7 @@ def test_a_model_that_torch_compile_wrapped(engine: str) -> None:
     assert same(*results)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_several_planned_models_at_once(engine: str) -> None:
     """Steps of three models take turns, and their backwards come in another order."""
@@ -278,6 +282,7 @@ def test_several_planned_models_at_once(engine: str) -> None:
     assert same(*results)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_two_threads(engine: str) -> None:
     """Two threads train two planned models, each with the bits of one alone."""
@@ -572,6 +577,7 @@ class Moe(Block):
         return x + out.view_as(x)
 
 
+@pytest.mark.slow
 def test_smallest_budgets_do_not_depend_on_what_was_planned_before() -> None:
     """Regions that are known from trial steps of blocks are measured by module calls as if they were not."""
     model, x = made(block=Moe), torch.randn(8, 100, 8)

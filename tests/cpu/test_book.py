@@ -137,6 +137,7 @@ def test_every_size_is_right_and_within_the_budget(background: bool) -> None:
     assert programs[320] > programs[256] > 0
 
 
+@pytest.mark.slow
 def test_a_step_of_any_size_fits_or_is_refused() -> None:
     """Growing batches: the last one that fits stays within the budget, the next is refused with the number it needs."""
     plain, model, budget = pair(share=0.1)
@@ -220,6 +221,7 @@ def test_a_better_program_is_one_only_where_it_is_faster() -> None:
     assert not told
 
 
+@pytest.mark.slow
 def test_without_a_background_nothing_is_searched_for() -> None:
     plain, model, _ = pair(background=False)
     for _ in range(3):
@@ -228,6 +230,7 @@ def test_without_a_background_nothing_is_searched_for() -> None:
     assert forward_of(model).counters.solved == 0
 
 
+@pytest.mark.slow
 def test_the_shelf_forgets_what_was_used_longest_ago() -> None:
     """By number and by bytes; a step that runs goes on with its own entry, and a forgotten size comes back right."""
     plain, model, _ = pair(background=False)
@@ -264,6 +267,7 @@ def test_the_shelf_forgets_what_was_used_longest_ago() -> None:
     assert forward.entries.nbytes <= forward.entries.most_nbytes
 
 
+@pytest.mark.slow
 def test_the_bytes_of_an_entry_are_not_far_from_what_it_holds() -> None:
     import tracemalloc
 
@@ -297,6 +301,7 @@ def test_captures_that_keep_coming_are_told_once() -> None:
     assert len(model.__dict__["forward"].entries) == 10
 
 
+@pytest.mark.slow
 def test_many_sizes_ask_few_guards(monkeypatch: pytest.MonkeyPatch) -> None:
     """A call asks only the guards of captured steps that look like it."""
     _, model, _ = pair(background=False)
@@ -311,6 +316,7 @@ def test_many_sizes_ask_few_guards(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(asked) == 3
 
 
+@pytest.mark.slow
 def test_switches_between_modes() -> None:
     """Modes in turns: the plan runs in training, the model's own forward in evaluation, no_grad and inference_mode."""
     plain, model, _ = pair(background=False)
@@ -350,6 +356,7 @@ def test_dtypes_change_after_planning(dtype: torch.dtype) -> None:
     assert (forward_of(model).counters.captures, len(forward_of(model).entries)) == (1, 2)
 
 
+@pytest.mark.slow
 def test_a_short_last_batch_of_every_epoch() -> None:
     """Two epochs with optimizer steps: one capture for the short batch, and the weights of plain training."""
     plain, model, _ = pair()
@@ -389,6 +396,7 @@ def test_scratch_of_a_carried_cost_model_is_measured() -> None:
     assert mine.seconds <= own.predicted_seconds * 1.25
 
 
+@pytest.mark.slow
 def test_the_worker_ends_with_the_model() -> None:
     """A model that goes away ends its search; nothing keeps the model alive."""
     _, model, _ = pair()
@@ -401,6 +409,7 @@ def test_the_worker_ends_with_the_model() -> None:
     assert worker.WORKER.wait(30)
 
 
+@pytest.mark.slow
 def test_jobs_that_fail_leave_the_program_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where no process can be started the search runs in the thread; a wrong answer is not taken."""
     plain, model, _ = pair()
@@ -425,6 +434,7 @@ def test_jobs_that_fail_leave_the_program_that_runs(monkeypatch: pytest.MonkeyPa
     check_step(plain, model, batch_of(320))
 
 
+@pytest.mark.slow
 def test_large_graphs_go_through_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """More text than a pipe holds; the thread itself searches for nothing."""
     own = keepless.plan(Net(blocks=24), batch_of(128), "1GB", cache=False)
@@ -441,6 +451,7 @@ def test_large_graphs_go_through_the_process(monkeypatch: pytest.MonkeyPatch) ->
     assert told[0].peak <= budget.device
 
 
+@pytest.mark.slow
 def test_the_background_leaves_generators_alone() -> None:
     _, model, _ = pair()
     for _ in range(2):
@@ -453,6 +464,7 @@ def test_the_background_leaves_generators_alone() -> None:
 CHANGES: dict[str, Callable[[Any], Any]] = {"frozen": lambda m: m.blocks[0].requires_grad_(False)}
 
 
+@pytest.mark.slow
 def test_a_frozen_part_takes_its_plan_from_the_whole() -> None:
     plain, model, budget = pair(background=False)
     for subject in (plain, model):

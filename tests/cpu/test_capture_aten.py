@@ -206,6 +206,7 @@ def test_captures_of_an_lstm_agree(dtype: torch.dtype, tmp_path: Path) -> None:
         assert zoo.same_bits(plain.grad, planned.grad)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("affine", [True, False], ids=["weights", "none"])
 @pytest.mark.parametrize(
     ("size", "kind"), [(1, "train"), (2, "train"), (3, "train"), (3, "eval"), (1, "no statistics"), (2, "instance")]

@@ -171,6 +171,7 @@ MARKED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MARKED)
 def test_template_gives_the_captured_step(name: str) -> None:
     torch.manual_seed(0)

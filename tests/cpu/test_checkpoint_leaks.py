@@ -44,6 +44,7 @@ def _no_collector() -> Iterator[None]:
     gc.enable()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_no_collector")
 @pytest.mark.parametrize("fresh", [False, True], ids=["module", "closure"])
 def test_a_thousand_steps_end_at_the_bytes_of_the_third(fresh: bool) -> None:

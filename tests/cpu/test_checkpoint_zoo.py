@@ -171,6 +171,7 @@ MARKED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MARKED)
 def test_as_without_a_plan_of_module_calls(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     """The same two steps at the smallest budget of `engine="eager"`, and half the way to everything kept."""

@@ -196,6 +196,7 @@ def test_second_backward_replays_the_models_own_forward() -> None:
     assert all(models.same_bits(p.grad, expected[n]) for n, p in model.named_parameters() if p.grad is not None)
 
 
+@pytest.mark.slow
 def test_autocast() -> None:
     """Under bfloat16 autocast products are bfloat16's and the loss is float32's, as in eager."""
     torch.manual_seed(0)

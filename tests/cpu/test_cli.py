@@ -20,6 +20,7 @@ from keepless.cli.session import read_budget
 Invoke = Callable[..., Any]
 
 
+@pytest.mark.slow
 def test_plan_says_verdict_and_tables(invoke: Invoke) -> None:
     """A budget that fits gives the decisions, the peak and a verdict, and exit code 0."""
     done = invoke("plan", "factories:tiny", "--budget", "4MiB", "--save", "step.plan", "--picture", "step.png")
@@ -30,6 +31,7 @@ def test_plan_says_verdict_and_tables(invoke: Invoke) -> None:
     assert Path("step.png").stat().st_size > 5000
 
 
+@pytest.mark.slow
 def test_a_tight_budget_recomputes_and_show_says_the_same(invoke: Invoke) -> None:
     """A plan under pressure has replays; its file shows the same figures."""
     done = invoke("plan", "factories:tiny", "-b", "4MiB", "-o", "step.plan", "--json", "--values")
@@ -135,6 +137,7 @@ def test_other_errors_are_exit_code_1(invoke: Invoke) -> None:
     assert answer["error"] == {"type": "RuntimeError", "message": "the factory is broken"}
 
 
+@pytest.mark.slow
 def test_train_gives_the_losses_of_a_plain_loop(invoke: Invoke) -> None:
     """Training under a tight plan, and again under its file, gives the plain loop's losses, bit for bit."""
     done = invoke("train", "factories:tiny", "-b", "4MiB", "-n", "3", "--save", "step.plan", "--json")
@@ -182,6 +185,7 @@ def test_verify_measures_in_a_process_of_its_own(invoke: Invoke) -> None:
     assert answer["metered_peak"] == pytest.approx(answer["plan"]["predicted_peak"], rel=0.02)
 
 
+@pytest.mark.slow
 def test_verify_says_it_in_words(invoke: Invoke) -> None:
     """Without the meter, verify is quick and says what it compared with."""
     done = invoke("verify", "factories:tiny", "-b", "4MiB", "--no-meter")
@@ -262,6 +266,7 @@ def test_env_is_what_a_bug_report_needs(invoke: Invoke) -> None:
     assert "torch: " in invoke("env").stdout
 
 
+@pytest.mark.slow
 def test_help_and_show_need_no_torch(invoke: Invoke) -> None:
     """The commands load without torch, and `show` works where it is not installed."""
     invoke("plan", "factories:tiny", "-b", "16MiB", "-o", "step.plan")
@@ -315,6 +320,7 @@ def test_budgets_on_the_command_line() -> None:
     assert [read_budget(text) for text in ("123", "0.5", "8GiB")] == [123, 0.5, "8GiB"]
 
 
+@pytest.mark.slow
 def test_a_model_with_a_break_is_planned_by_its_blocks(invoke: Any) -> None:
     """The engine of each part and the line of the break are shown; `--blocks` names what is captured."""
     done = invoke("plan", "factories:looks", "-b", "6MiB", "-o", "step.plan", "--json")

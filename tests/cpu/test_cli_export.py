@@ -46,6 +46,7 @@ def test_a_step_is_exported_and_solved_from_its_file(invoke: Invoke, model: tupl
     assert checked["peak"] == plan.predicted_peak
 
 
+@pytest.mark.slow
 def test_people_are_told_where_it_is(invoke: Invoke) -> None:
     """As a line of the report; a folder is refused."""
     done = invoke("plan", "factories:tiny", "--budget", "4MiB", "--export", "graph.json")

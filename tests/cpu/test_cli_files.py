@@ -64,6 +64,7 @@ def test_a_closed_pipe_ends_a_command_without_a_traceback() -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_ctrl_c_before_there_is_anything_ends_with_130(tmp_path: Path) -> None:
     (tmp_path / "slow.py").write_text("import time\nprint('begun', flush=True)\ntime.sleep(60)\n")
     running = subprocess.Popen(

@@ -31,6 +31,7 @@ def test_yes_with_the_price(invoke: Invoke) -> None:
     assert whole["price_per_million_samples"] is None
 
 
+@pytest.mark.slow
 def test_no_with_what_fits_instead(invoke: Invoke) -> None:
     """Exit code 3; the smallest budget, and a smaller batch that fits; with none that fits, that too."""
     done = invoke("fits", "factories:sized", "-b", "260KiB", "--batch-size", "256", "--json")
@@ -48,6 +49,7 @@ def test_no_with_what_fits_instead(invoke: Invoke) -> None:
     assert "no smaller batch fits" in done.stdout
 
 
+@pytest.mark.slow
 def test_too_slow_is_no(invoke: Invoke) -> None:
     """A step that fits by recomputing more than is allowed does not fit."""
     done = invoke("fits", "factories:tiny", "-b", "4MiB", "--max-overhead", "0", "--json")
@@ -83,6 +85,7 @@ def test_depth(invoke: Invoke) -> None:
     assert json.loads(done.stdout)["search"]["size"] >= 1
 
 
+@pytest.mark.slow
 def test_on_a_card_that_is_not_here(invoke: Invoke) -> None:
     """A config is checked for a card by its table; the whole card is the budget where none is given."""
     done = invoke("fits", *GPT2, "--device", "rtx4090", "--dtype", "bfloat16", "--json")
@@ -152,6 +155,7 @@ def test_the_answer_holds_for_the_plan(invoke: Invoke, words: list[str]) -> None
             assert facts["plan"]["rewrites"] == made["rewrites"]
 
 
+@pytest.mark.slow
 def test_rewrites_of_estimates(invoke: Invoke) -> None:
     """The smallest budget is that with the rewrite; a rewrite that does not go with the step is bad usage."""
     words = ("estimate", *GPT2, "--json", "--rewrite")

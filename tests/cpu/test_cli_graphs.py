@@ -136,6 +136,7 @@ def test_budgets_are_bytes_or_shares_of_the_given_peak(invoke: Invoke) -> None:
         assert json.loads(invoke("solve", "graph.json", "-b", text, "--json").stdout)["budget"] == nbytes
 
 
+@pytest.mark.slow
 def test_infeasible_is_exit_code_3(invoke: Invoke) -> None:
     """A budget that nothing fits ends with 3, says the smallest found, and that one works; no file is written."""
     done = invoke("solve", CHAIN, "-b", "0.1", "-o", "p.txt")
@@ -242,6 +243,7 @@ def test_a_broken_rule_is_exit_code_1(invoke: Invoke, text: str, rule: str, inde
     assert "Traceback" not in done.output
 
 
+@pytest.mark.slow
 def test_every_instruction_counts(invoke: Invoke) -> None:
     """A solver's program less any one instruction is refused."""
     assert invoke("solve", CHAIN, "-b", "0.7", "-o", "p.txt").exit_code == 0

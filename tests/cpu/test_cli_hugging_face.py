@@ -30,6 +30,7 @@ def plan(invoke: Invoke, **fields: Any) -> Any:
     return invoke("plan", "hf:c.json", "-b", "1GiB", "--batch-size", "2", "--seq-len", "8", "--json")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fields",
     [

@@ -186,6 +186,7 @@ def test_replaced_parameter_needs_no_other_plan() -> None:
     assert len(model.__dict__["forward"].entries) == 1
 
 
+@pytest.mark.slow
 def test_untied_weights_are_another_step() -> None:
     """A tie that is broken after planning is seen."""
     batch = Inputs(IDS, labels=IDS)
@@ -244,6 +245,7 @@ def test_infeasible_call_leaves_the_model_usable() -> None:
     check_step(plain, model)
 
 
+@pytest.mark.slow
 def test_smallest_budget_works() -> None:
     """At the smallest budget found, ops are replayed and the bits are eager's."""
     batch = Inputs(IDS, labels=IDS)

@@ -48,6 +48,7 @@ def cudnn_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cudnn, "cudnn_batch_norm_backward", stand_in_backward)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cudnn_everywhere")
 def test_the_reserve_goes_from_each_norm_to_its_backward() -> None:
     """Also where a norm is replayed: the bits of plain eager, and the reserve's bytes counted."""

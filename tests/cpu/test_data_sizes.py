@@ -46,6 +46,7 @@ def batch() -> dict[str, torch.Tensor]:
     return {"x": torch.randn(200, WIDTH), "edges": torch.randint(0, 200, (2, 3000))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["eager", "auto"])
 @pytest.mark.parametrize("level", ["kept", "mid", "smallest"])
 def test_other_data_stay_within_the_budget(engine: str, level: str) -> None:
@@ -80,6 +81,7 @@ def test_rows_by_position_keep_nothing_free() -> None:
     assert "data_sizes" not in plan.signature
 
 
+@pytest.mark.slow
 def test_landing_leaves_it_free() -> None:
     """A plan that was landed on one batch has no more room than before."""
     torch.manual_seed(0)

@@ -255,6 +255,7 @@ def test_tangents_stay_the_callers() -> None:
     assert counters(subject).replays == 0
 
 
+@pytest.mark.slow
 def test_dropped_loss_frees_the_step(no_gc: None) -> None:
     """Without the cycle collector: a dropped loss ends the step, a backward ends it, the model goes when dropped."""
     model = zoo.TinyLM()

@@ -19,6 +19,7 @@ from keepless.report import peak_account
 Invoke = Callable[..., Any]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt2", "resnet50"])
 def test_an_estimate_is_what_a_plan_predicts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same peaks, smallest budget and bound, to the byte, and no op is timed; nothing of the model changes."""
@@ -53,6 +54,7 @@ def test_an_estimate_is_what_a_plan_predicts(name: str, monkeypatch: pytest.Monk
     assert all(word in text for word in ("plain step", "smallest plan", "first step", "accumulating step", "by module"))
 
 
+@pytest.mark.slow
 def test_models_without_weights_are_estimated() -> None:
     """On the meta device: the same bytes as with weights."""
     batch = zoo.build("gpt2", "tiny").batch(0)[0]
@@ -66,6 +68,7 @@ def test_models_without_weights_are_estimated() -> None:
     assert peaks[0] == peaks[1]
 
 
+@pytest.mark.slow
 def test_the_largest_ops_are_named() -> None:
     """Of equal ops one, with its scratch; what stands for the whole step does not count."""
     workload = zoo.build("gpt2")
@@ -80,6 +83,7 @@ def test_the_largest_ops_are_named() -> None:
     assert any("attn" in op.where for op in found.largest)
 
 
+@pytest.mark.slow
 def test_a_device_that_is_not_here_has_a_wider_margin() -> None:
     """Its analytic costs, its allocator, and what is not measured."""
     workload = zoo.build("gpt2", "tiny")
@@ -121,6 +125,7 @@ def test_an_estimate_is_the_measured_peak_of_a_plain_step(name: str) -> None:
     assert found.steps["first"].peak == pytest.approx(measured.peaks[0], rel=0.01)
 
 
+@pytest.mark.slow
 def test_the_command_prints_accounts(invoke: Invoke) -> None:
     """Tables and JSON, of a factory, and of a config without weights."""
     done = invoke("estimate", "factories:tiny")
@@ -138,6 +143,7 @@ def test_the_command_prints_accounts(invoke: Invoke) -> None:
     assert card["margin"] > 0
 
 
+@pytest.mark.slow
 def test_accounts_of_plain_and_smallest_are_their_own() -> None:
     """The smallest has no more activations than the plain one."""
     workload = zoo.build("gpt2")
@@ -146,6 +152,7 @@ def test_accounts_of_plain_and_smallest_are_their_own() -> None:
     assert least < kept / 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rewrite", ["optimizer_in_backward", "chunked_loss"])
 def test_rewritten_steps_are_estimated(rewrite: str) -> None:
     """The bytes are those of the plan with the same rewrite."""

@@ -117,6 +117,7 @@ def test_the_plan_is_applied_and_trains_the_same_bits() -> None:
     assert model.__dict__["forward"].counters.steps == 1
 
 
+@pytest.mark.slow
 def test_the_text_and_the_json(tmp_path: Path) -> None:
     """A row for each size; JSON values with the same figures; progress counts the sizes."""
     told: list[tuple[str, int, int]] = []
@@ -226,6 +227,7 @@ def test_the_deepest_model() -> None:
         keepless.plan(deeper, batch, "1280KiB", optimizer=optimizer, release_outputs=True)
 
 
+@pytest.mark.slow
 def test_models_that_need_numbers_are_made_with_weights() -> None:
     """Code that reads a tensor while it builds cannot be built without weights."""
 
@@ -239,6 +241,7 @@ def test_models_that_need_numbers_are_made_with_weights() -> None:
     assert found.size > 1
 
 
+@pytest.mark.slow
 def test_the_widest_model() -> None:
     """Models of another width have as many parameters, but of other shapes: that is another size, too."""
     batch = mlp_batch(64)
@@ -271,6 +274,7 @@ def test_configs_of_another_depth() -> None:
         keepless.with_depth(object(), 3)
 
 
+@pytest.mark.slow
 def test_ops_larger_than_the_budget_are_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where an op alone needs more than the budget the size does not fit, and none of its ops is run to know that."""
     rows: list[int] = []
@@ -355,6 +359,7 @@ def test_what_cannot_be_answered() -> None:
         keepless.max_batch(Looks(8, 8), mlp_batch, "1GiB", cache=False)
 
 
+@pytest.mark.slow
 def test_rewrites_make_larger_steps_fit() -> None:
     """Searched as `plan` plans: what is found is a plan with the rewrite, and beyond it `plan` finds none either."""
     layers = [part for _ in range(4) for part in (nn.Linear(100, 100), nn.Tanh())]
@@ -378,6 +383,7 @@ def test_rewrites_make_larger_steps_fit() -> None:
     assert not any(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
 
 
+@pytest.mark.slow
 def test_depth_and_length_with_rewrites() -> None:
     """Layers with an optimizer of each model; texts whose logits are made in chunks."""
     batch = torch.randn(4, 100)

@@ -59,6 +59,7 @@ def test_the_border_is_that_of_every_cell_and_of_plans() -> None:
         keepless.plan(model, make_batch(beyond, length), budget, **options)
 
 
+@pytest.mark.slow
 def test_the_text_and_the_json() -> None:
     """A row for each length, a column for each batch; JSON values."""
     found = keepless.fits_grid(

@@ -219,6 +219,7 @@ def test_a_failing_step_leaves_everything() -> None:
     assert all(models.same_bits(state[name], tensor) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_it_is_kept_in_the_file_and_printed(tmp_path: Path) -> None:
     """`plan(land=True)`: a file has the rounds, and a plan from a file lands, too."""
     workload = zoo.build("gpt2", "tiny")

@@ -85,6 +85,7 @@ def test_unwritable_folder_is_a_warning(tmp_path: Path) -> None:
         CostCache(blocked).store("cpu", {"a": COST})
 
 
+@pytest.mark.slow
 def test_processes_append_at_once(tmp_path: Path) -> None:
     """Two processes that store 100 times each lose nothing."""
     code = (

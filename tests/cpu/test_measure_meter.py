@@ -118,6 +118,7 @@ def _needs_interposer() -> None:
         pytest.skip(reason)
 
 
+@pytest.mark.slow
 def test_known_program_is_exact() -> None:
     """Sizes that can be added by hand come back to the byte, the answer of the last step with them."""
     found = measure_peak(f"{__name__}:known", {"held_mib": 3}, steps=2)
@@ -131,6 +132,7 @@ def test_known_program_is_exact() -> None:
     assert found.result == {"held": 3 * MIB, "blocks": 2}
 
 
+@pytest.mark.slow
 def test_interposer_counts_torch_blocks() -> None:
     """The interposer sees torch's aligned allocations, to a page per block."""
     _needs_interposer()

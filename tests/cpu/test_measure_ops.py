@@ -176,6 +176,7 @@ def test_equal_keys_are_measured_once(tmp_path: Path) -> None:
     assert len(calls) == 2
 
 
+@pytest.mark.slow
 def test_interposer_agrees_on_scratch(tmp_path: Path) -> None:
     """In a process with the interposer, each op's warm peak over its outputs is the measured scratch, to 16 KiB."""
     reason = interposer.available()

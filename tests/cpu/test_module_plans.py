@@ -298,6 +298,7 @@ def test_planning_draws_no_random_numbers_and_leaves_gradients() -> None:
     assert all("forward" not in module.__dict__ for module in model.modules())
 
 
+@pytest.mark.slow
 def test_the_prediction_is_near_the_measured_peak_and_never_below() -> None:
     w = zoo.build("gpt2", "small")
     everything = w.plan(1 << 34, engine="eager", release_outputs=True)
@@ -345,6 +346,7 @@ def test_each_of_very_many_blocks_can_be_recomputed() -> None:
     assert everything.smallest_budget < everything.baseline_peak
 
 
+@pytest.mark.slow
 def test_less_memory_takes_longer_and_names_its_bound() -> None:
     model, batch = made(lambda: Net(6)), sequences(8, 64)
     low, high = smallest_and_largest(model, batch)
@@ -565,6 +567,7 @@ def test_autocast_is_the_forwards_own() -> None:
     assert_same(*found)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of the compiler's own
 @pytest.mark.parametrize("order", ["plan first", "compile first", "blocks"])
 def test_torch_compile_works_on_top(order: str) -> None:
@@ -826,6 +829,7 @@ def test_outputs_that_are_objects() -> None:
     assert model.__dict__["forward"].planned_on_the_spot == 1
 
 
+@pytest.mark.slow
 def test_modules_nested_deeply_are_planned_in_time() -> None:
     class Nested(nn.Module):
         def __init__(self, depth: int) -> None:
@@ -935,6 +939,7 @@ def test_a_forward_that_changes_modes_is_planned_as_it_begins() -> None:
     assert_same(trained(made(Evaluates), [batch]), trained(model, [batch]))
 
 
+@pytest.mark.slow
 def test_a_number_that_changes_with_each_step_is_planned_for_a_few_times_only() -> None:
     class Counted(Net):
         def forward(self, x: torch.Tensor, y: torch.Tensor, step: int = 0, repeats: int = 1) -> Any:  # type: ignore[override]

@@ -64,6 +64,7 @@ def test_logits_are_offered_in_chunks() -> None:
     check_kept(error, model, ids)
 
 
+@pytest.mark.slow
 def test_gradients_are_offered_to_go_early() -> None:
     """Weights are all that there is: the optimizer in the backward is named, with the same bits."""
     torch.manual_seed(0)
@@ -79,6 +80,7 @@ def test_gradients_are_offered_to_go_early() -> None:
     assert refused(model, batch).rewrites == {}
 
 
+@pytest.mark.slow
 def test_what_is_asked_for_already_is_kept_in_the_offer() -> None:
     """With one rewrite on, the other is offered beside it."""
     torch.manual_seed(0)
@@ -106,6 +108,7 @@ def test_an_optimizer_that_needs_all_gradients_is_not_offered() -> None:
     assert refused(model, torch.randn(4, 200), optimizer=Normed(model.parameters())).rewrites == {}
 
 
+@pytest.mark.slow
 def test_the_command_says_so(invoke: Callable[..., Any]) -> None:
     """`--rewrite` is taken, an unknown one is bad usage, and JSON has the offers."""
     done = invoke("plan", "factories:tiny", "-b", "4MiB", "--rewrite", "optimizer_in_backward", "--json")
@@ -139,6 +142,7 @@ def test_offers_for_a_card_are_of_reserved_bytes() -> None:
         assert f"rewrites={names} lowers the smallest budget by {gain} to {format_bytes(nbytes)}" in str(error)
 
 
+@pytest.mark.slow
 def test_offers_are_of_the_bytes_of_the_error_s_smallest_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where ops were not run, too: what a card's allocator reserves is stated for both, and only less is offered."""
     card = CardAllocator((CUBLAS_DEFAULT,))

@@ -173,6 +173,7 @@ def around() -> tuple[Any, ...]:
     return (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *_compat.ambient_state("cpu"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [pytest.param("gpt2", marks=pytest.mark.slow), "batch norm", "tied", "deep"])
 def test_a_failure_at_some_op_leaves_the_bits_as_they_are(name: str, inject: Callable[..., Injected]) -> None:
     fail_at_ops(name, inject, every=11)
@@ -231,6 +232,7 @@ def test_nothing_of_a_failed_step_stays(inject: Callable[..., Injected]) -> None
         assert live_nbytes() == before, index
 
 
+@pytest.mark.slow
 def test_a_failed_segment_delivers_what_is_left_and_nothing_twice(inject: Callable[..., Injected]) -> None:
     model, batch = deep()
     drill = inject(model, halfway(model, batch))
@@ -248,6 +250,7 @@ def test_a_failed_segment_delivers_what_is_left_and_nothing_twice(inject: Callab
         assert sorted(calls) == names
 
 
+@pytest.mark.slow
 def test_gradients_that_stand_are_added_to_once(inject: Callable[..., Injected]) -> None:
     model, batch = deep()
     plan = halfway(model, batch, accumulate=True)
@@ -271,6 +274,7 @@ def test_gradients_that_stand_are_added_to_once(inject: Callable[..., Injected])
         assert all(map(zoo.same_bits, found, expected))
 
 
+@pytest.mark.slow
 def test_failures_in_a_row_tighten_until_the_smallest_peak(inject: Callable[..., Injected]) -> None:
     model, batch, _ = prepared("gpt2")
     plan = keepless.plan(model, batch, "1MiB")  # everything kept: there are several notches below
@@ -297,6 +301,7 @@ def test_failures_in_a_row_tighten_until_the_smallest_peak(inject: Callable[...,
         assert peaks[1] < peaks[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("phase", [Phase.FORWARD, Phase.BACKWARD])
 def test_an_op_that_always_fails_ends_in_a_typed_error(phase: Phase, inject: Callable[..., Injected]) -> None:
     model, batch, plan = prepared("gpt2")
@@ -332,6 +337,7 @@ def test_an_op_that_always_fails_ends_in_a_typed_error(phase: Phase, inject: Cal
     assert zoo.run_step(model, inputs).differences(expected) == [], "the next step"
 
 
+@pytest.mark.slow
 def test_errors_that_are_about_something_else_pass(inject: Callable[..., Injected]) -> None:
     model, batch = deep()
     drill = inject(model, halfway(model, batch))
@@ -350,6 +356,7 @@ def test_errors_that_are_about_something_else_pass(inject: Callable[..., Injecte
     assert not drill.planned.survivor.files  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
 def test_a_parameter_that_was_stepped_in_the_backward_is_not_replayed(inject: Callable[..., Injected]) -> None:
     """An optimizer in the backward has changed what the forward read: the step cannot run again, and says so."""
     model, batch = deep()
@@ -403,6 +410,7 @@ def test_on_oom_raise_only_writes_it_down(inject: Callable[..., Injected]) -> No
         keepless.apply(model, plan, on_oom="ignore")
 
 
+@pytest.mark.slow
 def test_the_black_box_says_what_was_going_on(inject: Callable[..., Injected]) -> None:
     model, batch, plan = prepared("gpt2")
     drill = inject(model, plan)
@@ -432,6 +440,7 @@ def test_the_black_box_says_what_was_going_on(inject: Callable[..., Injected]) -
     assert str(suggested) in text
 
 
+@pytest.mark.slow
 def test_a_black_box_that_cannot_be_written_is_a_warning(tmp_path: Path, inject: Callable[..., Injected]) -> None:
     model, batch = deep()
     plan = halfway(model, batch)
@@ -461,6 +470,7 @@ def test_a_tighter_program_of_another_shape(inject: Callable[..., Injected]) -> 
     assert drill.planned.entries[0].program is not made.program
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Keepless. the plan counts no optimizer")
 def test_random_points_one_after_another(inject: Callable[..., Injected], monkeypatch: pytest.MonkeyPatch) -> None:
     """50 random points of forward, recompute, backward and the optimizer's probe, in one run of training with

@@ -86,6 +86,7 @@ def standing(model: nn.Module) -> PlannedModules:
     return planned
 
 
+@pytest.mark.slow
 def test_random_points_of_an_eager_plan(case: tuple[nn.Module, torch.Tensor, Plan], tmp_path: Path) -> None:
     """Forwards go on, backwards and recomputes raise; the next step is exact, and nothing is left behind."""
     model, x, plan = case
@@ -164,6 +165,7 @@ def test_on_oom_raise_writes_each_failure_down_once(engine: str, tmp_path: Path)
     keepless.remove(model)
 
 
+@pytest.mark.slow
 def test_block_plans_between_their_captured_calls(tmp_path: Path) -> None:
     """Code between captured calls: its forward goes on, its backward raises; no failure comes as it came."""
     model, x = Between(Block, Block).train(), torch.randn(3, 40, 8)

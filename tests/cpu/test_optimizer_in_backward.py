@@ -305,6 +305,7 @@ def test_remove_takes_hooks_out() -> None:
     assert not optimizer._optimizer_step_post_hooks
 
 
+@pytest.mark.slow
 def test_verify_does_not_step() -> None:
     """Gradients are compared, the peak is measured without them, and a plan that stood stands again."""
     model, batch = tied()
@@ -321,6 +322,7 @@ def test_verify_does_not_step() -> None:
     assert not all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
 
 
+@pytest.mark.slow
 def test_curve_has_rewritten_plans() -> None:
     """A curve of the rewritten step begins below the plain one's."""
     layers = [layer for _ in range(4) for layer in (nn.Linear(200, 200), nn.Tanh())]
@@ -460,6 +462,7 @@ def test_temporaries_of_one_update(kind: str) -> None:
     assert max(u.scratch_nbytes for u in updates.values()) <= whole.scratch_nbytes
 
 
+@pytest.mark.slow
 def test_accounts_and_work_know_updates() -> None:
     """A gradient belongs to its parameter's block, and an update moves its share of the optimizer's state."""
     model, batch = tied()

@@ -41,6 +41,7 @@ def test_noise_is_the_largest_difference_of_two_series() -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_small_model_has_all_its_rows() -> None:
     """Plans of falling predicted seconds, each timed twice a round, the last one with everything kept."""
     from benchmarks import common, order

@@ -20,6 +20,7 @@ def too_long() -> tuple[nn.Module, dict[str, torch.Tensor]]:
     return models.TinyLM(), {"ids": ids, "labels": ids}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"engine": "graph"}, {"on": "l4"}], ids=str)
 def test_a_text_beyond_the_last_position_is_refused(options: dict[str, Any]) -> None:
     """Plans, curves and estimates say which table ends where, as eager's own error does not; nothing has changed."""
@@ -39,12 +40,14 @@ def test_a_text_beyond_the_last_position_is_refused(options: dict[str, Any]) -> 
     assert all(models.same_bits(before[name], p) and p.grad is None for name, p in model.named_parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(zoo.BUILDERS))
 def test_no_false_alarm(name: str) -> None:
     """Models that train are planned, those with positions at their whole length."""
     assert zoo.build(name).plan(16 << 30, cache=False, on="l4").num_replays == 0
 
 
+@pytest.mark.slow
 def test_positions_up_to_the_last_are_read() -> None:
     """The last row is no row too many, and tokens, which are data, are not looked at."""
     model = models.TinyLM()

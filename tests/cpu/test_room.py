@@ -28,6 +28,7 @@ def test_an_op_beyond_the_budget_is_not_run() -> None:
     assert found.peak > 128 * MIB
 
 
+@pytest.mark.slow
 def test_parameters_are_read_where_they_are() -> None:
     """64 MiB of frozen weights are not copied to time the op that reads them."""
     found = measure_peak("targets:planning_within", {"kind": "frozen", "budget": 1 << 30}, steps=1)
@@ -100,6 +101,7 @@ class Frozen(torch.nn.Module):
         return self.small(torch.tanh(self.large(x.repeat(1, 64)))[:, :8])
 
 
+@pytest.mark.slow
 def test_ops_of_blocks_have_room(monkeypatch: pytest.MonkeyPatch) -> None:
     """A block's ops are measured on its own parameters, and those for which the budget has no room are not run."""
     import keepless

@@ -84,6 +84,7 @@ def shed(rows: list[Decision]) -> float:
     return sum(row.nbytes for row in rows if row.choice is Choice.RECOMPUTED) / sum(row.nbytes for row in rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("share", "shed_scores"), [(0.6, 0.6), (0.45, 0.8), (0.3, 0.8)])
 def test_scores_and_pointwise_runs_go_first(step: tuple[Graph, CostModel], share: float, shed_scores: float) -> None:
     """Quadratic matrices and outputs of pointwise ops are made again before the outputs of matrix products are.

@@ -18,6 +18,8 @@ from keepless.errors import BudgetError, InfeasibleBudget, ParameterError, Solve
 
 TINY = {"layers": 2, "width": 32, "heads": 2, "length": 32, "batch": 4, "vocab": 64}
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def subject() -> tuple[zoo.Workload, StepCurve]:
@@ -203,7 +205,6 @@ def test_bad_arguments_are_refused() -> None:
         keepless.curve(model, batch, optimizer="adamw")  # type: ignore[arg-type]
 
 
-@pytest.mark.slow
 def test_the_command(invoke: Any) -> None:
     """A table for people; JSON for programs; a picture, and a plan that `show` reads."""
     done = invoke("curve", "factories:tiny", "--points", "5")

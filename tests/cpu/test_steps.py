@@ -77,6 +77,7 @@ def test_steps_of_any_optimizer_are_predicted(kind: str, options: dict[str, Any]
     assert max(found.peaks) <= plan.predicted_peak + 64
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["blocks", "eager"])
 def test_plans_of_module_calls_have_kinds_of_steps(engine: str) -> None:
     """They differ by state and gradients of parameters; what passes between blocks is none of these."""

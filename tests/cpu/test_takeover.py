@@ -244,6 +244,7 @@ def test_taken_over_and_given_back(name: str, engine: str) -> None:
     assert step(model, batch)[1] == checkpointed_ops
 
 
+@pytest.mark.slow
 @by_engine
 def test_the_plan_is_the_one_of_the_model_without_checkpointing(engine: str) -> None:
     """The step that is captured keeps what the model would recompute."""
@@ -322,6 +323,7 @@ def test_other_batches_are_planned_without_checkpointing() -> None:
         model(batch[:16])
 
 
+@pytest.mark.slow
 def test_curve_and_timeline_take_over() -> None:
     """Every way to a plan has the option."""
     model, batch = made("torch's checkpoint_wrapper")

@@ -28,6 +28,7 @@ def subject() -> tuple[zoo.Workload, keepless.Plan]:
     return workload, workload.plan(plan.smallest_budget, release_outputs=True, cache=False)
 
 
+@pytest.mark.slow
 def test_every_instruction_has_an_event(subject: tuple[zoo.Workload, keepless.Plan]) -> None:
     """In order, without gaps; only the optimizer's step, and what follows the last delivery, is not seen."""
     workload, plan = subject
@@ -47,6 +48,7 @@ def test_every_instruction_has_an_event(subject: tuple[zoo.Workload, keepless.Pl
 STATE = torch.get_rng_state().nbytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [False, True])
 @pytest.mark.parametrize("name", ["gpt2", "resnet50"])
 def test_bytes_are_measured_instruction_by_instruction(name: str, accumulate: bool) -> None:
@@ -74,6 +76,7 @@ def test_bytes_are_measured_instruction_by_instruction(name: str, accumulate: bo
     assert sum(sum(row.values()) for row in account.account.modules.values()) == account.account.peak
 
 
+@pytest.mark.slow
 def test_an_op_that_needs_more_than_was_predicted_is_a_residue() -> None:
     """Bytes that the cost model does not know are shown, and where."""
     workload = zoo.build("gpt2")
@@ -134,6 +137,7 @@ def test_the_model_is_left_as_it_was(subject: tuple[zoo.Workload, keepless.Plan]
         keepless.remove(workload.model)
 
 
+@pytest.mark.slow
 def test_it_corrects_the_costs(subject: tuple[zoo.Workload, keepless.Plan]) -> None:
     """Of every op that ran, so that the predicted step is the measured one; and a plan follows."""
     workload, plan = subject

@@ -58,6 +58,7 @@ def test_making(function: str, name: str) -> None:
     assert made(function, name) is not refused
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_using(engine: str, name: str, tmp_path: Path) -> None:

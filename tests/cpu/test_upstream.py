@@ -117,6 +117,7 @@ def outcomes_of(text: str) -> dict[str, list[str]]:
     return {row[0].partition("::")[2].replace("::", "."): row[1:3] for row in rows}
 
 
+@pytest.mark.slow
 def test_ours_passes_what_torchs_passes(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run.main([str(checkout)]) == 0
     told = capsys.readouterr().out
@@ -132,6 +133,7 @@ def test_ours_passes_what_torchs_passes(checkout: Path, capsys: pytest.CaptureFi
     assert "not in this checkout: test/test_autograd.py" in told
 
 
+@pytest.mark.slow
 def test_what_fails_only_with_the_substitute_counts(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
     known = checkout / "known.json"
     entries = [

@@ -99,6 +99,7 @@ def _differences(a: Phase, b: Phase) -> list[str]:
     return found + [n for n in {**left, **right} if left.get(n) != right.get(n)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [

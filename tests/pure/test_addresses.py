@@ -103,6 +103,7 @@ def test_the_bound_is_within_what_the_machine_counts(case: Case) -> None:
     assert peak - before - 2 * states <= plan.bound <= peak
 
 
+@pytest.mark.slow
 def test_address_plans_of_larger_programs_are_near_the_bound() -> None:
     """Of 20 random programs of 200 ops the worst was 1.0072 of the bound, the mean 1.0010."""
     found = []

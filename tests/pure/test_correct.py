@@ -33,6 +33,7 @@ def as_measured(graph: Graph, program: Program, truth: CostModel) -> Timeline:
     return replace(simulate(graph, program, truth), origin="measured")
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 2**32), st.floats(0.2, 5), st.floats(0, 1))
 def test_a_whole_timeline_gives_the_true_costs_back(seed: int, factor: float, missing: float) -> None:
@@ -138,6 +139,7 @@ def test_waiting_for_copies_is_no_op_time() -> None:
     assert corrected(graph, cost, found.program, stalled).seconds == pytest.approx(cost.seconds, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_replanning_is_better_on_the_true_machine() -> None:
     """Pointwise ops are ten times as slow as thought: the new plan is faster there, within budget, and certified."""
     graph, cost, budget, found = planned()

@@ -85,6 +85,7 @@ def test_up_to_a_thousand_steps(name: str, num: int, slots: int) -> None:
     assert runs_again(name, num, slots) == optimum(num, slots)
 
 
+@pytest.mark.slow
 def test_the_limit_is_that_of_the_states() -> None:
     """Below the smallest limit nothing fits, and with one slot fewer the optimum is another."""
     graph, cost = equal_steps(12)

@@ -159,6 +159,7 @@ def two_in_place(seed: int) -> tuple[Graph, CostModel]:
     return Graph(tuple(ops), tuple(values), frozenset({0}), kept), CostModel(seconds, (0,) * len(ops))
 
 
+@pytest.mark.slow
 def test_storage_reuse_is_counted_as_the_machine_counts_it() -> None:
     """Oracle and brute force agree at every limit where up to two replays decide."""
     improved = 0
@@ -338,6 +339,7 @@ def test_ops_without_cost_share_a_stage() -> None:
         assert found.seconds == pytest.approx(best.seconds)
 
 
+@pytest.mark.slow
 @needs_ortools
 def test_intervals_improve_on_the_planner() -> None:
     """On batch normalisation at 0.7 of the peak CP-SAT proves a plan faster than the planner's."""
@@ -355,6 +357,7 @@ def test_intervals_improve_on_the_planner() -> None:
     assert [standing.seconds for standing in told] == sorted((s.seconds for s in told), reverse=True)
 
 
+@pytest.mark.slow
 @needs_ortools
 def test_intervals_of_one_run_find_no_more_than_the_planner() -> None:
     """With one run per op the model has no replay; the planner's order is the answer then."""
@@ -389,6 +392,7 @@ def test_without_ortools_the_remedy_is_said(monkeypatch: pytest.MonkeyPatch) -> 
         Intervals().solve(graph, cost, full_peak(graph, cost) - 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", THREE)
 def test_odd_graphs(solver: str) -> None:
     """No ops, one op, no LOSS op, values that nothing reads, no bytes at all: answers, never exceptions."""

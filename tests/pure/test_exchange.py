@@ -447,6 +447,7 @@ except GraphError as error:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="limits of a process are POSIX")
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_hostile_files_are_refused_in_bounded_time_and_memory(kind: str) -> None:

@@ -160,6 +160,7 @@ def test_what_is_not_ours_stays(tmp_path: Path) -> None:
     assert (outside / "precious").exists()
 
 
+@pytest.mark.slow
 def test_many_start_and_look_at_once(tmp_path: Path) -> None:
     """Processes that make folders while others look for abandoned ones never lose theirs."""
     code = """
@@ -253,6 +254,7 @@ def test_into_a_pipe(tmp_path: Path) -> None:
         assert reader.communicate()[0] == b"text"
 
 
+@pytest.mark.slow
 def test_children_end_with_a_parent_that_is_killed() -> None:
     """Also where a fork of the parent lives on, and with the parent gone before the child looks."""
     child = "import os, sys, time; from keepless.processes import end_with; {late}end_with({parent}); {then}"
@@ -274,6 +276,7 @@ time.sleep(600)
     assert (done.returncode, done.stdout) == (1, b"")
 
 
+@pytest.mark.slow
 def test_a_killed_process_takes_its_planner_along(tmp_path: Path) -> None:
     """The planner in the background, while it waits for a graph that does not come."""
     pipe = tmp_path / "task"

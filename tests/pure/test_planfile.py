@@ -342,6 +342,7 @@ def _hostile(kind: str) -> dict[str, Any]:
     return payload
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind", ["many runs of a wide op", "many instructions", "a run that keeps much", "a large signature"]
 )

@@ -80,6 +80,7 @@ def test_a_group_that_does_not_fit_is_left_and_the_others_are_taken() -> None:
     assert len(judged) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [20, 60])
 def test_equal_steps_take_a_share_of_each_of_two_cuts(steps: int) -> None:
     """Where all steps share one price a cut takes all or none of them; a mixture comes near the limit."""
@@ -116,6 +117,7 @@ def test_tables_at_other_seconds_are_those_made_anew(model: str) -> None:
     assert shared.lives(order).seconds == own.lives(order).seconds
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", sorted(MODELS))
 def test_first_plans_become_faster_with_the_limit(model: str) -> None:
     """What there is room for is taken out of the lowest order: a first plan fits wherever one was found."""
@@ -145,6 +147,7 @@ def test_states_of_generators_are_counted_from_the_first_run_to_the_last_replay(
         assert planner.tables.lives(order).peak == evaluate(graph, cost, order).peak
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", sorted(MODELS))
 def test_the_first_plan_is_told_before_the_search_for_it_ends(model: str) -> None:
     """Each order that fits is told as soon as it is met, and each is better than the one before."""

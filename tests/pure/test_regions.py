@@ -171,6 +171,7 @@ def best_of_all(tree: RegionTree, graph: Graph, cost: CostModel, limit: int) -> 
     return min(found, default=None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seeds", [range(4), pytest.param(range(4, 30), marks=pytest.mark.exhaustive)])
 def test_small_steps_are_planned_as_well_as_by_trying_every_set(seeds: range) -> None:
     total = exact = 0
@@ -191,6 +192,7 @@ def test_small_steps_are_planned_as_well_as_by_trying_every_set(seeds: range) ->
     assert exact >= 0.95 * total
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tree", [CHAIN, NESTED])
 def test_what_is_claimed_can_be_checked(tree: RegionTree) -> None:
     graph, cost = step(tree, 1)
@@ -219,6 +221,7 @@ def test_a_limit_of_work_is_kept() -> None:
     assert found.peak <= low + 200
 
 
+@pytest.mark.slow
 def test_twice_a_region_in_a_long_chain_is_fast_enough_to_search() -> None:
     tree = RegionTree(tuple(Region(i, i) for i in range(1, 201)), 202, frozenset(range(202)))
     graph, cost = step(tree, 5)

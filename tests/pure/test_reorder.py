@@ -96,6 +96,7 @@ def test_less_memory_without_recomputation(seed: int, num: int) -> None:
     verify(graph, tight.program, cost=cost)
 
 
+@pytest.mark.slow
 def test_never_slower_than_the_classics_on_plain_graphs() -> None:
     """At 0.9 and 0.8 of the given order's peak, wherever a classic planner has a plan, the default has a faster one."""
     for seed in range(4):

@@ -80,7 +80,11 @@ def least_seconds(graph: Graph, cost: CostModel, limit: int) -> float | None:
 @pytest.mark.parametrize("solver", NAMES)
 @pytest.mark.parametrize(
     "model",
-    ["bn", "dense", pytest.param("gpt", marks=pytest.mark.slow), pytest.param("unet", marks=pytest.mark.exhaustive)],
+    [
+        "dense",
+        *(pytest.param(m, marks=pytest.mark.slow) for m in ("bn", "gpt")),
+        pytest.param("unet", marks=pytest.mark.exhaustive),
+    ],
 )
 def test_solutions_are_legal_and_say_the_truth(solver: str, model: str) -> None:
     """Every solver's program passes the verifier, and its seconds and peak are the simulator's."""
@@ -143,6 +147,7 @@ def test_bounds_on_time_are_below_the_optimum(seed: int) -> None:
         assert found.certificate.bound_seconds <= found.seconds * (1 + 1e-9)
 
 
+@pytest.mark.slow
 def test_the_certified_gap_is_small_on_gpt() -> None:
     """Where single recomputation is enough, the plan is within two percent of the proven bound."""
     graph, cost = gpt(6)

@@ -204,6 +204,7 @@ def test_hostile_graph_is_refused_soon(text: str) -> None:
     assert time.process_time() - begin < 5
 
 
+@pytest.mark.slow
 def test_hostile_program_is_refused_soon() -> None:
     """Too many lines are refused; ten megabytes of lines are read within seconds."""
     with pytest.raises(PlanError, match="lines"):

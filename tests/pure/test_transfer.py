@@ -65,6 +65,7 @@ def test_transfers_are_legal_and_within_the_limit_or_told(seed: int, num_ops: in
 SIZES = [(128, 4), (96, 4), (64, 4), (160, 4), (128, 3)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("length", "batch"), SIZES)
 @pytest.mark.parametrize("share", [0.3, 0.6])
 def test_a_known_plan_serves_other_sizes(length: int, batch: int, share: float) -> None:
@@ -158,6 +159,7 @@ def keyed(graph: Graph) -> Graph:
     return replace(graph, ops=tuple(replace(op, key=key(op.id)) for op in graph.ops))
 
 
+@pytest.mark.slow
 def test_a_process_of_its_own_plans_the_same() -> None:
     """`python -m keepless.solve` reads a task and answers with the order that the planner finds here."""
     graph, cost = gpt(2, batch=4, seq=64)

@@ -121,6 +121,7 @@ def fails(full: Full, loss: Tensor, model: nn.ModuleList, again: bool) -> None:
     model.zero_grad()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("again", [False, True], ids=["dropped", "run again"])
 @pytest.mark.parametrize("lost", [0, 2], ids=["watched", "later"])
 def test_memory_runs_out_at_any_op(candidate: Checkpoint, lost: int, again: bool) -> None:
