@@ -100,6 +100,8 @@ class Binding:
         facts: plain constants elsewhere (configs, closures, globals) that the forward may have read.
         ambient: autocast, default dtype and the like around the capture.
         accumulates: whether gradients may stand already when the step begins.
+        orders: flat output position -> dimensions of its gradient as they lie in memory, where that is not as the
+            output's do.
     """
 
     graph: Graph
@@ -127,6 +129,7 @@ class Binding:
     facts: tuple[Fact, ...] = ()
     ambient: tuple[Any, ...] = ()
     accumulates: bool = False
+    orders: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
 
 
 def renumbered(binding: Binding, graph: Graph, ops: Sequence[int], values: Sequence[int]) -> Binding:

@@ -270,6 +270,7 @@ class Assembly:
             facts=find_facts(work.model, work.traced.attributes) if work.traced.facts is None else work.traced.facts,
             ambient=_compat.ambient_state(self.device.type),
             accumulates=shape.accumulate,
+            orders=work.traced.orders,
         )
 
     def argument_slot(self, kind: str, what: str | int) -> int:

@@ -19,6 +19,7 @@ from keepless.capture import aten as known
 from keepless.capture import cudnn
 from keepless.capture.constants import Getter, find_home
 from keepless.capture.inputs import FlatInputs
+from keepless.capture.ordering import MARK
 from keepless.capture.trace import Traced, named_state, planned_device
 from keepless.errors import CaptureError
 from keepless.ir import Effect, Kind, Phase, Value
@@ -251,6 +252,9 @@ class Drafting:
             parent, item = node.args
             self.slot_of[(node, None)] = self.slot_of[(parent, item)]  # type: ignore[index]
             return
+        if node.meta.get(MARK):
+            self.in_order(node)
+            return
         phase = Phase.BACKWARD if node.meta.get("partitioner_tag") == "is_backward" else Phase.FORWARD
         module, source = self.place(node, phase)
         args, kwargs = self.refs(node.args), self.refs(node.kwargs)
@@ -310,6 +314,13 @@ class Drafting:
         name = str(target) if isinstance(target, _compat.OpOverload) else f"keepless.{target.__name__}"
         draft = Draft(name, call, outputs, phase, effects, node, replay, module=module, source=source)
         (self.backward if phase is Phase.BACKWARD else self.forward).append(draft)
+
+    def in_order(self, node: torch.fx.Node) -> None:
+        """A node that puts a gradient in order: the real gradient comes so, and is what the captured step is given."""
+        slot = self.slot_of[(node.args[0], None)]  # type: ignore[index]
+        self.examples[slot] = node.meta["val"]
+        self.value_of_storage[_compat.storage_key(node.meta["val"])] = self.slot_value[slot]
+        self.slot_of[(node, None)] = slot
 
     def results(self, node: torch.fx.Node, call: Call) -> list[tuple[int | None, int]] | None:
         """The slots of a node's new storages; None where the node is a view (its slots are then recorded)."""

@@ -251,7 +251,7 @@ class Template:
             traced.repeated,
             traced.aside,
             traced.attributes,
-            self._world.facts,
+            facts=self._world.facts,
         )
         reason = self._wrong_answer(self._sizes.values(faking.hints))
         if reason:
@@ -470,7 +470,7 @@ class Template:
             known.repeated,
             known.aside,
             known.attributes,
-            known.facts,
+            facts=known.facts,
         )
 
     def _other_results(self, mode: Any, values: list[Any], filled: Any) -> str | None:

@@ -20,6 +20,7 @@ from keepless import _compat
 from keepless.binding import Fact
 from keepless.capture.checkpointed import checkpointed_places, refuse_checkpointing
 from keepless.capture.inputs import FlatInputs
+from keepless.capture.ordering import MARK, Ordered, Orders, is_ordering, order_of
 from keepless.capture.side_effects import guard_side_effects
 from keepless.errors import BatchError, CaptureError, DataDependentError, LossError, ParameterError
 from keepless.warning import warn_caller
@@ -57,6 +58,7 @@ class Traced:
             captured ops may then differ from plain eager's.
         passed_through: flat output position -> ("state", name) or ("input", flat position) of the argument that it is.
         repeated: flat output position -> the earlier position where the same tensor object stands.
+        orders: of gradients that come in another layout than their outputs (`capture.ordering`).
         aside: parameters and flat input positions that only outputs outside `grad_outputs` depend on.
         attributes: (module path, name, value) of the plain attributes that the forward read.
         facts: the plain constants behind the forward, where they are known already.
@@ -72,6 +74,7 @@ class Traced:
     repeated: dict[int, int] = field(default_factory=dict)
     aside: tuple[str | int, ...] = ()
     attributes: tuple[tuple[str, str, Any], ...] = ()
+    orders: Orders = field(default_factory=dict)
     facts: tuple[Fact, ...] | None = None
 
 
@@ -82,8 +85,9 @@ class _Step(torch.nn.Module):
     once, so that tied parameters stay one argument with one gradient.
     """
 
-    def __init__(self, model: torch.nn.Module, flat: FlatInputs, grad_outputs: tuple[int, ...]) -> None:
+    def __init__(self, model: torch.nn.Module, flat: FlatInputs, grad_outputs: tuple[int, ...], orders: Orders) -> None:
         super().__init__()
+        self._orders = orders
         self._hidden = (_Holder(model),)
         self._count = len(named_state(model))
         self._places = places_of_state(model)
@@ -96,10 +100,16 @@ class _Step(torch.nn.Module):
         output = torch.func.functional_call(self._hidden[0], state, args, kwargs, tie_weights=False)
         leaves, _ = _compat.tree_flatten(output)
         return tuple(
-            leaf if position in self._grad_outputs else leaf.detach()
+            self._received(leaf, position) if position in self._grad_outputs else leaf.detach()
             for position, leaf in enumerate(leaves)
             if isinstance(leaf, torch.Tensor)
         )
+
+    def _received(self, leaf: torch.Tensor, position: int) -> torch.Tensor:
+        if position not in self._orders:
+            return leaf
+        found: torch.Tensor = Ordered.apply(leaf, self._orders[position])
+        return found
 
 
 def forward_of(model: torch.nn.Module) -> Callable[..., Any]:
@@ -116,6 +126,7 @@ def trace_step(
     loss_fn: LossFn | None,
     grad_outputs: tuple[int, ...] | None,
     faking: Faking | None = None,
+    orders: Orders | None = None,
 ) -> Traced:
     """Captures one training step.
 
@@ -126,6 +137,7 @@ def trace_step(
         loss_fn: loss of (output, batch); None where the model's output holds its loss.
         grad_outputs: flat output positions that receive gradients; None to find them from the loss.
         faking: how fakes are made; None for fakes like the tensors.
+        orders: of gradients whose layout is not their output's; None to find them by the loss, where it is called.
 
     Raises:
         BatchError: the forward rejects the batch.
@@ -136,10 +148,10 @@ def trace_step(
     faking = faking or Faking(planned_device(model))
     with _capturing, torch.inference_mode(False), faking.all_around(), _compat.quiet_fakes():
         try:
-            return _trace(model, flat, batch, loss_fn, grad_outputs, faking, as_compiled=False)
+            return _trace(model, flat, batch, loss_fn, grad_outputs, faking, orders, as_compiled=False)
         except DataDependentError as error:
             try:
-                return _trace(model, flat, batch, loss_fn, grad_outputs, faking, as_compiled=True)
+                return _trace(model, flat, batch, loss_fn, grad_outputs, faking, orders, as_compiled=True)
             except CaptureError:
                 raise error from error.__cause__
 
@@ -151,6 +163,7 @@ def _trace(
     loss_fn: LossFn | None,
     grad_outputs: tuple[int, ...] | None,
     faking: Faking,
+    orders: Orders | None,
     *,
     as_compiled: bool,
 ) -> Traced:
@@ -159,7 +172,8 @@ def _trace(
         _state.active = True
         with torch.enable_grad(), guard_side_effects(model), compiling:
             dry = _dry_run(model, flat, batch, loss_fn, grad_outputs, faking)
-            module = _export(model, flat, dry.grad_outputs, faking)
+            orders = dry.orders if orders is None else orders
+            module = _export(model, flat, dry.grad_outputs, faking, orders)
     finally:
         _state.active = False
     return Traced(
@@ -173,6 +187,7 @@ def _trace(
         dry.repeated,
         dry.aside,
         tuple(dry.attributes),
+        orders,
     )
 
 
@@ -274,6 +289,7 @@ class _DryRun:
     repeated: dict[int, int] = field(default_factory=dict)
     aside: tuple[str | int, ...] = ()
     attributes: list[tuple[str, str, Any]] = field(default_factory=list)
+    orders: Orders = field(default_factory=dict)
 
 
 def _dry_run(
@@ -374,6 +390,8 @@ def _reached_by_loss(found: _DryRun, fakes: dict[int, torch.Tensor], batch: Any,
     reached = tuple(i for (i, _), g in zip(own, grads, strict=True) if g is not None)
     if not reached:
         raise LossError("The loss function's gradient reaches no output of the model.")
+    orders = {i: order_of(g, t) for (i, t), g in zip(own, grads, strict=True) if g is not None}
+    found.orders = {i: order for i, order in orders.items() if order is not None}
     return reached
 
 
@@ -515,9 +533,9 @@ def _where(error: BaseException) -> str:
 
 
 def _export(
-    model: torch.nn.Module, flat: FlatInputs, grad_outputs: tuple[int, ...], faking: Faking
+    model: torch.nn.Module, flat: FlatInputs, grad_outputs: tuple[int, ...], faking: Faking, orders: Orders
 ) -> torch.fx.GraphModule:
-    step = _Step(model, flat, grad_outputs)
+    step = _Step(model, flat, grad_outputs, orders)
     mode = faking.mode()
     held = [faking.held(mode, t) for _, t in named_state(model)]
     tensors = (*held, *(faking.given(mode, i, flat.leaves[i]) for i in flat.tensor_positions))
@@ -536,6 +554,7 @@ def _export(
     def note(node: torch.fx.Node) -> None:
         node.meta["keepless_module"] = stack[-1] if stack else ""
         node.meta["keepless_source"] = _compat.user_source()
+        node.meta[MARK] = is_ordering()
         faking.made(node)
 
     hooks: list[Any] = []

@@ -85,6 +85,7 @@ class Captures:
     def __init__(self, first: Capture) -> None:
         self.settings = first.settings
         self.grad_outputs = first.binding.grad_outputs
+        self.orders = first.binding.orders
         self._captures = [first]
         self._templates: list[Templates] = []
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from keepless.capture import FlatInputs, Inputs, flatten_inputs, lower, planned_device, trace_step
+from keepless.capture.ordering import Orders
 from keepless.capture.target import TargetFaking
 from keepless.control.allocating import allocation_of, within_card
 from keepless.control.captured import Capture, Captures, Measured, Settings, beyond_peak
@@ -308,6 +309,7 @@ def capture_call(
     grad_outputs: tuple[int, ...] | None,
     templates: Templates | None = None,
     faking: TargetFaking | None = None,
+    orders: Orders | None = None,
 ) -> tuple[Capture, dict[str, object]]:
     """Captures one call of a model, and what its plan's signature says of it.
 
@@ -315,14 +317,17 @@ def capture_call(
         grad_outputs: flat positions of the outputs that receive gradients; None to find them by the loss.
         templates: traces of the model with symbolic sizes, one of which may serve.
         faking: how fakes are made, for a device that is not here.
+        orders: of gradients that come in another layout than their outputs; None to find them by the loss.
     """
     check_rewrites(settings.rewrites, has_optimizer=settings.shape.has_optimizer, accumulate=settings.accumulate)
-    trace = functools.partial(trace_step, faking=faking) if templates is None else templates.trace
+    by_symbols = templates is not None and not orders  # what is traced with symbols knows of no other layout
+    trace = templates.trace if templates and by_symbols else functools.partial(trace_step, faking=faking, orders=orders)
     traced = trace(model, flat, batch=batch, loss_fn=settings.loss_fn, grad_outputs=grad_outputs)
     shape = settings.shape
     binding = lower(traced, flat, model, shape)
     facts: dict[str, object] = {
         "grad_outputs": list(traced.grad_outputs),
+        "grad_orders": [[position, *order] for position, order in traced.orders.items()],
         "loss_position": traced.loss_position,
         "as_compiled": traced.as_compiled,
         "torch": torch.__version__,

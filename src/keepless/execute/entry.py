@@ -197,6 +197,7 @@ def make_entry(
         has_rng,
         get_state,
         set_state,
+        layouts=tuple(binding.examples[slot] for slot in binding.tangents),
     )
     leaf_arguments = tuple(argument_of(name) for name, _ in binding.grads)
     ordered = tuple(layout[position] for position in sorted(layout))

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from keepless import _compat
+from keepless.capture.ordering import has_other_layout
 from keepless.errors import ReplayError, StepError
 from keepless.execute.arena import Arena, Lease
 from keepless.execute.codegen import Compiled, forget_frame, stale
@@ -95,6 +96,7 @@ class Recipe:
         rescue: how the step survives where there is no memory; None where it does not.
         keeps_tangents: whether the gradients that come from outside are held to the end, for that.
         arena: where most of the step's values are made, and the generated step that does so; None without one.
+        layouts: per differentiable output, what its gradient is like: others are not what was captured.
     """
 
     compiled: Compiled
@@ -114,6 +116,7 @@ class Recipe:
     rescue: Rescue | None = None
     keeps_tangents: bool = False
     arena: tuple[Arena, Compiled] | None = None
+    layouts: tuple[torch.Tensor, ...] = ()
 
 
 class Step:
@@ -266,13 +269,18 @@ class Step:
         if not first and not self.kept:
             raise StepError(_USED_TWICE)
         keep = _compat.graph_is_kept()
-        if torch.is_grad_enabled() or others or not all(planned) or not first:
+        if torch.is_grad_enabled() or others or not all(planned) or not first or self.has_other_layouts(tangents):
             self.replay(tangents, create_graph=torch.is_grad_enabled())
             self.kept = keep
             return False
         self.kept = keep
         self.tangents = tuple(tangents[position] for position in self.recipe.differentiable)
         return True
+
+    def has_other_layouts(self, tangents: tuple[Any, ...]) -> bool:
+        """Whether gradients lie in memory otherwise than those that were captured: other kernels would run on them."""
+        given = (tangents[position] for position in self.recipe.differentiable)
+        return any(has_other_layout(t, example) for t, example in zip(given, self.recipe.layouts, strict=True))
 
     def replay(self, tangents: tuple[Any, ...], *, create_graph: bool) -> None:
         """Runs the user's forward again under autograd, as it ran the first time, and differentiates it."""

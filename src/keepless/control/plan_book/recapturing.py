@@ -50,6 +50,14 @@ def bind(model: torch.nn.Module, plan: Plan, flat: FlatInputs) -> Capture:
     return bound
 
 
+def _orders(rows: object) -> dict[int, tuple[int, ...]]:
+    """Of a plan's signature: orders of gradients by output position."""
+    if not isinstance(rows, list):
+        return {}
+    numbers = [[whole(number) for number in row] for row in rows if isinstance(row, list)]
+    return {row[0]: tuple(row[1:]) for row in numbers if row and sorted(row[1:]) == list(range(len(row) - 1))}
+
+
 def _in_order_of(plan: Plan, capture: Capture) -> Capture | None:
     """A capture whose ops are the plan's in another order, in the plan's; None where they are others.
 
@@ -91,7 +99,8 @@ def recapture(model: torch.nn.Module, flat: FlatInputs, plan: Plan) -> Capture:
     positions = signature.get("grad_outputs")
     chosen = tuple(whole(p) for p in positions) if isinstance(positions, list) else None
     with untouched(model):
-        traced = trace_step(model, flat, batch=None, loss_fn=None, grad_outputs=chosen)
+        orders = _orders(signature.get("grad_orders"))
+        traced = trace_step(model, flat, batch=None, loss_fn=None, grad_outputs=chosen, orders=orders)
         # Whether an output is the model's own loss, which the caller never releases, only the plan knows.
         own = signature.get("loss_position")
         traced = replace(traced, loss_position=own if type(own) is int else None)

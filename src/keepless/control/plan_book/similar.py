@@ -44,7 +44,9 @@ def measure_like(
     flat = flatten_inputs(inputs)
     chosen = None if settings.own_loss else captures.grad_outputs
     with untouched(model):
-        capture, given = capture_call(model, flat, inputs, settings, chosen, captures.templates(model))
+        capture, given = capture_call(
+            model, flat, inputs, settings, chosen, captures.templates(model), orders=captures.orders
+        )
         binding = capture.binding
         graph = binding.graph
         trials = op_trials(binding, model)
