@@ -11,6 +11,7 @@ import torch
 from keepless import _compat
 from keepless.binding import Binding, Call, OpCode, map_refs, slots_of
 from keepless.capture import DELIVER, LOSS, OPTIMIZER, UPDATE
+from keepless.control.indices import spread_indices
 from keepless.control.room import cost_of_unrun, own_params, split_by_room
 from keepless.cost import CostModel, Origin
 from keepless.ir import Effect, Kind
@@ -172,6 +173,13 @@ def _maker(
         storages: dict[int, torch.Tensor] = {}
         tensors: dict[int, torch.Tensor] = {}
         call: Call = code.call
+        for slot, indices in spread_indices(call, binding.examples).items():
+            example, value = binding.examples[slot], binding.slot_value[slot]
+            is_made = slot not in binding.constants and value not in params
+            if is_made and all(
+                stride or size < 2 for size, stride in zip(example.shape, example.stride(), strict=True)
+            ):
+                _real(binding, slot, storages, params, on_host).copy_(indices(example.numel()).view(example.shape))
         for slot in slots_of(call):
             tensors[slot] = _real(binding, slot, storages, params, on_host)
         args = map_refs(call.args, tensors.__getitem__)
