@@ -57,7 +57,7 @@ class Sizes:
     rounds: tuple[int, int] = (3, 15)
     eager_shares: int = 11
     inductor_shares: int = 11
-    budgets: int = 8
+    budgets: int = 6
     coarse: int = 3
     at_peers: bool = True
     limit: float = 180.0
@@ -135,10 +135,10 @@ class Race:
         with tempfile.TemporaryDirectory(prefix="keepless-peers-") as folder:
             self.folder = Path(folder)
             save(self.stand.result(Way(self.stand.subject)), self._file("plain"))
-            self._measure_peers("eager", 0.35)
-            self._plan(0.6)
-            self._measure_ours(0.7)
-            self._measure_peers("inductor", 0.8)
+            self._measure_peers("eager", 0.25)
+            self._plan(0.4)
+            self._measure_ours(0.68)
+            self._measure_peers("inductor", 0.78)
         self._time()
         self._compare_peaks()
         self.add("machine", "load_after", "count", os.getloadavg()[0])
