@@ -89,8 +89,27 @@ def test_frozen_norms_run_by_cudnn_forward_only() -> None:
     assert keepless.verify(model, batch, plan).equal
 
 
+@pytest.mark.usefixtures("cudnn_everywhere")
+def test_norms_without_running_statistics_run_by_cudnn() -> None:
+    """Those of instances, and of batches that keep none."""
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 6, 3),
+        torch.nn.InstanceNorm2d(6, affine=True),
+        torch.nn.ReLU(),
+        torch.nn.BatchNorm2d(6, track_running_stats=False),
+    )
+    planned = keepless.with_loss(model, lambda output, _: output.square().mean())
+    batch = torch.randn(4, 3, 12, 12)
+    plan = keepless.plan(planned, batch, "1GiB", engine="graph", cache=False)
+    names = [op.name for op in plan.graph.ops]
+    assert names.count("keepless.stand_in") == names.count("keepless.stand_in_backward") == 2
+    assert keepless.verify(planned, batch, plan).equal
+
+
 def test_what_eager_takes_is_asked() -> None:
     """Of fakes, also where there is no card; never for tensors on the CPU."""
+    if not torch.backends.cudnn.enabled or torch.version.cuda is None:
+        pytest.skip("this torch has no cuDNN")
     with FakeTensorMode():
         try:
             x, weight = torch.empty(2, 4, 8, 8, device="cuda"), torch.empty(4, device="cuda")

@@ -73,8 +73,9 @@ def export_joint(model: torch.nn.Module, args: tuple[Any, ...]) -> torch.fx.Grap
 
     Placeholders and the output node carry `meta["desc"]`, read by `describe_input` and `describe_output`. Loops run the
     backward outside of autocast: its ops have the dtypes of the forward's, also where that was traced under autocast.
+    Gradients from outside are laid out as their outputs are (torch 2.11 takes them to be contiguous).
     """
-    backward = functorch_config.patch(backward_pass_autocast="off")
+    backward = functorch_config.patch(backward_pass_autocast="off", guess_tangent_strides_as_outputs=True)
     with contextlib.ExitStack() as stack, eagers_own_ops(), backward:
         joint = aot_export_joint_with_descriptors(
             stack, model, args, decompositions={}, keep_inference_input_mutations=True

@@ -277,6 +277,8 @@ class Drafting:
         if target is torch.ops.aten.mkldnn_rnn_layer.default and args[-1]:
             target = known.lstm_layer
         replay = None
+        if target in known.BATCH_NORM_ALONE and args[3] and self.by_cudnn(full := (*args[:3], None, None, *args[3:])):
+            target, args = known.BATCH_NORM_FORWARD[0], full
         by_cudnn = target in known.BATCH_NORM_FORWARD and args[5] and self.by_cudnn(args)
         if target in known.BATCH_NORM_BACKWARD:
             reserve = self.reserve_of.get(self.slot_value[args[5].slot]) if isinstance(args[5], Ref) else None
@@ -288,7 +290,7 @@ class Drafting:
             target = cudnn.cudnn_batch_norm_inference
         if by_cudnn:
             target = cudnn.cudnn_batch_norm
-            if self.only_updates_statistics(node):
+            if args[3] is not None and self.only_updates_statistics(node):
                 replay = Call(target, (*args[:3], None, None, *args[5:]))
         elif target in known.BATCH_NORM_FORWARD and self.only_updates_statistics(node):
             form = known.batch_norm_replay(args, *(self.examples[args[place].slot].dtype for place in (0, 3)))

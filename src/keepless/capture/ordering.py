@@ -9,7 +9,7 @@ These nodes stand for no op: the real gradient has that layout already (`Draftin
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,6 +31,16 @@ def order_of(grad: torch.Tensor, output: torch.Tensor) -> tuple[int, ...] | None
         return None
     order = _dense_order(grad)
     return None if order is None or order == _dense_order(output) else order
+
+
+def orders_of_holes(leaves: Sequence[Any], positions: Sequence[int]) -> dict[int, tuple[int, ...]]:
+    """Outputs that lie in memory with holes (`x[:, :-1]`) get dense gradients, whoever sends them."""
+    tensors = {i: leaves[i] for i in positions if i < len(leaves) and isinstance(leaves[i], torch.Tensor)}
+    return {
+        i: tuple(range(t.dim()))
+        for i, t in tensors.items()
+        if all(type(n) is int for n in (*t.shape, *t.stride())) and t.numel() and _dense_order(t) is None
+    }
 
 
 def _dense_order(tensor: torch.Tensor) -> tuple[int, ...] | None:

@@ -20,7 +20,7 @@ from keepless import _compat
 from keepless.binding import Fact
 from keepless.capture.checkpointed import checkpointed_places, refuse_checkpointing
 from keepless.capture.inputs import FlatInputs
-from keepless.capture.ordering import MARK, Ordered, Orders, is_ordering, order_of
+from keepless.capture.ordering import MARK, Ordered, Orders, is_ordering, order_of, orders_of_holes
 from keepless.capture.side_effects import guard_side_effects
 from keepless.errors import BatchError, CaptureError, DataDependentError, LossError, ParameterError
 from keepless.warning import warn_caller
@@ -137,7 +137,8 @@ def trace_step(
         loss_fn: loss of (output, batch); None where the model's output holds its loss.
         grad_outputs: flat output positions that receive gradients; None to find them from the loss.
         faking: how fakes are made; None for fakes like the tensors.
-        orders: of gradients whose layout is not their output's; None to find them by the loss, where it is called.
+        orders: of gradients whose layout is not their output's, beside those that are found: by the loss, where it is
+            called, and of outputs with holes.
 
     Raises:
         BatchError: the forward rejects the batch.
@@ -172,7 +173,7 @@ def _trace(
         _state.active = True
         with torch.enable_grad(), guard_side_effects(model), compiling:
             dry = _dry_run(model, flat, batch, loss_fn, grad_outputs, faking)
-            orders = dry.orders if orders is None else orders
+            orders = {**dry.orders, **(orders or {})}
             module = _export(model, flat, dry.grad_outputs, faking, orders)
     finally:
         _state.active = False
@@ -342,6 +343,7 @@ def _dry_run(
                 )
         if grad_outputs is not None:
             found.grad_outputs = grad_outputs
+            found.orders = orders_of_holes(leaves, grad_outputs)
         elif loss_fn is None:
             found.loss_position = _own_loss(output, leaves)
             found.grad_outputs = (found.loss_position,)

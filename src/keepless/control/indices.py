@@ -22,8 +22,9 @@ _SPREAD = 2654435761
 def spread_indices(call: Call, examples: Mapping[int, torch.Tensor]) -> dict[int, Callable[[int], torch.Tensor]]:
     """Slots of a call's indices -> so many of them, as int64 on the CPU; for ops that are known."""
     known = _KNOWN.get(call.target)
-    if known is None:
-        return {}
+    listed = [arg for arg in call.args[1] if isinstance(arg, Ref)] if known is _of_list else []
+    if known is None or any(examples[arg.slot].dtype in (torch.bool, torch.uint8) for arg in listed):
+        return {}  # a mask stands for as many dimensions as it has
     shapes = [_shape(arg, examples) for arg in call.args]
     found: dict[int, Callable[[int], torch.Tensor]] = {}
     for position, make in known(call.args, shapes):

@@ -107,7 +107,8 @@ class _Replay:
         binding = self.entry.binding
         if self.entry.replay_blocker:
             raise ReplayError(
-                f"{self.entry.replay_blocker}, so that the forward cannot be replayed for a second or double backward."
+                f"{self.entry.replay_blocker}, so that the forward cannot be replayed for a second or double backward, "
+                "or for a gradient in another layout than was planned for."
             )
         model = self.planned._model()
         if model is None:

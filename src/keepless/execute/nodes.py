@@ -17,6 +17,7 @@ time, and differentiates that. See `Step.replay`.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -97,6 +98,7 @@ class Recipe:
         keeps_tangents: whether the gradients that come from outside are held to the end, for that.
         arena: where most of the step's values are made, and the generated step that does so; None without one.
         layouts: per differentiable output, what its gradient is like: others are not what was captured.
+        tells_of_layout: such others are warned about, once.
     """
 
     compiled: Compiled
@@ -117,6 +119,17 @@ class Recipe:
     keeps_tangents: bool = False
     arena: tuple[Arena, Compiled] | None = None
     layouts: tuple[torch.Tensor, ...] = ()
+    tells_of_layout: bool = True
+
+    def tell_of_layout(self) -> None:
+        """Warns at the first gradient in another layout than was captured."""
+        if self.tells_of_layout:
+            self.tells_of_layout = False
+            warnings.warn(
+                "A gradient from outside of the planned model has another memory layout than it was planned for: such "
+                "steps run the model's own forward again, outside of the budget. Plan with the loss that is trained.",
+                stacklevel=2,
+            )
 
 
 class Step:
@@ -269,7 +282,13 @@ class Step:
         if not first and not self.kept:
             raise StepError(_USED_TWICE)
         keep = _compat.graph_is_kept()
-        if torch.is_grad_enabled() or others or not all(planned) or not first or self.has_other_layouts(tangents):
+        again = torch.is_grad_enabled() or others or not all(planned) or not first
+        if again or self.has_other_layouts(tangents):
+            if not again and not keep:  # what the plan has kept is not needed
+                self.gen.close()
+                self.end_lease()
+            if not again:
+                self.recipe.tell_of_layout()
             self.replay(tangents, create_graph=torch.is_grad_enabled())
             self.kept = keep
             return False
@@ -303,7 +322,7 @@ class Step:
                 self.release()
                 raise ReplayError(
                     f"{name} has changed since the forward, so that the step cannot be replayed for a second or "
-                    "double backward."
+                    "double backward, or for a gradient in another layout than was planned for."
                 )
         recipe = self.recipe
         recipe.counters.replays += 1

@@ -276,7 +276,9 @@ def _cuda_seconds(thunk: Callable[[], object], device: torch.device, min_seconds
             start.record()
             began = perf_counter_ns()
             thunk()
-            launches.append((perf_counter_ns() - began) / 1e9)
+            took = (perf_counter_ns() - began) / 1e9
+            # An op that waits for the device has waited for what kept it busy.
+            launches.append(max(0.0, took - ahead) if start.query() else took)
             end.record()
             end.synchronize()
             seconds.append(start.elapsed_time(end) / 1e3)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from keepless._compat import tree_flatten, tree_leaves, tree_unflatten
+from keepless.capture.ordering import order_of
 from keepless.eager import forward as regions
 from keepless.eager.determinism import CHECKS
 from keepless.eager.failures import CheckpointError
@@ -36,7 +37,8 @@ class Probe:
     Attributes:
         gradients: names of parameters -> the backward op in which their gradient first stood, of the last step.
         failed: the last region that could not be recomputed, None where all could.
-        received: region -> flat positions of its outputs that got a gradient in some step.
+        received: region -> flat positions of its outputs that got a gradient in some step, and the order of that in
+            memory (`keepless.capture.ordering`), None where it is the output's.
     """
 
     def __init__(self, model: torch.nn.Module, cut: Cut) -> None:
@@ -46,7 +48,7 @@ class Probe:
         self.calls = Calls()
         self.numbers = {site: number for number, site in enumerate(cut.sites)}
         self.gradients: dict[str, int] = {}
-        self.received: dict[int, set[int]] = {}
+        self.received: dict[int, dict[int, tuple[int, ...] | None]] = {}
         self.failed: int | None = None
         self._cursor = 0
         self._filling = 0
@@ -176,7 +178,7 @@ class Probe:
         A part that the module uses itself, too (an LSTM's cell state), gets gradients from within: where there are
         several, each is handed out as a view, and the view notes.
         """
-        found = self.received.setdefault(number, set())
+        found = self.received.setdefault(number, {})
         leaves, spec = tree_flatten(result)
         known = {id(leaf) for leaf in tree_leaves(given)}
         own: dict[int, int] = {}
@@ -188,7 +190,7 @@ class Probe:
             leaves = [views.get(id(leaf), leaf) for leaf in leaves]
             result = tree_unflatten(leaves, spec)
         for position in own.values():
-            leaves[position].register_hook(_Noting(found, position))
+            leaves[position].register_hook(_Noting(found, position, leaves[position]))
         return result
 
     def _pack(self, tensor: torch.Tensor) -> tuple[torch.Tensor, int, int]:
@@ -217,13 +219,14 @@ def _version(tensor: torch.Tensor) -> int:
 class _Noting:
     """A hook of an output."""
 
-    __slots__ = ("found", "position")
+    __slots__ = ("found", "output", "position")
 
-    def __init__(self, found: set[int], position: int) -> None:
+    def __init__(self, found: dict[int, tuple[int, ...] | None], position: int, output: torch.Tensor) -> None:
         self.found, self.position = found, position
+        self.output = torch.empty_strided(output.shape, output.stride(), device="meta")
 
     def __call__(self, gradient: torch.Tensor) -> None:
-        self.found.add(self.position)
+        self.found[self.position] = order_of(gradient, self.output)
 
 
 class _Region:

@@ -54,6 +54,7 @@ class Segment:
             if isinstance(found, str):
                 return self._missed(found, standing, args, kwargs)
             self.entry = found
+            found.recipe.tells_of_layout = False  # the plan has measured its steps
             if self.survivor is not None and found.cost is not None:
                 equip(found, found.cost, self.survivor, self._adopt)
                 if self.is_tight:

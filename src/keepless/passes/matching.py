@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 
 from keepless.ir import Effect, Graph, Op
@@ -99,14 +99,16 @@ def _is_same(ours: Op, theirs: Op, found: Match) -> bool:
     )
 
 
-def reordered(here: Graph, there: Graph, found: Match) -> Graph:
+def reordered(there: Graph, found: Match, legal: Sequence[Container[tuple[int, int]]]) -> Graph:
     """The other graph, in which outputs may take over only what they may take over here, too.
 
-    Which inputs an op can write over depends on how its call names them.
+    Arguments:
+        legal: of each op here, pairs (output, input) for which there is an exact in-place form: which inputs an op can
+            write over depends on how its call names them.
     """
     ops = []
     for op in there.ops:
-        ours = set(here.ops[found.ops[op.id]].reuses)
+        ours = legal[found.ops[op.id]]
         pairs = [pair for pair in op.reuses if (found.values[pair[0]], found.values[pair[1]]) in ours]
         ops.append(replace(op, reuses=tuple(pairs)))
     return replace(there, ops=tuple(ops))

@@ -16,6 +16,7 @@ import torch
 
 from keepless.binding import Binding
 from keepless.capture import CAST_ONCE, Inputs, StandingForward, StepShape, flatten_inputs
+from keepless.capture.ordering import Orders
 from keepless.control.allocating import within_card
 from keepless.control.captured import Settings
 from keepless.control.parts.blocks import Library, kind_of
@@ -48,13 +49,17 @@ from keepless.solve.transfer import transfer
 BLOCKS = "blocks"
 
 
+Edges = tuple[tuple[int, ...], frozenset[int], Orders]
+
+
 @dataclass(frozen=True)
 class MeasuredBlocks:
     """A step of which some calls are captured.
 
     Arguments:
         bindings: of the captured calls.
-        edges: flat positions of their outputs that get a gradient, and of inputs that code behind them reads, too.
+        edges: flat positions of their outputs that get a gradient, and of inputs that code behind them reads, too; and
+            orders of gradients that come in another layout than their outputs.
         reasons: why other calls are none.
         around: why calls around these are none.
         unseen: paths of blocks that the step did not call.
@@ -67,7 +72,7 @@ class MeasuredBlocks:
     step: Composite
     library: Library
     bindings: dict[Site, Binding]
-    edges: dict[Site, tuple[tuple[int, ...], frozenset[int]]]
+    edges: dict[Site, Edges]
     reasons: dict[Site, str]
     around: dict[Site, str]
     unseen: tuple[str, ...]
@@ -146,7 +151,7 @@ class _Bench:
         pieces = measure_modules(run, settings, told, choose, set(paths), self.most_repeats)
         run.prepare()
         bindings: dict[Site, Binding] = {}
-        edges: dict[Site, tuple[tuple[int, ...], frozenset[int]]] = {}
+        edges: dict[Site, Edges] = {}
         reasons: dict[Site, str] = {}
         captured: dict[int, Costed] = {}
         survey = pieces.cut.survey
@@ -162,15 +167,17 @@ class _Bench:
                 once = next((n for n, p in cast_once.items() if any(p is own for own in module.parameters())), None)
                 if once is not None:
                     raise CaptureError(CAST_ONCE.format(once))
-                positions = tuple(sorted(pieces.received.get(number, ())))
+                received = pieces.received.get(number, {})
+                positions = tuple(sorted(received))
+                orders = {position: order for position, order in received.items() if order is not None}
                 shared = shared_inputs(survey, call)
                 with autocast_of(call, run.device.type):
-                    binding = self.library.binding(module, flat, positions, shared)
+                    binding = self.library.binding(module, flat, positions, shared, orders)
                 captured[number] = Costed(binding, self._cost(binding, module))
             except (CaptureError, BatchError, ParameterError, MeasureError) as error:
                 reasons[call.site] = str(error)
                 continue
-            bindings[call.site], edges[call.site] = binding, (positions, shared)
+            bindings[call.site], edges[call.site] = binding, (positions, shared, orders)
         self.tell("capture", len(calls), len(calls))
         step = Composer(
             model, pieces.cut, pieces.gradients, settings.shape, survey.loss, pieces.cost, captured
@@ -297,8 +304,9 @@ def _solved_less(run: Runner, measured: MeasuredBlocks, settings: Settings, over
                 s.site.number,
                 *s.forward,
                 *s.backward,
-                *map(sorted, measured.edges[s.site]),
+                *map(sorted, measured.edges[s.site][:2]),
                 fingerprint(measured.bindings[s.site].graph),
+                [[position, *order] for position, order in sorted(measured.edges[s.site][2].items())],
             ]
             for s in step.segments
         ],
@@ -348,6 +356,7 @@ def chosen_of(plan: Plan) -> Chosen:
                     frozenset(map(int, row[7])),
                     str(row[8]),
                     costs[segment.site],
+                    {int(position): tuple(map(int, order)) for rows in row[9:] for position, *order in rows},
                 )
             )
             for segment, row in zip(segments, rows, strict=True)
@@ -407,12 +416,13 @@ class _Bind:
     shared: frozenset[int]
     fingerprint: str
     cost: CostModel
+    orders: Orders
 
     def __call__(self, standing: StandingForward, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Entry | str:
         module = standing.module
         try:
             flat = flatten_inputs(Inputs(*args, **kwargs))
-            binding = self.library.binding(module, flat, self.received, self.shared)
+            binding = self.library.binding(module, flat, self.received, self.shared, self.orders)
         except (CaptureError, BatchError, ParameterError) as error:
             return str(error)
         if fingerprint(binding.graph) != self.fingerprint:

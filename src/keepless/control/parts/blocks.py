@@ -26,6 +26,7 @@ from keepless.capture import (
     planned_device,
     trace_step,
 )
+from keepless.capture.ordering import Orders
 from keepless.control.trials import untouched
 
 
@@ -37,6 +38,7 @@ class BlockCapture:
     kind: tuple[Any, ...]
     flat: FlatInputs
     shared: frozenset[int]
+    orders: Orders
     binding: Binding
 
 
@@ -53,13 +55,19 @@ class Library:
     traced: int = 0
 
     def binding(
-        self, module: torch.nn.Module, flat: FlatInputs, received: tuple[int, ...], shared: frozenset[int]
+        self,
+        module: torch.nn.Module,
+        flat: FlatInputs,
+        received: tuple[int, ...],
+        shared: frozenset[int],
+        orders: Orders,
     ) -> Binding:
         """The binding of a call.
 
         Arguments:
             received: flat positions of the outputs that get a gradient.
             shared: flat positions of inputs that code behind the call reads, too.
+            orders: of gradients that come in another layout than their outputs.
 
         Raises:
             CaptureError: it cannot be captured.
@@ -72,6 +80,7 @@ class Library:
                 known.kind == kind
                 and known.shared == shared
                 and binding.grad_outputs == received
+                and known.orders == orders
                 and binding.ambient == ambient
                 and _same_call(known.flat, flat)
             ):
@@ -81,10 +90,10 @@ class Library:
                 if own is not None:
                     return own
         with untouched(module):
-            traced = trace_step(module, flat, batch=None, loss_fn=None, grad_outputs=received)
+            traced = trace_step(module, flat, batch=None, loss_fn=None, grad_outputs=received, orders=orders)
             binding = lower(traced, flat, module, replace(self.shape, shared_inputs=shared))
         self.traced += 1
-        self.captures.append(BlockCapture(weakref.ref(module), kind, flat.without_tensors(), shared, binding))
+        self.captures.append(BlockCapture(weakref.ref(module), kind, flat.without_tensors(), shared, orders, binding))
         return binding
 
 

@@ -45,7 +45,8 @@ class MeasuredModules:
     Arguments:
         tree: the regions in the graph's ops; where calls are to be captured, in pieces.
         gradients: name of a parameter -> the backward op in which its gradient first stands.
-        received: region -> flat positions of its outputs that get a gradient, of calls that were noted.
+        received: region -> flat positions of its outputs that get a gradient, of calls that were noted, and that
+            gradient's order in memory (`Probe.received`).
         failed: positions in the survey's calls of those that cannot be recomputed.
     """
 
@@ -54,7 +55,7 @@ class MeasuredModules:
     tree: RegionTree
     cut: Cut
     gradients: dict[str, int]
-    received: dict[int, set[int]]
+    received: dict[int, dict[int, tuple[int, ...] | None]]
     failed: frozenset[int]
 
 

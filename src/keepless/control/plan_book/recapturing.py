@@ -67,7 +67,8 @@ def _in_order_of(plan: Plan, capture: Capture) -> Capture | None:
     found = match(here, plan.graph)
     if found is None:
         return None
-    graph = reordered(here, plan.graph, found)
+    legal = [code.in_place if code is not None else () for code in capture.binding.ops]
+    graph = reordered(plan.graph, found, legal)
     if any(
         isinstance(i, Run) and i.reuse and graph.ops[i.op].reuses != plan.graph.ops[i.op].reuses for i in plan.program
     ):
