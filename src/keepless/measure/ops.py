@@ -278,7 +278,8 @@ def _cuda_seconds(thunk: Callable[[], object], device: torch.device, min_seconds
             thunk()
             took = (perf_counter_ns() - began) / 1e9
             # An op that waits for the device has waited for what kept it busy.
-            launches.append(max(0.0, took - ahead) if start.query() else took)
+            waited = start.query()  # type: ignore[no-untyped-call]
+            launches.append(max(0.0, took - ahead) if waited else took)
             end.record()
             end.synchronize()
             seconds.append(start.elapsed_time(end) / 1e3)
