@@ -62,6 +62,16 @@ def test_what_is_said_of_a_card_holds_in_its_results() -> None:
     assert round(max(cells), 2) <= 1.0
 
 
+def test_what_is_said_of_peers_holds_in_the_results() -> None:
+    """README's words on the best exact peers."""
+    from benchmarks import common
+
+    rows = common.read_rows(common.RESULTS / "peers.csv")
+    for model, least, most in (("gpt2", 0.74, 0.92), ("llama", 0.87, 1.01)):
+        cells = [row.value for row in rows if row.model == model and row.metric.startswith("ours_over_best:")]
+        assert (round(min(cells), 2), round(max(cells), 2)) == (least, most)
+
+
 def test_rows_of_other_models_stay(tmp_path: Path) -> None:
     """A run of some models replaces their rows, and leaves the others as they are."""
     from benchmarks import common

@@ -30,7 +30,8 @@ def test_ctrl_c_keeps_the_points_that_there_are() -> None:
     short = trace_curve(graph, cost, points=6, search=interrupting(3))
     assert short.is_ended_early
     assert len(short.bounds) == 3 < len(whole.bounds)
-    assert short.points[0].peak == whole.points[0].peak
+    # Later points may find the ends of an order that is still lower.
+    assert short.points[0].peak >= whole.points[0].peak
     assert short.points[-1].seconds == whole.points[-1].seconds
     assert short.at(short.smallest_nbytes).peak <= short.smallest_nbytes
     assert short.strategies == ()

@@ -142,6 +142,16 @@ def test_no_order_with_a_few_replays_beats_the_oracle(seed: int, num_ops: int) -
             assert found.seconds <= best + 1e-9
 
 
+def test_what_is_higher_than_the_search_took_it_for_is_no_proof() -> None:
+    """A value that two ops make: the order that the search finds does not fit, and nothing is claimed."""
+    graph = random_graph(360, 2)
+    cost = random_cost(graph, random.Random(360))
+    assert evaluate(graph, cost, [0, 1, 2, 3]).peak == 129
+    found = Exhaustive().solve(graph, cost, 128)
+    assert found.certificate.status is Status.NOT_FOUND
+    assert "higher" in found.certificate.witness
+
+
 def two_in_place(seed: int) -> tuple[Graph, CostModel]:
     """A random DAG of ops with one or two outputs, each of which may take over an input of its size."""
     rng = random.Random(seed)

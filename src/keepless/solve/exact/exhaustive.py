@@ -67,10 +67,15 @@ class Exhaustive:
             masks = Masks(graph, cost, may_run_again(graph, self.backward_again))
             hunt = Hunt(masks, limit_nbytes, self.any_order, search, self.work, peak)
             path = hunt.run()
+            is_higher = path is not None and evaluate(graph, cost, path).peak > limit_nbytes
+            if is_higher:  # a value that two ops make once each stands twice where the second is made
+                path = None
             least += hunt.bound if hunt.bound < inf else 0.0
             reach = "all that could be faster" if hunt.is_over else "then the limit of work"
             witness = f"{hunt.states} states, {reach}"
-            if hunt.is_over:
+            if is_higher:
+                witness = f"{hunt.states} states, the last of which is higher than it was taken for"
+            elif hunt.is_over:
                 status = Status.PROVEN_INFEASIBLE if path is None else Status.OPTIMAL
             order = self._known(graph, cost, limit_nbytes, seed, search) if path is None else path
         claim = Certificate(
