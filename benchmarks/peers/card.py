@@ -52,6 +52,7 @@ from benchmarks.peers.card_device import Memory, TimeLimit, within
 from benchmarks.peers.contenders import PLAIN, Contender
 from benchmarks.peers.ours import PLENTY, Planned, Planner
 from benchmarks.peers.race import ALIKE, Entrant, fastest, line_of
+from benchmarks.peers.run import conclude
 from benchmarks.peers.steps import SEED, Difference, Result, compare
 from benchmarks.peers.ways import Unavailable, Way
 from keepless.errors import KeeplessError
@@ -579,12 +580,7 @@ def main() -> None:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
     rows = [row for row in read_rows(out) if row.model in args.only]
-    console.print(answers.on_card(rows) if rows else answers.NONE, markup=False, soft_wrap=True)
-    console.print(f"rows: {out}")
-    faults = answers.faults(rows)
-    for fault in faults:
-        console.print(f"FAULT: {fault}", markup=False)
-    sys.exit(1 if faults else 0)
+    conclude(console, answers.on_card(rows) if rows else answers.NONE, rows, out)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import argparse
 import os
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,7 +29,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from benchmarks.common import RESULTS, Table, read_rows
+from benchmarks.common import RESULTS, Row, Table, read_rows
 from benchmarks.peers import answers, nursery, race
 from benchmarks.peers.models import FAMILIES
 
@@ -75,6 +76,16 @@ def measure_models(names: list[str], sizes: race.Sizes, path: Path, seed: int, c
     return table
 
 
+def conclude(console: Console, text: str, rows: Sequence[Row], path: Path) -> None:
+    """Prints what rows say; the exit status is 1 where a plan of ours was not exact or rose above its budget."""
+    console.print(text, markup=False, soft_wrap=True)
+    console.print(f"rows: {path}")
+    faults = answers.faults(rows)
+    for fault in faults:
+        console.print(f"FAULT: {fault}", markup=False)
+    sys.exit(1 if faults else 0)
+
+
 def main() -> None:
     """Runs the benchmark; the exit status is 1 where a plan of ours was not exact or rose above its budget."""
     args = arguments()
@@ -91,12 +102,7 @@ def main() -> None:
         sizes = replace(sizes, seconds=60.0 * minutes / len(names))
         measure_models(names, sizes, path, args.seed, console)
     rows = [row for row in read_rows(path) if row.model in args.models]
-    console.print(answers.summary(rows), markup=False, soft_wrap=True)
-    console.print(f"rows: {path}")
-    faults = answers.faults(rows)
-    for fault in faults:
-        console.print(f"FAULT: {fault}", markup=False)
-    sys.exit(1 if faults else 0)
+    conclude(console, answers.summary(rows), rows, path)
 
 
 if __name__ == "__main__":

@@ -56,6 +56,13 @@ def step(model: Blocks, x: torch.Tensor) -> list[torch.Tensor]:
     return [loss.detach().cpu(), *(p.grad.cpu() for p in model.parameters()), torch.rand(3, device="cuda").cpu()]
 
 
+def cut_share(model: Blocks, nbytes: int) -> None:
+    """From here on the process may have so many bytes of the card."""
+    model.zero_grad()
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(nbytes / torch.cuda.get_device_properties(0).total_memory)
+
+
 def test_a_captured_step_goes_on_where_the_card_is_full(tmp_path: Path) -> None:
     """The process's share of the card is cut below what the plan needs: forward and backward go on with less kept."""
     model, x = subject()
@@ -65,10 +72,7 @@ def test_a_captured_step_goes_on_where_the_card_is_full(tmp_path: Path) -> None:
     low, high = plan.smallest_budget, plan.baseline_peak
     keepless.apply(model, plan, black_box=tmp_path)
     assert all(map(torch.equal, step(model, x), expected))
-    model.zero_grad()
-    torch.cuda.empty_cache()
-    total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction((low + (high - low) // 3) / total)
+    cut_share(model, low + (high - low) // 3)
     found = step(model, x)
     assert all(map(torch.equal, found, expected))
     counters = model.__dict__["forward"].counters
@@ -90,10 +94,7 @@ def test_steps_of_module_calls_go_on_or_are_told(engine: str, tmp_path: Path) ->
     low, high = plan.smallest_budget, plan.baseline_peak
     keepless.apply(model, plan, black_box=tmp_path)
     assert all(map(torch.equal, step(model, x), expected))
-    model.zero_grad()
-    torch.cuda.empty_cache()
-    total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction((low + (high - low) // 2) / total)
+    cut_share(model, low + (high - low) // 2)
     told = 0
     found: Any = None
     for _ in range(6):

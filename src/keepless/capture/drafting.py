@@ -276,30 +276,12 @@ class Drafting:
             target = known.draw_in_place
         if target is torch.ops.aten.mkldnn_rnn_layer.default and args[-1]:
             target = known.lstm_layer
-        replay = None
-        if target in known.BATCH_NORM_ALONE and args[3] and self.by_cudnn(full := (*args[:3], None, None, *args[3:])):
-            target, args = known.BATCH_NORM_FORWARD[0], full
-        by_cudnn = target in known.BATCH_NORM_FORWARD and args[5] and self.by_cudnn(args)
-        if target in known.BATCH_NORM_BACKWARD:
-            reserve = self.reserve_of.get(self.slot_value[args[5].slot]) if isinstance(args[5], Ref) else None
-            if reserve is None:
-                args = known.batch_norm_backward_args(args)
-            else:
-                target, args = cudnn.cudnn_batch_norm_backward, (*args[:3], *args[5:7], args[8], Ref(reserve))
-        if target in known.BATCH_NORM_INFERENCE and self.by_cudnn(args):
-            target = cudnn.cudnn_batch_norm_inference
-        if by_cudnn:
-            target = cudnn.cudnn_batch_norm
-            if args[3] is not None and self.only_updates_statistics(node):
-                replay = Call(target, (*args[:3], None, None, *args[5:]))
-        elif target in known.BATCH_NORM_FORWARD and self.only_updates_statistics(node):
-            form = known.batch_norm_replay(args, *(self.examples[args[place].slot].dtype for place in (0, 3)))
-            replay = Call(form[0], form[1]) if form else None
+        target, args, replay = self.batch_norm(node, target, args)
         call = Call(target, args, kwargs)
         outputs = self.results(node, call)
         if outputs is None:
             return
-        if by_cudnn:
+        if target is cudnn.cudnn_batch_norm:
             outputs.append(self.reserve(node, args))
         if target is known.lstm_layer:
             workspace = self.slot_value[outputs[3][1]]
@@ -375,6 +357,31 @@ class Drafting:
         if not weights or weights[0].dtype == part.dtype or weights[0].dtype is not torch.float32:
             return part
         return torch.empty_strided(part.size(), part.stride(), dtype=torch.float32, device="meta")
+
+    def batch_norm(
+        self, node: torch.fx.Node, target: Any, args: tuple[Any, ...]
+    ) -> tuple[Any, tuple[Any, ...], Call | None]:
+        """Target, arguments and replay of a call: of a BatchNorm as eager runs it; of any other call as they are."""
+        if target in known.BATCH_NORM_BACKWARD:
+            reserve = self.reserve_of.get(self.slot_value[args[5].slot]) if isinstance(args[5], Ref) else None
+            if reserve is None:
+                return target, known.batch_norm_backward_args(args), None
+            return cudnn.cudnn_batch_norm_backward, (*args[:3], *args[5:7], args[8], Ref(reserve)), None
+        if target in known.BATCH_NORM_INFERENCE and self.by_cudnn(args):
+            return cudnn.cudnn_batch_norm_inference, args, None
+        if target in known.BATCH_NORM_ALONE and args[3]:
+            full = (*args[:3], None, None, *args[3:])
+            return (cudnn.cudnn_batch_norm, full, None) if self.by_cudnn(full) else (target, args, None)
+        if target not in known.BATCH_NORM_FORWARD:
+            return target, args, None
+        by_cudnn = args[5] and self.by_cudnn(args)
+        target = cudnn.cudnn_batch_norm if by_cudnn else target
+        if not self.only_updates_statistics(node):
+            return target, args, None
+        if by_cudnn:
+            return target, args, Call(target, (*args[:3], None, None, *args[5:]))
+        form = known.batch_norm_replay(args, *(self.examples[args[place].slot].dtype for place in (0, 3)))
+        return target, args, Call(form[0], form[1]) if form else None
 
     def by_cudnn(self, args: tuple[Any, ...]) -> bool:
         """Whether eager takes cuDNN for a BatchNorm with these arguments (without a mode: evaluation)."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from keepless.capture import FlatInputs, Inputs, flatten_inputs, lower, planned_device, trace_step
 from keepless.capture.ordering import Orders
 from keepless.capture.target import TargetFaking
+from keepless.capture.trace import Traced
 from keepless.control.allocating import allocation_of, within_card
 from keepless.control.captured import Capture, Captures, Measured, Settings, beyond_peak
 from keepless.control.checks import check_module, check_optimizer
@@ -317,11 +318,12 @@ def capture_call(
         grad_outputs: flat positions of the outputs that receive gradients; None to find them by the loss.
         templates: traces of the model with symbolic sizes, one of which may serve.
         faking: how fakes are made, for a device that is not here.
-        orders: of gradients that come in another layout than their outputs; None to find them by the loss.
+        orders: of gradients that come in another layout than their outputs, beside those that are found (`trace_step`).
     """
     check_rewrites(settings.rewrites, has_optimizer=settings.shape.has_optimizer, accumulate=settings.accumulate)
-    by_symbols = templates is not None and not orders  # what is traced with symbols knows of no other layout
-    trace = templates.trace if templates and by_symbols else functools.partial(trace_step, faking=faking, orders=orders)
+    trace: Callable[..., Traced] = functools.partial(trace_step, faking=faking, orders=orders)
+    if templates is not None and not orders:  # what is traced with symbols knows of no other layout
+        trace = templates.trace
     traced = trace(model, flat, batch=batch, loss_fn=settings.loss_fn, grad_outputs=grad_outputs)
     shape = settings.shape
     binding = lower(traced, flat, model, shape)
