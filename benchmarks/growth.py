@@ -46,7 +46,7 @@ from benchmarks.growth_steps import BASES, QUICK, Subject
 from keepless import Fits, InfeasibleBudget, Plan
 from keepless.machine import OPTIMIZER_IN_BACKWARD
 from keepless.measure import PeakMeasurement, measure_peak
-from keepless.report.floor import find_floor
+from keepless.reporting.floor import find_floor
 from keepless.solve.sizes import Need, largest
 
 METERED_STEPS = 2

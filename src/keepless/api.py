@@ -29,7 +29,7 @@ from keepless.errors import ParameterError
 from keepless.ir import Timeline
 from keepless.machine import Plan, load_plan, read_rewrites
 from keepless.modules.blocks import Blocks
-from keepless.report import MeasuredAccount, measured_account
+from keepless.reporting import MeasuredAccount, measured_account
 from keepless.solve import Solver
 
 M = TypeVar("M", bound=torch.nn.Module)

@@ -19,7 +19,7 @@ import keepless
 
 HOME = str(Path(keepless.__file__).parent)
 PURE = tuple(
-    f"{HOME}/{name}" for name in ("solve/", "passes/", "machine/", "ir/", "cost/", "report/", "errors", "cli/")
+    f"{HOME}/{name}" for name in ("solve/", "passes/", "machine/", "ir/", "cost/", "reporting/", "errors", "cli/")
 )
 """Below the torch line: nothing of the world is touched there, and most lines run there."""
 

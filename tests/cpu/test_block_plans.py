@@ -25,7 +25,7 @@ from keepless.ir import Run
 from keepless.modules.blocks import find_blocks
 from keepless.modules.composite import HAND_OVER, Segment, own_orders
 from keepless.modules.sites import Site
-from keepless.report import decisions
+from keepless.reporting import decisions
 
 ENGINES = ("graph", "blocks", "eager")
 

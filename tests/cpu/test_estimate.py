@@ -14,7 +14,7 @@ import keepless
 from keepless.control.estimating import largest_ops
 from keepless.errors import CaptureError
 from keepless.measure import measure_peak, ops
-from keepless.report import peak_account
+from keepless.reporting import peak_account
 
 Invoke = Callable[..., Any]
 

@@ -25,8 +25,8 @@ from keepless.execute import PlannedForward, drilling
 from keepless.execute.codegen import is_write
 from keepless.ir import Phase, Program, Run
 from keepless.machine import Plan
-from keepless.report.black_box import black_box_text, program_fingerprint
-from keepless.report.black_box_file import read_black_box
+from keepless.reporting.black_box import black_box_text, program_fingerprint
+from keepless.reporting.black_box_file import read_black_box
 
 CPU_TEXT = (
     "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate "

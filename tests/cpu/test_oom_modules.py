@@ -24,8 +24,8 @@ from keepless.control.parts.module_steps import planned_modules
 from keepless.machine import Plan, simulate
 from keepless.modules.planned import PlannedModules
 from keepless.modules.recovery import CHANGES
-from keepless.report.black_box import black_box_text
-from keepless.report.black_box_file import read_black_box
+from keepless.reporting.black_box import black_box_text
+from keepless.reporting.black_box_file import read_black_box
 
 
 class Failing(TorchDispatchMode):

@@ -14,7 +14,7 @@ from torch import nn
 import keepless
 from keepless.control.rescue import optimizer as guarding
 from keepless.errors import MeasureError, ParameterError
-from keepless.report.black_box_file import read_black_box
+from keepless.reporting.black_box_file import read_black_box
 
 BATCH = torch.linspace(-1, 1, 64).reshape(8, 8)
 

@@ -24,8 +24,8 @@ from keepless.ir import Effect, Graph, Kind, Phase, Program, Run
 from keepless.machine import OPTIMIZER_IN_BACKWARD, verify
 from keepless.measure import measure_peak, optimizer_footprint, optimizer_updates
 from keepless.passes import from_order
-from keepless.report.account import Homes
-from keepless.report.steps import predicted_steps
+from keepless.reporting.account import Homes
+from keepless.reporting.steps import predicted_steps
 
 optim = torch.optim
 REWRITES = (OPTIMIZER_IN_BACKWARD,)

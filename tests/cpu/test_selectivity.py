@@ -19,7 +19,7 @@ from keepless.cost import CostModel
 from keepless.ir import Budget, Graph, Op, Phase
 from keepless.machine import Baseline, make_plan
 from keepless.passes import evaluate
-from keepless.report.decisions import Choice, Decision, decisions
+from keepless.reporting.decisions import Choice, Decision, decisions
 from keepless.solve import Search, solve
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "docs" / "examples"

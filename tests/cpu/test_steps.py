@@ -12,7 +12,7 @@ import zoo
 
 import keepless
 from keepless.measure import measure_peak
-from keepless.report import predicted_steps
+from keepless.reporting import predicted_steps
 
 
 @pytest.mark.slow

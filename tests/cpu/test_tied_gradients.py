@@ -10,7 +10,7 @@ import keepless
 from keepless.ir import Kind, Phase, Program, Run
 from keepless.machine import simulate
 from keepless.passes import from_order, reuse_storage
-from keepless.report.account import holdings
+from keepless.reporting.account import holdings
 
 transformers = pytest.importorskip("transformers")
 

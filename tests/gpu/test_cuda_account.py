@@ -8,7 +8,7 @@ torch = pytest.importorskip("torch")
 
 import keepless  # noqa: E402
 from keepless.ir import Run  # noqa: E402
-from keepless.report import predicted_steps  # noqa: E402
+from keepless.reporting import predicted_steps  # noqa: E402
 
 pytestmark = [
     pytest.mark.gpu,

@@ -21,7 +21,7 @@ from keepless.cost import CostModel
 from keepless.errors import InfeasibleBudget, SolverError
 from keepless.ir import Budget, Effect, Graph, Kind, Op, Phase, Status, Value
 from keepless.machine import simulate, verify
-from keepless.report.curve_table import curve_text
+from keepless.reporting.curve_table import curve_text
 from keepless.solve import SOLVERS, Search, Standing, recheck, solve
 from keepless.solve.curve import MAX_LIMITS, Curve, trace_curve
 from keepless.solve.front import Line, Point, front_of, next_limit
@@ -419,7 +419,7 @@ def test_json_and_text_say_the_same() -> None:
 def test_the_picture_is_drawn(tmp_path: Path) -> None:
     """For an ordinary curve, a curve of one point and one without costs, as a raster and as text."""
     pytest.importorskip("matplotlib")
-    from keepless.report.curve_picture import draw_curve
+    from keepless.reporting.curve_picture import draw_curve
 
     curve = traced("gpt")
     draw_curve(curve, tmp_path / "curve.svg", budget=curve.knee.peak + 10, budget_of=lambda peak: peak + 10)

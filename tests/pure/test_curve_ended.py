@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from test_solve import SMALL
 
-from keepless.report.curve_table import curve_text
+from keepless.reporting.curve_table import curve_text
 from keepless.solve import Search, Standing
 from keepless.solve.curve import trace_curve
 

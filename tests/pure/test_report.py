@@ -31,7 +31,7 @@ from keepless.ir import (
 )
 from keepless.machine import Baseline, Plan, make_plan, simulate
 from keepless.passes import from_order, reuse_storage
-from keepless.report.account import (
+from keepless.reporting.account import (
     block_of,
     holdings,
     peak_account,
@@ -39,11 +39,11 @@ from keepless.report.account import (
     phase_spans,
     shared_out,
 )
-from keepless.report.decisions import Choice, decisions, format_seconds
-from keepless.report.measured_account import measured_account
-from keepless.report.picture import curve_of, everything_kept, picture_dict
-from keepless.report.steps import predicted_steps
-from keepless.report.tables import fits, fold, format_percent, plan_dict, steps_text, verdict
+from keepless.reporting.decisions import Choice, decisions, format_seconds
+from keepless.reporting.measured_account import measured_account
+from keepless.reporting.picture import curve_of, everything_kept, picture_dict
+from keepless.reporting.steps import predicted_steps
+from keepless.reporting.tables import fits, fold, format_percent, plan_dict, steps_text, verdict
 
 KEEP = tuple(range(12))
 AGAIN = (0, 1, 2, 3, 4, 5, 6, 7, 4, 8, 2, 9, 10, 11)
@@ -273,7 +273,7 @@ def test_a_measured_phase_is_set_against_its_highest_instruction(plan: Plan) -> 
 def test_accounts_are_drawn(plan: Plan) -> None:
     """As text and as a table that ends with the residue; blocks beyond a number are one row."""
     rich_console = pytest.importorskip("rich.console")
-    from keepless.report.account_table import account_rows, account_table
+    from keepless.reporting.account_table import account_rows, account_table
 
     account = measured_account(plan, Timeline(plan.predicted.events, {}, "measured"))
     console = rich_console.Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
@@ -350,7 +350,7 @@ def test_a_plan_without_time_has_reports(plan: Plan) -> None:
 def test_the_picture_is_drawn(plan: Plan, tmp_path: Path, name: str) -> None:
     """The picture is written, in the format that the file's name says, for plans with and without time."""
     pytest.importorskip("matplotlib")
-    from keepless.report.picture import draw
+    from keepless.reporting.picture import draw
 
     graph = model()
     draw(plan, tmp_path / name, note="a note")
@@ -361,7 +361,7 @@ def test_the_picture_is_drawn(plan: Plan, tmp_path: Path, name: str) -> None:
 def test_tables_are_drawn(plan: Plan) -> None:
     """Tables hold every block, and a row per value where asked."""
     rich_console = pytest.importorskip("rich.console")
-    from keepless.report.tables import blocks_table, peak_table
+    from keepless.reporting.tables import blocks_table, peak_table
 
     console = rich_console.Console(width=140, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     with console.file:
@@ -381,7 +381,7 @@ def test_units_are_readable() -> None:
 
 def test_reports_import_no_drawing_library_and_no_torch() -> None:
     """Importing the reports imports neither torch nor rich nor matplotlib."""
-    code = "import sys, keepless.report; print(sorted({'torch', 'rich', 'matplotlib'} & set(sys.modules)))"
+    code = "import sys, keepless.reporting; print(sorted({'torch', 'rich', 'matplotlib'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

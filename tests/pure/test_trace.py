@@ -15,8 +15,8 @@ from test_report import AGAIN, COST, model, plan_of
 from keepless.ir import Event, Timeline
 from keepless.machine import Plan
 from keepless.passes import from_order, reuse_storage
-from keepless.report.series import category_levels, columns, module_levels, save_timeline, timeline_dict
-from keepless.report.trace import MEASURED, MOST_MODULES, PREDICTED, save_trace, trace_dict
+from keepless.reporting.series import category_levels, columns, module_levels, save_timeline, timeline_dict
+from keepless.reporting.trace import MEASURED, MOST_MODULES, PREDICTED, save_trace, trace_dict
 
 
 @pytest.fixture
@@ -130,7 +130,7 @@ def test_many_blocks_are_counted_together(plan: Plan) -> None:
 def test_a_measured_line_is_drawn(plan: Plan, tmp_path: Path) -> None:
     """Over the predicted bytes, of instructions and of phases."""
     pytest.importorskip("matplotlib")
-    from keepless.report.picture import draw
+    from keepless.reporting.picture import draw
 
     events = tuple(replace(e, start=2 * e.start, end=2 * e.end, peak=e.peak + 90) for e in plan.predicted.events)
     draw(plan, tmp_path / "plain.svg")

@@ -62,9 +62,17 @@ from keepless.cost import format_graph
 from keepless.files import temporary_folder, write_whole
 from keepless.ir import format_bytes
 from keepless.machine import Plan, load_plan
-from keepless.report.black_box import black_box_text
-from keepless.report.black_box_file import is_black_box, read_black_box
-from keepless.report.tables import blocks_table, format_percent, parts_table, peak_table, plan_dict, steps_text, verdict
+from keepless.reporting.black_box import black_box_text
+from keepless.reporting.black_box_file import is_black_box, read_black_box
+from keepless.reporting.tables import (
+    blocks_table,
+    format_percent,
+    parts_table,
+    peak_table,
+    plan_dict,
+    steps_text,
+    verdict,
+)
 
 if TYPE_CHECKING:
     from keepless.cli.models import Built, Recipe
@@ -390,7 +398,7 @@ def _describe(current: Session, plan: Plan, *, values: bool, save: Path | None, 
     if save is not None:
         plan.save(save)
     if picture is not None:
-        from keepless.report.picture import draw
+        from keepless.reporting.picture import draw
 
         draw(plan, picture)
     if current.as_json:

@@ -27,7 +27,7 @@ from keepless.cli.options import (
 )
 from keepless.cli.session import UsageError, check_picture, check_target, planning, read_budget, read_nbytes, session
 from keepless.ir.budget import MAX_NBYTES, parse_bytes
-from keepless.report.tables import plan_dict, verdict
+from keepless.reporting.tables import plan_dict, verdict
 
 
 def curve_command(

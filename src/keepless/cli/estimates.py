@@ -19,8 +19,8 @@ from keepless.cli.options import (
     TakeoverOption,
 )
 from keepless.cli.session import planning, read_nbytes, session
-from keepless.report.account import peak_account
-from keepless.report.account_table import account_table
+from keepless.reporting.account import peak_account
+from keepless.reporting.account_table import account_table
 
 
 def estimate_command(

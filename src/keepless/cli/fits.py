@@ -26,8 +26,8 @@ from keepless.cli.session import INFEASIBLE, Session, UsageError, planning, read
 from keepless.errors import CaptureError, InfeasibleBudget, SizeError
 from keepless.ir import format_bytes
 from keepless.machine.elsewhere import describe_elsewhere, margin_of
-from keepless.report.decisions import format_seconds
-from keepless.report.tables import plan_dict, verdict
+from keepless.reporting.decisions import format_seconds
+from keepless.reporting.tables import plan_dict, verdict
 from keepless.solve.sizes import MAX_SIZE
 
 if TYPE_CHECKING:

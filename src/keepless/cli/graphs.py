@@ -21,8 +21,8 @@ from keepless.ir.text import format_program, parse_program
 from keepless.machine import Baseline, Plan, load_plan, make_plan, simulate
 from keepless.machine.planfile import check_work
 from keepless.passes import Evaluation, evaluate, from_order, reuse_storage
-from keepless.report.decisions import format_seconds
-from keepless.report.tables import format_percent
+from keepless.reporting.decisions import format_seconds
+from keepless.reporting.tables import format_percent
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from keepless.ir import format_bytes
-from keepless.report.decisions import format_seconds
+from keepless.reporting.decisions import format_seconds
 
 if TYPE_CHECKING:
     from keepless.solve import Search, Standing

@@ -30,12 +30,12 @@ from keepless.cli.options import (
 from keepless.cli.session import UsageError, check_picture, check_target, planning, read_budget, read_nbytes, session
 from keepless.ir import Timeline, format_bytes
 from keepless.machine import Plan, load_plan
-from keepless.report.account import peak_account, phase_instructions
-from keepless.report.account_table import account_table
-from keepless.report.measured_account import measured_account
-from keepless.report.series import save_timeline, timeline_dict
-from keepless.report.tables import format_percent, steps_text
-from keepless.report.trace import save_trace
+from keepless.reporting.account import peak_account, phase_instructions
+from keepless.reporting.account_table import account_table
+from keepless.reporting.measured_account import measured_account
+from keepless.reporting.series import save_timeline, timeline_dict
+from keepless.reporting.tables import format_percent, steps_text
+from keepless.reporting.trace import save_trace
 
 if TYPE_CHECKING:
     from keepless.cli.models import Built
@@ -108,7 +108,7 @@ def timeline_command(
         if save is not None:
             save_timeline(save, found, measured)
         if picture is not None:
-            from keepless.report.picture import draw
+            from keepless.reporting.picture import draw
 
             draw(found, picture, measured=measured)
         if as_json:

@@ -19,7 +19,7 @@ from keepless.machine.allocation import EXPANDABLE
 from keepless.machine.allocator import LARGE_SEGMENT
 from keepless.measure.card import CardAllocator
 from keepless.passes import from_order, reuse_storage
-from keepless.report.floor import describe_floor, find_floor
+from keepless.reporting.floor import describe_floor, find_floor
 
 MARGINS = (0, LARGE_SEGMENT // 2, 2 * LARGE_SEGMENT)
 """Bytes by which each further plan is made less, beyond what those before it were seen to need: the next program is

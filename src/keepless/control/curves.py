@@ -30,9 +30,9 @@ from keepless.machine import Plan
 from keepless.machine.elsewhere import ON, describe_elsewhere
 from keepless.measure.card import CardAllocator
 from keepless.passes import from_order, reuse_storage
-from keepless.report.curve_picture import draw_curve
-from keepless.report.curve_table import curve_text
-from keepless.report.floor import describe_floor, find_floor
+from keepless.reporting.curve_picture import draw_curve
+from keepless.reporting.curve_table import curve_text
+from keepless.reporting.floor import describe_floor, find_floor
 from keepless.solve import Search, Standing
 from keepless.solve.curve import Curve, check_points, trace_curve
 from keepless.solve.front import Point

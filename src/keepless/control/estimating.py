@@ -30,9 +30,9 @@ from keepless.ir import Budget, Certificate, Graph, Kind, Phase, Status, format_
 from keepless.machine import Allocation, Plan, describe_rewrites
 from keepless.machine.elsewhere import describe_elsewhere, device_of, margin_of
 from keepless.measure import OpCost, measure_scratch
-from keepless.report.account import peak_account
-from keepless.report.steps import StepPrediction, predicted_steps
-from keepless.report.tables import estimate_text
+from keepless.reporting.account import peak_account
+from keepless.reporting.steps import StepPrediction, predicted_steps
+from keepless.reporting.tables import estimate_text
 from keepless.solve import Solution, smallest
 from keepless.solve.solution import solution
 

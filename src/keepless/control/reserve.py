@@ -5,7 +5,7 @@ from __future__ import annotations
 from keepless.cost import CostModel
 from keepless.errors import BudgetError, InfeasibleBudget
 from keepless.ir import Budget, Graph, Program, format_bytes
-from keepless.report.floor import describe_floor, find_floor
+from keepless.reporting.floor import describe_floor, find_floor
 
 
 def default_reserve(budget: int) -> int:

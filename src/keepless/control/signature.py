@@ -15,7 +15,7 @@ from keepless.ir import Graph
 from keepless.ir.text import fingerprint
 from keepless.measure import describe_device
 from keepless.modules.planned import autocast_now
-from keepless.report.account import block_of
+from keepless.reporting.account import block_of
 
 
 def model_signature(model: torch.nn.Module) -> dict[str, object]:

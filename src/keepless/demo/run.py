@@ -16,7 +16,7 @@ from keepless.demo.contest import Outcome, contest
 from keepless.demo.display import picture_title, progress, table, verdict
 from keepless.demo.task import Task
 from keepless.measure.device import device_name
-from keepless.report.picture import draw
+from keepless.reporting.picture import draw
 
 
 def run(

@@ -21,7 +21,7 @@ from keepless.control.takeover import note, turned_off
 from keepless.errors import BatchError, InfeasibleBudget, ParameterError, SizeError
 from keepless.ir import format_bytes
 from keepless.machine import Plan
-from keepless.report.tables import format_percent
+from keepless.reporting.tables import format_percent
 from keepless.solve.sizes import MAX_SIZE, largest
 
 _PARTS = 32

@@ -8,8 +8,8 @@ from keepless.control.reserve import default_reserve
 from keepless.ir import format_bytes
 from keepless.machine import Plan
 from keepless.machine.elsewhere import describe_elsewhere, margin_of
-from keepless.report.decisions import format_seconds
-from keepless.report.tables import format_percent
+from keepless.reporting.decisions import format_seconds
+from keepless.reporting.tables import format_percent
 
 MEMORY, SLOWDOWN, MODEL, HIGH = "memory", "slowdown", "model", "high"
 """What ends the sizes that fit."""

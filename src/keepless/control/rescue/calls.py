@@ -13,7 +13,7 @@ from keepless.ir import Program
 from keepless.machine import Plan, simulate
 from keepless.modules.planned import Chosen
 from keepless.modules.recovery import CallFailure
-from keepless.report.black_box import describe_phases, describe_plan, describe_timeline, program_fingerprint
+from keepless.reporting.black_box import describe_phases, describe_plan, describe_timeline, program_fingerprint
 from keepless.solve.notches import Notches
 
 

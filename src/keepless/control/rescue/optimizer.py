@@ -20,7 +20,7 @@ from keepless.errors import MeasureError, OutOfMemory, TornStep
 from keepless.execute.recovery import OutOfMemoryHere, make_room
 from keepless.ir import Phase, format_bytes
 from keepless.measure import innermost, is_out_of_memory, optimizer_footprint
-from keepless.report.black_box import describe_plan
+from keepless.reporting.black_box import describe_plan
 
 _Versions = list[tuple[int, dict[Any, int]]]
 _SHOWN = 6

@@ -15,14 +15,14 @@ from keepless.execute import Failure, Note, Rescue
 from keepless.ir import Program
 from keepless.machine import Plan, simulate
 from keepless.measure import describe_device, free_nbytes
-from keepless.report.black_box import (
+from keepless.reporting.black_box import (
     describe_instruction,
     describe_phases,
     describe_plan,
     describe_timeline,
     program_fingerprint,
 )
-from keepless.report.black_box_file import MOST_FILES, folder_of, write_black_box
+from keepless.reporting.black_box_file import MOST_FILES, folder_of, write_black_box
 from keepless.solve.notches import Notches
 
 SURVIVE, RAISE = "survive", "raise"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from keepless.ir import Event, Phase, Timeline
 from keepless.machine import Plan
-from keepless.report.account import PeakAccount, op_at, peak_account, phase_instructions, where_at
+from keepless.reporting.account import PeakAccount, op_at, peak_account, phase_instructions, where_at
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class MeasuredAccount:
         }
 
     def __str__(self) -> str:
-        from keepless.report.account_table import account_text  # it writes accounts: it imports this module
+        from keepless.reporting.account_table import account_text  # it writes accounts: it imports this module
 
         return account_text(self)
 

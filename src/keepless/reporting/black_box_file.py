@@ -12,7 +12,7 @@ from pathlib import Path
 
 from keepless.errors import PlanError
 from keepless.files import write_whole
-from keepless.report.black_box import FORMAT, VERSION
+from keepless.reporting.black_box import FORMAT, VERSION
 
 ENVIRONMENT = "KEEPLESS_BLACK_BOX"
 """Names the folder where `black_box=` does not."""

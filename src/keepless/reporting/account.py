@@ -7,7 +7,7 @@ The sums are the machine's own, byte for byte (tests hold the two together)::
     sum(account.categories.values())       # account.peak
     account.modules["h.3"]["gradients"]    # and of one block, what stands before the step included
 
-A measured timeline is set against it by `keepless.report.measured_account`.
+A measured timeline is set against it by `keepless.reporting.measured_account`.
 """
 
 from __future__ import annotations

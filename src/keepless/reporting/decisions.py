@@ -11,7 +11,7 @@ from enum import Enum
 
 from keepless.ir import DEVICE, Copy, Drop, Effect, Graph, Kind, Op, Phase, Run, format_bytes
 from keepless.machine import Plan, reuse_pairs
-from keepless.report.account import block_of
+from keepless.reporting.account import block_of
 
 
 class Choice(Enum):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from keepless.ir import format_bytes
-from keepless.report.account import CATEGORIES, PeakAccount
-from keepless.report.measured_account import MeasuredAccount
+from keepless.reporting.account import CATEGORIES, PeakAccount
+from keepless.reporting.measured_account import MeasuredAccount
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -14,9 +14,9 @@ from collections.abc import Iterator, Mapping
 from keepless.files import write_whole
 from keepless.ir import DEVICE, Copy, Drop, Event, Phase, Run, Timeline, Wait
 from keepless.machine import Plan, reuse_pairs
-from keepless.report.account import CATEGORIES, Homes, block_of, holdings, op_at, peak_account
-from keepless.report.measured_account import measured_account
-from keepless.report.steps import predicted_steps
+from keepless.reporting.account import CATEGORIES, Homes, block_of, holdings, op_at, peak_account
+from keepless.reporting.measured_account import measured_account
+from keepless.reporting.steps import predicted_steps
 
 FORMAT, VERSION = "keepless-timeline", 1
 PHASES = tuple(phase.value for phase in Phase)

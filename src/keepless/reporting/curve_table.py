@@ -13,8 +13,8 @@ from collections.abc import Callable
 from math import isfinite
 
 from keepless.ir import format_bytes
-from keepless.report.decisions import format_seconds
-from keepless.report.tables import format_percent
+from keepless.reporting.decisions import format_seconds
+from keepless.reporting.tables import format_percent
 from keepless.solve.curve import Curve
 from keepless.solve.front import Point
 

@@ -14,8 +14,8 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from keepless.ir import DEVICE, Copy, Event, Timeline, format_bytes
 from keepless.machine import Plan
-from keepless.report.account import op_at, where_at
-from keepless.report.series import (
+from keepless.reporting.account import op_at, where_at
+from keepless.reporting.series import (
     PHASES,
     category_levels,
     columns,

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from keepless.ir import DEVICE, Event, Run, Timeline, format_bytes
 from keepless.machine import Plan, simulate
 from keepless.passes import from_order, reuse_storage
-from keepless.report.account import CATEGORIES, holdings, phase_spans, where_at
-from keepless.report.tables import format_percent
+from keepless.reporting.account import CATEGORIES, holdings, phase_spans, where_at
+from keepless.reporting.tables import format_percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

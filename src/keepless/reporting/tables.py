@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 from keepless.ir import DEVICE, format_bytes
 from keepless.machine import Plan
 from keepless.machine.elsewhere import ON
-from keepless.report.account import PeakAccount, peak_account
-from keepless.report.decisions import Block, Choice, Decision, decisions, format_seconds
-from keepless.report.steps import predicted_steps
+from keepless.reporting.account import PeakAccount, peak_account
+from keepless.reporting.decisions import Block, Choice, Decision, decisions, format_seconds
+from keepless.reporting.steps import predicted_steps
 
 if TYPE_CHECKING:
     from rich.table import Table

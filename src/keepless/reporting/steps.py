@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from keepless.ir import DEVICE, Drop, Kind, Phase, Run
 from keepless.machine import Plan
-from keepless.report.account import DELIVER, EXISTING, UPDATE, category, op_at, where_at
+from keepless.reporting.account import DELIVER, EXISTING, UPDATE, category, op_at, where_at
 
 FIRST, STEADY, ACCUMULATING = "first", "steady", "accumulating"
 KINDS = (FIRST, STEADY, ACCUMULATING)

@@ -12,7 +12,7 @@ from keepless.cost import CostModel
 from keepless.ir import Graph, Program, Run, format_bytes
 from keepless.ir.text import format_program
 from keepless.machine import Plan, simulate
-from keepless.report.account import CATEGORIES, holdings
+from keepless.reporting.account import CATEGORIES, holdings
 
 FORMAT, VERSION = "keepless black box", 1
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from keepless.ir import format_bytes
-from keepless.report.tables import format_percent
+from keepless.reporting.tables import format_percent
 from keepless.solve.curve import Curve
 from keepless.solve.strategies import Strategy
 
