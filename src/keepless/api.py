@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -305,11 +306,39 @@ def remove(model: M) -> M:
     return control.remove(model)
 
 
-def fit(model: M, batch: Any, budget: str | int | float, **options: Any) -> M:
-    """`plan` and `apply` in one: the model, training within the budget. Takes the options of both."""
+def fit(
+    model: M,
+    batch: Any,
+    budget: str | int | float,
+    *,
+    on_plan: Callable[[Plan], None] | None = None,
+    **options: Any,
+) -> M:
+    """`plan` and `apply` in one: the model, training within the budget. Takes the options of both.
+
+    Arguments:
+        batch: as in `plan`; None to plan in the first training call, from its own batch, before that runs. What makes
+            planning fail is then raised by that call.
+        on_plan: called with the plan, once it stands in the model.
+    """
     own = {name: options.pop(name) for name in ("background", "on_oom", "black_box", "arena") if name in options}
-    found = plan(model, batch, budget, **options)
-    return apply(model, found, optimizer=options.get("optimizer"), **own)
+
+    def begin(model: torch.nn.Module, batch: Any) -> None:
+        found = plan(model, batch, budget, **options)
+        apply(model, found, optimizer=options.get("optimizer"), **own)
+        if on_plan is not None:
+            on_plan(found)
+
+    if batch is not None:
+        begin(model, batch)
+        return model
+    unknown = sorted(set(options) - set(inspect.signature(plan).parameters))
+    if unknown:
+        raise TypeError(f"fit has no option {unknown[0]!r}.")
+    control.read_budget(budget, torch.device("cpu"))  # one that cannot be read is refused now
+    return control.begin_lazily(
+        model, lambda model, inputs: begin(model, control.batch_of(inputs)), takeover=options.get("takeover", False)
+    )
 
 
 def load(path: str | os.PathLike[str]) -> Plan:

@@ -20,6 +20,8 @@ from keepless.control.fits import max_length as max_length
 from keepless.control.fits import with_depth as with_depth
 from keepless.control.landing import check_landing as check_landing
 from keepless.control.landing import land as land
+from keepless.control.lazy import batch_of as batch_of
+from keepless.control.lazy import begin_lazily as begin_lazily
 from keepless.control.options import Progress as Progress
 from keepless.control.options import SizeOptions as SizeOptions
 from keepless.control.options import StepOptions as StepOptions

@@ -13,10 +13,11 @@ from keepless.capture import Inputs
 from keepless.capture.checkpointed import checkpointed_places, refuse_checkpointing
 from keepless.errors import CaptureError, ParameterError, PlanError
 from keepless.execute import PlannedForward
+from keepless.modules.lazy import LazyForward
 from keepless.modules.planned import PlannedModules, RegionForward
 
-PLANS = (PlannedForward, PlannedModules)
-"""What stands in a planned model's place of its forward."""
+PLANS = (PlannedForward, PlannedModules, LazyForward)
+"""What stands in a planned model's place of its forward; the last where the plan is still to be made."""
 
 
 def uncompiled(model: torch.nn.Module) -> torch.nn.Module:
@@ -116,8 +117,8 @@ def planned_modules(model: torch.nn.Module) -> PlannedModules | None:
     return found if isinstance(found, PlannedModules) else None
 
 
-def standing_plan(model: torch.nn.Module) -> PlannedModules | PlannedForward | None:
-    """The plan that stands in a model, if any."""
+def standing_plan(model: torch.nn.Module) -> PlannedModules | PlannedForward | LazyForward | None:
+    """The plan that stands in a model, if any, or waits in it for its first step."""
     found = planned_modules(model) or model.__dict__.get("forward")
     return found if isinstance(found, PLANS) else None
 
