@@ -26,6 +26,7 @@
     |-- AllocatorError       the modelled allocator cannot do what is asked; carries `.nbytes` and `.reserved`
     |-- ArenaError           an arena that cannot be made within the budget, or an address plan that is wrong
     |-- MeasureError         a measurement failed
+    |-- ReportError          a report file that cannot be read, or a report that cannot be made
     |-- RewriteError         a rewrite that is unknown, or that this step or this optimizer does not allow
     |-- SizeError            what is asked of `max_batch` and the like has no answer: its sizes, or what makes the batch
     `-- SolverError          an unknown solver, or a solver that broke its contract
@@ -213,6 +214,10 @@ class AllocatorError(KeeplessError):
 
 class MeasureError(KeeplessError):
     """A measurement failed."""
+
+
+class ReportError(KeeplessError, ValueError):
+    """A report file that cannot be read, says the place in it; or a report that cannot be made of what was given."""
 
 
 class RewriteError(KeeplessError, ValueError):

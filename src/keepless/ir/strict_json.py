@@ -100,7 +100,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _no_constant(text: str) -> NoReturn:
-    refuse("", f"{text} is not a number that a graph may hold")
+    refuse("", f"{text} is not a number that a file may hold")
 
 
 def _whole(text: str) -> int:

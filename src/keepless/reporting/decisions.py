@@ -6,6 +6,7 @@ under the plan.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from enum import Enum
 
@@ -95,14 +96,19 @@ class Block:
         }
 
 
-def decisions(plan: Plan) -> list[Block]:
-    """The plan's decisions, by block in the order of the forward. O(edges of the program)."""
+def decisions(plan: Plan, by: Callable[[str], str] = block_of) -> list[Block]:
+    """The plan's decisions, by block in the order of the forward. O(edges of the program).
+
+    Arguments:
+        by: the block of a module; `str` for rows of single modules.
+    """
     seen = _Seen(plan)
     graph, cost = plan.graph, plan.cost
     blocks: dict[str, Block] = {}
     for op in graph.ops:
         if op.phase is Phase.FORWARD:
-            block = blocks.setdefault(block_of(op.module), Block(block_of(op.module)))
+            name = by(op.module)
+            block = blocks.setdefault(name, Block(name))
             block.replays += seen.replays.get(op.id, 0)
             block.seconds += seen.replays.get(op.id, 0) * cost.seconds[op.id]
             for value in op.outputs:

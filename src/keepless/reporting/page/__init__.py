@@ -1,0 +1,8 @@
+"""The report: one self-contained page, the same as JSON, and as a page in a terminal.
+
+`data` says what a report holds, `build` makes it of a plan, `codec` reads and writes it, `html` and `terminal` show it.
+"""
+
+from keepless.reporting.page.build import report_data as report_data
+from keepless.reporting.page.curve import curve_data as curve_data
+from keepless.reporting.page.data import ReportData as ReportData
