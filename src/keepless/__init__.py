@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from keepless.api import FitsGrid as FitsGrid
     from keepless.api import Inputs as Inputs
     from keepless.api import Plan as Plan
+    from keepless.api import ReportData as ReportData
     from keepless.api import StepCurve as StepCurve
     from keepless.api import Verification as Verification
     from keepless.api import account as account
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from keepless.api import max_length as max_length
     from keepless.api import plan as plan
     from keepless.api import remove as remove
+    from keepless.api import report as report
     from keepless.api import timeline as timeline
     from keepless.api import verify as verify
     from keepless.api import with_depth as with_depth
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
     from keepless.errors import OutOfMemory as OutOfMemory
     from keepless.errors import PlanError as PlanError
     from keepless.errors import RecomputeError as RecomputeError
+    from keepless.errors import ReportError as ReportError
     from keepless.errors import SizeError as SizeError
     from keepless.errors import StaleTensorError as StaleTensorError
     from keepless.errors import TornStep as TornStep
@@ -67,6 +70,7 @@ _HOMES = {
         "FitsGrid",
         "Inputs",
         "Plan",
+        "ReportData",
         "StepCurve",
         "Verification",
         "account",
@@ -82,6 +86,7 @@ _HOMES = {
         "max_length",
         "plan",
         "remove",
+        "report",
         "timeline",
         "verify",
         "with_depth",
@@ -105,6 +110,7 @@ _HOMES = {
         "OutOfMemory",
         "PlanError",
         "RecomputeError",
+        "ReportError",
         "SizeError",
         "StaleTensorError",
         "TornStep",

@@ -1,4 +1,4 @@
-"""The public functions: plan, land, curve, max_batch, apply, remove, fit, load, verify, timeline, account, more."""
+"""The public functions: plan, land, curve, max_batch, apply, remove, fit, load, verify, timeline, report, more."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ from keepless.ir import Timeline
 from keepless.machine import Plan, load_plan, read_rewrites
 from keepless.modules.blocks import Blocks
 from keepless.reporting import MeasuredAccount, measured_account
+from keepless.reporting.page import ReportData
 from keepless.solve import Solver
 
 M = TypeVar("M", bound=torch.nn.Module)
@@ -402,6 +403,73 @@ def account(model: torch.nn.Module, batch: Any, plan: Plan, *, loss_fn: LossFn |
     return measured_account(plan, timeline(model, batch, plan, loss_fn=loss_fn, repeats=1))
 
 
+def report(
+    model: torch.nn.Module | None,
+    batch: Any,
+    plan: Plan,
+    *,
+    path: str | os.PathLike[str] | None = "report.html",
+    loss_fn: LossFn | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    measure: bool = True,
+    repeats: int = 5,
+    curve: StepCurve | bool = False,
+    points: int = 12,
+    fits: Fits | FitsGrid | Sequence[Fits | FitsGrid] = (),
+    timeline: Timeline | None = None,
+    verification: Verification | None = None,
+    title: str = "",
+    takeover: bool = False,
+    progress: Progress | None = None,
+) -> ReportData:
+    """Writes a report of a plan: one HTML page that needs no network, with the verdict, bytes over the step, what was
+    decided and why, the curve, what fits, and how good the predictions are (`docs/report.md`).
+
+    ::
+
+        keepless.report(model, batch, plan, curve=True, optimizer=optimizer)      # report.html
+        keepless.report(None, None, keepless.load("step.plan"))                   # from a plan alone: nothing is run
+
+    Arguments:
+        model, batch: as they were planned; None to report what the plan knows.
+        plan: from `plan` or a file.
+        path: the page (.html), or its data (.json); None writes nothing.
+        loss_fn: loss of (output, batch), where the plan's is not known any more (it came from a file).
+        optimizer: the loop's, for the curve.
+        measure: run some steps of the plan and of its reference, all undone, for measured bytes, seconds and bits.
+        repeats: timed steps.
+        curve: of the same step, from `keepless.curve`; True makes one, with `points` points.
+        fits: what `fits_grid`, `max_batch`, `max_length` and `max_depth` gave.
+        timeline, verification: of this plan, where they are there already.
+        title: above the page; the model's name by default.
+        takeover: as in `plan`, for the curve.
+        progress: called with (stage, done, total).
+
+    Raises:
+        ReportError: the path is of no kind of report, or what was given is not of this plan.
+        PlanError, MeasureError: as in `verify` and `timeline`.
+        OSError: the file cannot be written.
+    """
+    return control.make_report(
+        model,
+        batch,
+        plan,
+        path=path,
+        loss_fn=loss_fn,
+        optimizer=optimizer,
+        measure=measure,
+        repeats=repeats,
+        curve=curve,
+        points=points,
+        fits=fits,
+        timeline=timeline,
+        verification=verification,
+        title=title,
+        takeover=takeover,
+        progress=progress,
+    )
+
+
 class WithLoss(torch.nn.Module):
     """A model whose forward returns its loss, so that the loss is captured, planned and recomputed with the model."""
 
@@ -436,6 +504,7 @@ __all__ = [
     "Inputs",
     "MeasuredAccount",
     "Plan",
+    "ReportData",
     "StepCurve",
     "Verification",
     "account",
@@ -451,6 +520,7 @@ __all__ = [
     "max_length",
     "plan",
     "remove",
+    "report",
     "timeline",
     "verify",
     "with_depth",

@@ -27,6 +27,7 @@ from keepless.control.options import SizeOptions as SizeOptions
 from keepless.control.options import StepOptions as StepOptions
 from keepless.control.planning import make as make
 from keepless.control.planning import read_budget as read_budget
+from keepless.control.reports import make_report as make_report
 from keepless.control.timing import measure_timeline as measure_timeline
 from keepless.control.verifying import Verification as Verification
 from keepless.control.verifying import verify as verify

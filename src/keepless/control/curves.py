@@ -33,6 +33,8 @@ from keepless.passes import from_order, reuse_storage
 from keepless.reporting.curve_picture import draw_curve
 from keepless.reporting.curve_table import curve_text
 from keepless.reporting.floor import describe_floor, find_floor
+from keepless.reporting.page.curve import curve_data
+from keepless.reporting.page.data import CurveData
 from keepless.solve import Search, Standing
 from keepless.solve.curve import Curve, check_points, trace_curve
 from keepless.solve.front import Point
@@ -165,6 +167,10 @@ class StepCurve:
             "costs_spread": self.measured.cost.spread,
             "on": self.measured.signature.get(ON),
         }
+
+    def as_report(self, plan: Plan) -> CurveData:
+        """What a report of a plan of this step shows of the curve."""
+        return curve_data(self.curve, plan, self._budget_of)
 
     def __str__(self) -> str:
         doubts = describe_elsewhere(self.measured.signature, self.measured.cost.spread)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,14 +13,15 @@ from keepless.control.fits import Fits, FitsGrid
 from keepless.control.options import Progress, StepOptions
 from keepless.control.timing import measure_timeline
 from keepless.control.verifying import Verification, verify
-from keepless.errors import ParameterError, ReportError
+from keepless.errors import ParameterError
 from keepless.ir import Timeline
 from keepless.machine import Plan
 from keepless.machine.parts import GRAPH
 from keepless.measure import describe_device
-from keepless.reporting.page import ReportData, report_data, save_report
+from keepless.reporting.page import ReportData, check_report_path, report_data, save_report
 
-NO_CURVE = "a curve is of a step that is captured as a whole; this plan's engine is {engine}"
+NO_CURVE = "a curve is of a step that is captured as a whole; this plan's engine is {}"
+NOT_HERE = "the plan was made for {device}; keepless curve MODEL --device draws one for a device that is not here"
 
 
 def make_report(
@@ -59,8 +59,8 @@ def make_report(
         timeline = timeline or measure_timeline(model, batch, plan, loss_fn=loss_fn, repeats=repeats)
         tell("measured", 2, 2)
     missing = {}
-    if curve is True and plan.engine != GRAPH:
-        curve, missing["curve"] = False, NO_CURVE.format(engine=plan.engine)
+    if curve is True and (plan.engine != GRAPH or plan.on):
+        curve, missing["curve"] = False, NOT_HERE.format(device=plan.on) if plan.on else NO_CURVE.format(plan.engine)
     if curve is True:
         options = curve_options(plan, loss_fn, takeover)
         curve = make_curve(model, batch, optimizer, options, points=points, strategies=None, progress=progress)  # type: ignore[arg-type]
@@ -91,16 +91,6 @@ def curve_options(plan: Plan, loss_fn: Any, takeover: bool) -> StepOptions:
         takeover=takeover,
         rewrites=plan.rewrites,
     )
-
-
-def check_report_path(path: str | os.PathLike[str]) -> None:
-    """Refuses, before any work, a file name that is of no kind of report.
-
-    Raises:
-        ReportError: it ends in neither .html nor .json.
-    """
-    if Path(path).suffix.lower() not in (".html", ".htm", ".json"):
-        raise ReportError(f"A report is a page (.html) or its data (.json), and {os.fspath(path)!r} ends in neither.")
 
 
 def _here(model: torch.nn.Module | None) -> dict[str, str]:

@@ -87,6 +87,7 @@ def report_data(
     fits: Sequence[Found] = (),
     environment: Mapping[str, str] | None = None,
     title: str = "",
+    missing: Mapping[str, str] | None = None,
     most_levels: int = MOST_LEVELS,
     most_values: int = MOST_VALUES,
 ) -> ReportData:
@@ -99,6 +100,7 @@ def report_data(
         fits: grids and searches for the largest size.
         environment: facts beside those that the plan has.
         title: None for the model's name.
+        missing: why a part is not there that was asked for, by its name in `MISSING`.
         most_levels, most_values: see `timeline_data` and `decision_rows`; what is left out is counted.
 
     Raises:
@@ -129,7 +131,7 @@ def report_data(
             metrics=tuple(_metrics(plan)),
             environment=_environment(plan) | dict(environment or {}),
             notes=tuple(_notes(plan)),
-            missing={name: words for name, words in MISSING.items() if not given[name]},
+            missing={name: words for name, words in (MISSING | dict(missing or {})).items() if not given[name]},
         )
     )
 
