@@ -46,6 +46,7 @@ from keepless.cli.options import (
     TakeoverOption,
     Values,
 )
+from keepless.cli.reports import report_command
 from keepless.cli.session import (
     FAILED,
     Session,
@@ -154,6 +155,7 @@ app.command("devices")(devices_command)
 app.command("estimate")(estimate_command)
 app.command("timeline")(timeline_command)
 app.command("fits")(fits_command)
+app.command("report")(report_command)
 
 
 @app.command()

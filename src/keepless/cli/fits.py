@@ -94,7 +94,7 @@ def fits_command(
         device, on = device_and_target(model or named or "", device)
         if device == "cpu" and (model or named or "").startswith("hf:"):
             device = "meta"  # the same answer without making weights
-        rows, tokens = _numbers("--batch", batches), _numbers("--length", lengths)
+        rows, tokens = read_sizes("--batch", batches), read_sizes("--length", lengths)
         smallest = batch_size or min(rows, default=8), seq_len or min(tokens, default=128)
         recipe = Recipe(model or named or "", *smallest, dtype, optimizer, device, 1e-3, seed)
         given = {axis: size for axis, size in (("batch", batch_size), ("length", seq_len)) if size is not None}
@@ -148,7 +148,7 @@ def _search(subject: Sized, axis: str, budget: str | int | float, options: dict[
         )
 
 
-def _numbers(name: str, text: str | None) -> list[int]:
+def read_sizes(name: str, text: str | None) -> list[int]:
     """Sizes as they stand on a command line, with commas between; none where nothing stands there."""
     words = [] if text is None else [word.strip() for word in text.split(",")]
     if not all(word.isascii() and word.isdecimal() and 0 < int(word) < MAX_SIZE for word in words):

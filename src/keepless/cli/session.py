@@ -28,6 +28,7 @@ from keepless.errors import (
     KeeplessError,
     PlanError,
     ProgramError,
+    ReportError,
     RewriteError,
     SolverError,
 )
@@ -131,6 +132,7 @@ def _code(error: Exception) -> int:
             DeviceError,
             GraphError,
             PlanError,
+            ReportError,
             RewriteError,
             SolverError,
             FileNotFoundError,

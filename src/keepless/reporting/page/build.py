@@ -11,6 +11,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from importlib import metadata
 from typing import Protocol
 
 from keepless.errors import ReportError
@@ -287,8 +288,6 @@ def num_parameters(plan: Plan) -> int:
 
 def _environment(plan: Plan) -> dict[str, str]:
     """What the plan says of where it was made, and what made this report."""
-    from keepless import __version__
-
     facts = plan.signature.get("device_facts")
     known = {str(key): str(value) for key, value in facts.items()} if isinstance(facts, dict) else {}
     shown = {"planned on": plan.on or known.pop("name", str(plan.signature.get("device", "")))}
@@ -301,8 +300,15 @@ def _environment(plan: Plan) -> dict[str, str]:
             shown[key.replace("_", " ")] = str(plan.signature[key])
     claim = plan.certificate
     shown["solver"] = f"{claim.solver}, {claim.status.value}, {claim.solve_seconds:.2f} s, seed {claim.seed}"
-    shown["report by"] = f"keepless {__version__}, Python {platform.python_version()}"
+    shown["report by"] = f"keepless {_version()}, Python {platform.python_version()}"
     return {key: value for key, value in shown.items() if value}
+
+
+def _version() -> str:
+    try:
+        return metadata.version("keepless")
+    except metadata.PackageNotFoundError:  # run from its sources
+        return "(not installed)"
 
 
 def _notes(plan: Plan) -> list[str]:

@@ -108,7 +108,9 @@ def _read(found: object, kind: Any, place: str) -> Any:
     if not isinstance(found, dict):
         _refuse(place, f"is {_named(found)}, not an object")
     if origin is not None:
-        return {_scalar(key, str, place): _read(value, arguments[1], f"{place}.{key[:60]}") for key, value in found.items()}
+        return {
+            _scalar(key, str, place): _read(value, arguments[1], f"{place}.{key[:60]}") for key, value in found.items()
+        }
     hints = _hints(kind)
     for key in found:
         if key not in hints:
@@ -119,7 +121,9 @@ def _read(found: object, kind: Any, place: str) -> Any:
     try:
         return kind(**{key: _read(found[key], hint, f"{place}.{key}") for key, hint in hints.items()})
     except ReportError as error:
-        raise ReportError(str(error) if place in str(error) else f"The report cannot be read: {place}. {error}") from None
+        raise ReportError(
+            str(error) if place in str(error) else f"The report cannot be read: {place}. {error}"
+        ) from None
 
 
 def _tuple(found: object, arguments: tuple[Any, ...], place: str) -> tuple[Any, ...]:

@@ -12,7 +12,7 @@ _FEW = 100
 
 
 def shrunk(report: ReportData) -> ReportData:
-    """The report with half of its single values, else of its modules, else of its timeline; itself where all are few."""
+    """The report with half of its single values, else of its modules, else of its timeline; itself if all are few."""
     made, line = report.decisions, report.timeline
     if len(made.values) > _FEW:
         values = _largest(made.values)

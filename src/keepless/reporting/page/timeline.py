@@ -80,7 +80,7 @@ def _track(
         instructions=tuple(events[n].index for n in numbers),
         places=tuple(_place(plan, places, events[n]) for n in numbers),
         durations=tuple(_short(events[n].end - events[n].start) for n in numbers),
-        replays=tuple(0 <= events[n].index and what_runs(plan, events[n].index) == "replay" for n in numbers),
+        replays=tuple(events[n].index >= 0 and what_runs(plan, events[n].index) == "replay" for n in numbers),
     )
     return track, len(rows) - len(shown)
 
