@@ -57,6 +57,7 @@ def plan(
     takeover: bool = False,
     land: bool = False,
     rewrites: Sequence[str] = (),
+    eager_ops: bool = False,
     on: str | os.PathLike[str] | DeviceSpec | None = None,
 ) -> Plan:
     """The fastest plan found for training this model on batches like this one within a budget.
@@ -92,6 +93,9 @@ def plan(
         rewrites: names of changes to the step that lower what it needs at least; `docs/rewrites.md` has them.
             "optimizer_in_backward" updates each parameter as soon as its gradient is whole, and drops that.
             "chunked_loss" makes the logits and their loss in chunks: not bitwise, and logits are no output.
+        eager_ops: the step has the ops that the model's code runs in eager, and so plain training's bits. Code that
+            looks at data and takes another way where it is compiled (masks of transformers) is otherwise captured as
+            it would be compiled; with this its model is planned by blocks, or by module calls.
         on: a device that is not here ("rtx4090", a file that describes one; `docs/devices.md`). The step is captured
             on the CPU, or without weights on the meta device, and lowered to that device's ops; its costs are analytic
             (`plan.cost.origin`), and a budget that is a share refers to its memory. No step runs by such a plan:
@@ -121,6 +125,7 @@ def plan(
         cache=cache,
         takeover=takeover,
         rewrites=rewrites,
+        eager_ops=eager_ops,
         on=on,
     )
     found = control.make(model, batch, budget, optimizer, options, progress=progress, engine=engine, blocks=blocks)

@@ -127,6 +127,7 @@ def trace_step(
     grad_outputs: tuple[int, ...] | None,
     faking: Faking | None = None,
     orders: Orders | None = None,
+    eager_ops: bool = False,
 ) -> Traced:
     """Captures one training step.
 
@@ -139,6 +140,7 @@ def trace_step(
         faking: how fakes are made; None for fakes like the tensors.
         orders: of gradients whose layout is not their output's, beside those that are found: by the loss, where it is
             called, and of outputs with holes.
+        eager_ops: refuse code that looks at data, and do not look whether it would do without where it is compiled.
 
     Raises:
         BatchError: the forward rejects the batch.
@@ -151,6 +153,8 @@ def trace_step(
         try:
             return _trace(model, flat, batch, loss_fn, grad_outputs, faking, orders, as_compiled=False)
         except DataDependentError as error:
+            if eager_ops:
+                raise
             try:
                 return _trace(model, flat, batch, loss_fn, grad_outputs, faking, orders, as_compiled=True)
             except CaptureError:

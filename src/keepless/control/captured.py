@@ -43,6 +43,8 @@ class Settings:
     optimizer_kind: str = ""
     on: DeviceSpec | None = None
     """A device that is not here, for which it is planned; None to plan for the one that the model is on."""
+    eager_ops: bool = False
+    """Whether code that looks at data is refused, rather than captured as it would be compiled."""
 
     @property
     def shape(self) -> StepShape:

@@ -32,6 +32,7 @@ class StepOptions:
     cache: bool = True
     takeover: bool = False
     rewrites: Sequence[str] = ()
+    eager_ops: bool = False
     on: str | os.PathLike[str] | DeviceSpec | None = None
 
     @property

@@ -195,6 +195,7 @@ def read_settings(
         rewrites=rewrites,
         optimizer_kind=type(innermost(optimizer)).__name__ if optimizer is not None else "",
         on=on,
+        eager_ops=options.eager_ops,
     )
 
 
@@ -321,7 +322,9 @@ def capture_call(
         orders: of gradients that come in another layout than their outputs, beside those that are found (`trace_step`).
     """
     check_rewrites(settings.rewrites, has_optimizer=settings.shape.has_optimizer, accumulate=settings.accumulate)
-    trace: Callable[..., Traced] = functools.partial(trace_step, faking=faking, orders=orders)
+    trace: Callable[..., Traced] = functools.partial(
+        trace_step, faking=faking, orders=orders, eager_ops=settings.eager_ops
+    )
     if templates is not None and not orders:  # what is traced with symbols knows of no other layout
         trace = templates.trace
     traced = trace(model, flat, batch=batch, loss_fn=settings.loss_fn, grad_outputs=grad_outputs)
@@ -404,8 +407,9 @@ def lowest_plan(measured: Measured, nbytes: int, card: CardAllocator | None = No
 
 
 def settings_of_plan(settings: Settings, plan: Plan) -> Settings:
-    """The settings by which other calls of a planned model are planned: for as much beside tensors as this plan."""
-    return replace(settings, over=beyond_peak(plan))
+    """The settings by which other calls of a planned model are planned: for as much beside tensors as this plan. They
+    have one engine, whatever ops it takes."""
+    return replace(settings, over=beyond_peak(plan), eager_ops=False)
 
 
 def _own_lowest(solver: str | Solver, error: InfeasibleBudget) -> tuple[str, int] | None:
