@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from keepless.errors import DeviceError as DeviceError
     from keepless.errors import GuardError as GuardError
     from keepless.errors import InfeasibleBudget as InfeasibleBudget
+    from keepless.errors import IntegrationError as IntegrationError
     from keepless.errors import KeeplessError as KeeplessError
     from keepless.errors import LossError as LossError
     from keepless.errors import OutOfMemory as OutOfMemory
@@ -105,6 +106,7 @@ _HOMES = {
         "DeviceError",
         "GuardError",
         "InfeasibleBudget",
+        "IntegrationError",
         "KeeplessError",
         "LossError",
         "OutOfMemory",

@@ -24,6 +24,7 @@
     |-- PlanError            a plan file that cannot be read, or was made for something else
     |-- ProgramError         a program breaks a rule of the machine; carries `.rule` and `.index`
     |-- AllocatorError       the modelled allocator cannot do what is asked; carries `.nbytes` and `.reserved`
+    |-- IntegrationError     a trainer, or a setting of one, under which Keepless cannot train; says what to do
     |-- ArenaError           an arena that cannot be made within the budget, or an address plan that is wrong
     |-- MeasureError         a measurement failed
     |-- ReportError          a report file that cannot be read, or a report that cannot be made
@@ -192,6 +193,10 @@ class ProgramError(KeeplessError):
         super().__init__(message)
         self.rule = rule
         self.index = index
+
+
+class IntegrationError(KeeplessError):
+    """A trainer, loop or compiler, or a setting of one, under which Keepless cannot train; says what to do."""
 
 
 class ArenaError(KeeplessError):

@@ -23,8 +23,8 @@ from keepless.integrations.exporters import (
 from keepless.measure.steps import increments
 from keepless.reporting.exports import layers_of, saved_calls
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*:FutureWarning")
-LAYERS = 4
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*:FutureWarning")]
+LAYERS = 3
 
 
 def batch() -> dict[str, torch.Tensor]:

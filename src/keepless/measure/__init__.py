@@ -16,5 +16,7 @@ from keepless.measure.optimizer import innermost as innermost
 from keepless.measure.optimizer import optimizer_footprint as optimizer_footprint
 from keepless.measure.out_of_memory import is_out_of_memory as is_out_of_memory
 from keepless.measure.probe import probed_device as probed_device
+from keepless.measure.running import StepMeter as StepMeter
+from keepless.measure.running import nbytes_of as nbytes_of
 from keepless.measure.updates import optimizer_updates as optimizer_updates
 from keepless.measure.updates import step_alone as step_alone

@@ -55,6 +55,34 @@ def run_traced(call: Callable[[], object]) -> tuple[object, list[int]]:
     return done[0]
 
 
+def begin_tracing() -> Callable[[], list[int]] | None:
+    """Lists this thread's CPU allocations (+ bytes) and frees (- bytes) until what is given back is called.
+
+    As `run_traced`, for code that is not one call. None where a profiler of the user's is running.
+    """
+    private: Any = torch._C._autograd
+    if private._profiler_enabled():
+        return None
+    if not hasattr(private, "_enable_profiler_legacy"):
+        profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+        profile.start()
+
+        def end_newer() -> list[int]:
+            profile.stop()
+            return [nbytes for name, nbytes in profiled_memory_events(profile) if name == "[memory]"]
+
+        return end_newer
+    private._enable_profiler_legacy(_memory_config())
+
+    def end() -> list[int]:
+        if not private._profiler_enabled():
+            return []
+        records = [event for thread in private._disable_profiler_legacy() for event in thread]
+        return [int(event.cpu_memory_usage()) for event in records if event.kind() == "memory_alloc"]
+
+    return end
+
+
 def traced_between_marks(call: Callable[[Callable[[str], None]], object]) -> list[str | int]:
     """Runs `call(mark)` and lists this thread's marks (text), CPU allocations (+ bytes) and frees (- bytes), in order.
 
@@ -97,15 +125,7 @@ def _traced(call: Callable[[], object]) -> tuple[object, list[int]]:
 
 def _legacy_events(call: Callable[[], object]) -> tuple[object, list[Any]]:
     private: Any = torch._C._autograd
-    config = torch._C._profiler.ProfilerConfig(
-        torch._C._profiler.ProfilerState.CPU,
-        False,  # report_input_shapes
-        True,  # profile_memory
-        False,  # with_stack
-        False,  # with_flops
-        False,  # with_modules
-        torch._C._profiler._ExperimentalConfig(),
-    )
+    config = _memory_config()
     records: list[list[Any]] = []
     try:  # an interrupt may come between any two calls, so the first is inside, too
         private._enable_profiler_legacy(config)
@@ -114,6 +134,18 @@ def _legacy_events(call: Callable[[], object]) -> tuple[object, list[Any]]:
         if private._profiler_enabled():
             records = private._disable_profiler_legacy()
     return result, [event for thread in records for event in thread]
+
+
+def _memory_config() -> Any:
+    return torch._C._profiler.ProfilerConfig(
+        torch._C._profiler.ProfilerState.CPU,
+        False,  # report_input_shapes
+        True,  # profile_memory
+        False,  # with_stack
+        False,  # with_flops
+        False,  # with_modules
+        torch._C._profiler._ExperimentalConfig(),
+    )
 
 
 def _traced_by_kineto(call: Callable[[], object]) -> tuple[object, list[int]]:

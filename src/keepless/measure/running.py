@@ -1,0 +1,71 @@
+"""The peak of one step of somebody else's loop, which begins and ends in calls of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+
+from keepless.measure._profiler import begin_tracing
+
+
+class StepMeter:
+    """Measures the highest bytes on a device between `begin` and `end`, which are called on one thread.
+
+    On CUDA these are the allocator's, of all that stands on the device. On the CPU they are the bytes that stand at the
+    beginning, as far as they are known, and what this thread allocates and frees from then on, by torch's profiler.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._end: Callable[[], list[int]] | None = None
+        self._standing = 0
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it has begun and not ended."""
+        return self._end is not None
+
+    def begin(self, standing: int) -> bool:
+        """Begins; False where a profiler of the user's is running.
+
+        Arguments:
+            standing: bytes on the device now; the allocator knows better on CUDA.
+        """
+        self.abort()
+        self._standing = standing
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self._end = list
+        else:
+            self._end = begin_tracing()
+        return self._end is not None
+
+    def end(self) -> int:
+        """The highest bytes since it began."""
+        assert self._end is not None, "the meter has not begun"
+        end, self._end = self._end, None
+        events = end()
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        level = highest = 0
+        for nbytes in events:
+            level += nbytes
+            highest = max(highest, level)
+        return self._standing + highest
+
+    def abort(self) -> None:
+        """Ends without an answer, if it has begun."""
+        end, self._end = self._end, None
+        if end is not None:
+            end()
+
+
+def nbytes_of(tensors: Iterable[torch.Tensor | None], device: torch.device) -> int:
+    """Bytes that tensors hold on a device, each storage once."""
+    storages = {}
+    for tensor in tensors:
+        if tensor is not None and tensor.device.type == device.type:
+            storage = tensor.untyped_storage()
+            storages[storage._cdata] = storage.nbytes()
+    return sum(storages.values())
