@@ -51,7 +51,7 @@ from benchmarks.peers import answers, card_models, contenders
 from benchmarks.peers.card_device import Memory, TimeLimit, within
 from benchmarks.peers.contenders import PLAIN, Contender
 from benchmarks.peers.ours import PLENTY, Planned, Planner
-from benchmarks.peers.race import ALIKE, Entrant, fastest, line_of
+from benchmarks.peers.race import Entrant, apart, fastest, line_of, matches, name_of_cell
 from benchmarks.peers.run import conclude
 from benchmarks.peers.steps import SEED, Difference, Result, compare
 from benchmarks.peers.ways import Unavailable, Way
@@ -90,11 +90,9 @@ class CardEntrant(Entrant):
 
     Arguments:
         reserved: its peak of reserved bytes; 0 on the CPU.
-        has_gradients: loss and gradients are exact; buffers may be wrong, as a BatchNorm's that runs twice are.
     """
 
     reserved: int = 0
-    has_gradients: bool = False
 
 
 class Unit:
@@ -359,7 +357,7 @@ class Unit:
         if kept is not None:
             low, high = kept.smallest_budget, kept.baseline_peak
             self.add("graph", "smallest_budget", "bytes", low)
-            for peak in _apart([entrant.peak for entrant in peers]):
+            for peak in apart([entrant.peak for entrant in peers]):
                 ours("graph", peak, of_reserved=False)
             ours("graph", low, smallest=True)
             for index in range(1, BETWEEN + 1):
@@ -368,7 +366,7 @@ class Unit:
         if checkpoint is not None:
             ours("blocks", checkpoint.reserved or checkpoint.peak, smallest=True)
         if kept is not None:
-            for peak in _apart([entrant.reserved for entrant in peers if low <= entrant.reserved < high]):
+            for peak in apart([entrant.reserved for entrant in peers if low <= entrant.reserved < high]):
                 ours("graph", peak)
 
     def _turn(self, way: Way, is_slow: bool) -> tuple[float, float]:
@@ -452,27 +450,17 @@ class Unit:
         reserved. The best one's buffers may be wrong: the metric then says so.
         """
         timed = [entrant for entrant in self.entrants.values() if entrant.samples]
-        theirs = [e for e in timed if not e.is_ours and e.has_gradients]
-        ours = [e for e in timed if e.is_ours and e.is_exact]
-        if not ours:
+        if not any(entrant.is_ours and entrant.is_exact for entrant in timed):
             self.note("graph", "not compared", "no exact plan of ours was timed")
             return
-        for point in theirs:
-            mine, best = fastest(ours, point.peak), fastest(theirs, point.peak)
-            self._say_cell("ours_over_best", point, mine, best)
+        for point, mine, best in matches(timed):
             if mine is None:
                 self.note(point.name, "not reached", "no plan of ours has so low a peak")
-            if point.reserved:
-                mine, best = (
-                    min((e for e in group if e.reserved <= point.reserved), key=_median, default=None)
-                    for group in (ours, theirs)
-                )
-                self._say_cell("ours_over_best_reserved", point, mine, best)
-
-    def _say_cell(self, metric: str, point: Entrant, mine: Entrant | None, best: Entrant | None) -> None:
-        if mine is not None and best is not None:
-            metric += "" if best.is_exact else "_of_wrong_buffers"
-            self.add(point.name, f"{metric}: {mine.name} / {best.name}", "ratio", _over(mine, best))
+            else:
+                self.add(point.name, name_of_cell("ours_over_best", mine, best), "ratio", _over(mine, best))
+        for point, mine, best in matches([e for e in timed if e.reserved], lambda e: e.reserved):
+            if mine is not None:
+                self.add(point.name, name_of_cell("ours_over_best_reserved", mine, best), "ratio", _over(mine, best))
 
     def _measure_compiled(self) -> None:
         """One after another, each raced against plain alone, as long as there is time."""
@@ -501,22 +489,9 @@ class Unit:
         torch._dynamo.reset()
 
 
-def _median(entrant: Entrant) -> float:
-    return statistics.median(seconds[1] for seconds in entrant.samples)
-
-
 def _over(mine: Entrant, theirs: Entrant, part: int = 1) -> list[float]:
     """Ratios in the rounds that both have run."""
     return [a[part] / b[part] for a, b in zip(mine.samples, theirs.samples, strict=False)]
-
-
-def _apart(peaks: Sequence[int]) -> list[int]:
-    """Peaks that are further apart than `ALIKE`, ascending."""
-    found: list[int] = []
-    for peak in sorted(peaks):
-        if not found or peak > ALIKE * found[-1]:
-            found.append(peak)
-    return found
 
 
 def arguments() -> argparse.Namespace:

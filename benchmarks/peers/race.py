@@ -9,11 +9,11 @@ import statistics
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -29,6 +29,8 @@ from keepless.measure import optimizer_footprint
 
 ALIKE = 1.002
 """Peaks that are nearer to each other than this are met by one budget."""
+SAVINGS = (0.5, 0.7, 0.85)
+"""Shares of plain's activation bytes that are to be saved within 2, 9 and 20 % more time; ours is planned for them."""
 DOMINATED = 1.1
 """A point of a compiled sweep is timed only in its own process where another of its sweep has no higher peak and took
 a step there that was shorter by this factor: each that is timed is compiled again."""
@@ -72,7 +74,13 @@ QUICK = Sizes("tiny", (3, 5), 3, 2, 3, 1, True, 60.0, 2, 40.0)
 
 @dataclass
 class Entrant:
-    """A contender in this race; ours have a plan."""
+    """A contender in this race; ours have a plan.
+
+    Arguments:
+        is_exact: loss, gradients and buffers are plain eager's, bit for bit.
+        has_gradients: loss and gradients are; buffers may be wrong, as a BatchNorm's that runs twice are.
+        is_wrong: gradients or buffers are wrong, beyond another order of sums.
+    """
 
     name: str
     contender: Contender | None = None
@@ -81,6 +89,7 @@ class Entrant:
     way: Way | None = None
     samples: list[tuple[float, float]] = field(default_factory=list)
     is_exact: bool = False
+    has_gradients: bool = False
     is_wrong: bool = False
     is_timed: bool = True
     own_seconds: float = 0.0
@@ -227,6 +236,7 @@ class Race:
             self.own_references.setdefault(entrant.kernels, entrant.name)
         difference = Difference(**found["difference"])
         entrant.is_exact = difference.is_equal and not is_own
+        entrant.has_gradients = difference.has_gradients and not is_own
         self.add(entrant.name, "exact", "count", entrant.is_exact)
         if is_own and self.own_references[entrant.kernels] == entrant.name:
             return  # there is nothing that it could be compared with
@@ -272,6 +282,7 @@ class Race:
             low = smallest.budget.limits["device"] if smallest is not None else low
             if engine == "graph" and self.sizes.at_peers:
                 self._plan_budgets(engine, self._peaks_of_peers(low, high), share)
+                self._plan_budgets(engine, self._budgets_of_savings(low, high), share)
             count = self.sizes.budgets if engine == "graph" else self.sizes.coarse
             between[engine] = [low + (high - low) * index // (count - 1) for index in range(1, count - 1)]
         for engine, budgets in between.items():
@@ -303,13 +314,16 @@ class Race:
         return plan
 
     def _peaks_of_peers(self, low: int, high: int) -> list[int]:
-        """The peaks of exact peers, at which ours is to be compared, apart by `ALIKE` at least, ascending."""
-        peaks = sorted(e.peak for e in self.entrants.values() if e.is_exact and low <= e.peak < high)
-        found: list[int] = []
-        for peak in peaks:
-            if not found or peak > ALIKE * found[-1]:
-                found.append(peak)
-        return found
+        """The peaks of peers whose gradients are exact, at which ours is to be compared, as `apart` gives them."""
+        return apart(e.peak for e in self.entrants.values() if e.has_gradients and low <= e.peak < high)
+
+    def _budgets_of_savings(self, low: int, high: int) -> list[int]:
+        """Budgets that leave so much of plain's activations as the targets of (c) ask for."""
+        plain = self.entrants[PLAIN].peak
+        activations = plain - self.stand.subject.static_nbytes
+        wanted = [int(plain - share * activations) for share in SAVINGS]
+        taken = [plan.budget.limits["device"] for plan in self.plans.values()]
+        return [b for b in wanted if low <= b < high and all(max(b, t) > ALIKE * min(b, t) for t in taken)]
 
     def _measure_ours(self, share: float) -> None:
         for name, plan in self.plans.items():
@@ -399,32 +413,58 @@ class Race:
             self.add(entrant.name, "predicted_over_step", "ratio", ratio)
 
     def _compare_peaks(self) -> None:
-        """At the peak of each exact peer with eager kernels: the fastest of ours within it over the fastest of them
-        within it, round by round; and the same over the fastest of inductor's.
+        """At the peak of each peer with eager kernels and exact gradients: the fastest of ours within it over the
+        fastest of them within it, round by round; and the same over the fastest of inductor's.
         """
         timed = [entrant for entrant in self.entrants.values() if entrant.is_timed]
-        theirs = [e for e in timed if not e.is_ours and e.kernels == "eager" and e.is_exact]
         fused = [e for e in timed if e.kernels == "inductor" and not e.is_wrong]
-        ours = [e for e in timed if e.is_ours and e.is_exact]
-        if not ours:
+        if not any(e.is_ours and e.is_exact for e in timed):
             self.note("graph", "not compared", "no plan of ours was timed")
             return
-        for point in theirs:
-            mine, best = fastest(ours, point.peak), fastest(theirs, point.peak)
-            assert best is not None
+        for point, mine, best in matches(timed):
             if mine is None:
                 self.note(point.name, "not reached", "no plan of ours has so low a peak")
                 continue
-            self.add(point.name, f"ours_over_best: {mine.name} / {best.name}", "ratio", _steps_over(mine, best))
+            self.add(point.name, name_of_cell("ours_over_best", mine, best), "ratio", _steps_over(mine, best))
             other = fastest(fused, point.peak)
             if other is not None:
                 names = f"{mine.name} / {other.name}"
                 self.add(point.name, f"ours_over_inductor: {names}", "ratio", _steps_over(mine, other))
 
 
-def fastest(entrants: Iterable[Entrant], peak: int) -> Entrant | None:
-    """The one whose median step is the shortest, of those within a peak."""
-    within = [entrant for entrant in entrants if entrant.peak <= peak]
+def apart(peaks: Iterable[int]) -> list[int]:
+    """Those that are further apart than `ALIKE`, ascending."""
+    found: list[int] = []
+    for peak in sorted(peaks):
+        if not found or peak > ALIKE * found[-1]:
+            found.append(peak)
+    return found
+
+
+E = TypeVar("E", bound=Entrant)
+
+
+def matches(timed: Iterable[E], height: Callable[[E], int] = lambda e: e.peak) -> Iterator[tuple[E, E | None, E]]:
+    """At the height of each peer with eager kernels and exact gradients: it, the fastest exact plan of ours within it,
+    and the fastest such peer within it, whose buffers may be wrong.
+    """
+    timed = list(timed)
+    theirs = [e for e in timed if not e.is_ours and e.kernels == "eager" and e.has_gradients]
+    ours = [e for e in timed if e.is_ours and e.is_exact]
+    for point in theirs:
+        best = fastest(theirs, height(point), height)
+        assert best is not None
+        yield point, fastest(ours, height(point), height), best
+
+
+def name_of_cell(metric: str, mine: Entrant, best: Entrant) -> str:
+    """The metric of ours over the best one; it says where the latter's buffers are wrong."""
+    return f"{metric}{'' if best.is_exact else '_of_wrong_buffers'}: {mine.name} / {best.name}"
+
+
+def fastest(entrants: Iterable[E], peak: int, height: Callable[[E], int] = lambda e: e.peak) -> E | None:
+    """The one whose median step is the shortest, of those within a peak, or within another height."""
+    within = [entrant for entrant in entrants if height(entrant) <= peak]
     return min(within, key=lambda e: statistics.median(s[1] for s in e.samples), default=None)
 
 

@@ -61,6 +61,11 @@ class Difference:
         """Beyond what another order of sums gives: in norm, in buffers, or no numbers at all."""
         return not self.norm <= MOST_NORM or not self.near_buffers
 
+    @property
+    def has_gradients(self) -> bool:
+        """Whether no element of a gradient is off; buffers may be."""
+        return self.norm == 0.0 and self.share == 0.0
+
 
 def seeded(subject: Subject, way: Way, batch: Any) -> Result:
     """The result of a contender's step; it stands in the model, and no gradients do."""

@@ -350,7 +350,7 @@ def test_answers_are_what_the_rows_say(made_up: list[Any]) -> None:
     assert "| gpt2 | checkpoint half | graph 0.01 MiB | checkpoint half | 0.800 | 0.792 to 0.808 |" in (
         answers.every_cell(made_up)
     )
-    assert "| gpt2 | 60% | 50%, 50%, 75% | none, none, 33% | 30%, 30%, 45% |" in answers.saved_memory(made_up)
+    assert "| gpt2 | 60% |  | 50%, 50%, 75% | none, none, 33% | 30%, 30%, 45% |" in answers.saved_memory(made_up)
     ratios = answers.ratios(made_up)
     assert "| gpt2 | plain | 25.0 | 1.00 |  |  |" in ratios
     assert "| gpt2 | checkpoint every block | 41.7 | 0.60 | 1.00 | +40.0% |" in ratios

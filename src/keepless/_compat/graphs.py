@@ -26,6 +26,29 @@ def graph_behind(tensors: Iterable[torch.Tensor]) -> dict[tuple[Any, int], set[A
     return found
 
 
+def parts_of_gradient(
+    found: dict[tuple[Any, int], set[Any]], tensor: torch.Tensor
+) -> tuple[list[torch.Tensor], list[Any]]:
+    """A list that fills with the parts of a tensor's gradient as a backward sends them, one by one, before they are
+    added up; and the handles of the hooks that do so.
+
+    Arguments:
+        found: `graph_behind` what is differentiated.
+    """
+    edge = torch.autograd.graph.get_gradient_edge(tensor)
+    target = (edge.node, edge.output_nr)
+    parts: list[torch.Tensor] = []
+    handles = []
+    for node in found.get(target, ()):
+        places = [place for place, other in enumerate(node.next_functions) if other == target]
+
+        def note(sent: tuple[torch.Tensor | None, ...], _: Any, places: list[int] = places) -> None:
+            parts.extend(part for place in places if (part := sent[place]) is not None)
+
+        handles.append(node.register_hook(note))
+    return parts, handles
+
+
 def node_number(node: Any) -> int:
     """The number of a node of autograd's graph; -1 where it has none."""
     return int(node._sequence_nr()) if hasattr(node, "_sequence_nr") else -1

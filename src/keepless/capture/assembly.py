@@ -99,7 +99,9 @@ class Assembly:
         return [node, *reversed(parts)]
 
     def own_grads(self) -> None:
-        """Gives each gradient storage of its own, in its parameter's layout, by a copy where it has not."""
+        """Gives each gradient storage of its own, by a copy where it has not: in its parameter's layout, or, where it
+        goes on to what made an input, as it comes.
+        """
         work = self.work
         seen: set[int] = set(self.loss_inputs) | work.resident | {work.slot_value[s] for s in work.tangent_of.values()}
         readers: set[int] = set()
@@ -108,6 +110,8 @@ class Assembly:
         for index, (name, slot) in enumerate(self.grads):
             example, value = work.examples[slot], work.slot_value[slot]
             like: Any = self.parameters[name] if isinstance(name, str) else work.examples[work.inputs[name]]
+            if self.goes_on(name) and example.shape == like.shape:
+                like = example
             whole = example.untyped_storage().nbytes() == example.numel() * example.element_size()
             if value not in seen and value not in readers and whole and _same_layout(example, like):
                 seen.add(value)
@@ -123,6 +127,12 @@ class Assembly:
             )
             self.grads[index] = (name, own_slot)
             seen.add(own)
+
+    def goes_on(self, name: str | int) -> bool:
+        """Whether code before this step differentiates further, by a gradient in the layout that eager's has."""
+        if isinstance(name, str):
+            return False
+        return self.shape.is_block or not self.work.flat.leaves[name].is_leaf
 
     def order(self) -> list[Draft]:
         """Forward, writes to buffers, loss, backward with deliveries, optimizer; dead ops left out."""

@@ -50,6 +50,11 @@ class StepShape:
     shared_inputs: frozenset[int] = frozenset()
     shared_parameters: bool = False
 
+    @property
+    def is_block(self) -> bool:
+        """Whether it is one of several calls that make up a step."""
+        return self.shared_parameters
+
 
 CAST_ONCE = (
     "Autocast casts the parameter {} once for several uses, and adds up its gradient in the lower precision: a "

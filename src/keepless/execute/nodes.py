@@ -18,6 +18,7 @@ time, and differentiates that. See `Step.replay`.
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +26,7 @@ from typing import Any
 import torch
 
 from keepless import _compat
+from keepless._compat import graphs
 from keepless.capture.ordering import has_other_layout
 from keepless.errors import ReplayError, StepError
 from keepless.execute.arena import Arena, Lease
@@ -303,19 +305,16 @@ class Step:
 
     def replay(self, tangents: tuple[Any, ...], *, create_graph: bool) -> None:
         """Runs the user's forward again under autograd, as it ran the first time, and differentiates it."""
-        found = self.differentiate(tangents, self.leaves, create_graph)
-        # A gradient that the plan delivers in parts comes as a whole here, in the place of the first.
-        known: set[int] = set()
-        whole: list[torch.Tensor | None] = []
-        for leaf, gradient in zip(self.leaves, found, strict=True):
-            whole.append(None if id(leaf) in known else gradient)
-            known.add(id(leaf))
-        self.replayed = tuple(whole)
+        self.replayed = self.differentiate(tangents, self.leaves, create_graph)
 
     def differentiate(
         self, tangents: tuple[Any, ...], leaves: Sequence[torch.Tensor], create_graph: bool
     ) -> tuple[torch.Tensor | None, ...]:
-        """Gradients of leaves from a replayed forward."""
+        """Gradients of leaves from a replayed forward.
+
+        A leaf that is there several times gets the parts of its gradient in their order, as the plan delivers them:
+        added one by one they round as in plain autograd. Where there are not so many, it gets the whole, once.
+        """
         for position, argument in enumerate(self.arguments):
             if position not in self.recipe.rewritten and _version(argument) != self.versions[position]:
                 name = self.recipe.names[position]
@@ -338,14 +337,29 @@ class Step:
         pairs = [(out, t) for out, t in zip(outputs, tangents, strict=True) if t is not None and out.requires_grad]
         if not pairs:
             return (None,) * len(leaves)
-        found: tuple[torch.Tensor | None, ...] = torch.autograd.grad(
-            [out for out, _ in pairs],
-            [stand_ins.get(id(leaf), leaf) for leaf in leaves],
-            [t for _, t in pairs],
-            create_graph=create_graph,
-            retain_graph=create_graph,
-            allow_unused=True,
-        )
+        inside = [stand_ins.get(id(leaf), leaf) for leaf in leaves]
+        times = Counter(map(id, inside))
+        several = {id(t): t for t in inside if times[id(t)] > 1}
+        edges = graphs.graph_behind(out for out, _ in pairs) if several else {}
+        noted = {key: graphs.parts_of_gradient(edges, tensor) for key, tensor in several.items()}
+        try:
+            found: tuple[torch.Tensor | None, ...] = torch.autograd.grad(
+                [out for out, _ in pairs],
+                inside,
+                [t for _, t in pairs],
+                create_graph=create_graph,
+                retain_graph=create_graph,
+                allow_unused=True,
+            )
+        finally:
+            for _, handles in noted.values():
+                for handle in handles:
+                    handle.remove()
+        for key, (parts, _) in noted.items():
+            places = [place for place, tensor in enumerate(inside) if id(tensor) == key]
+            whole = [found[places[0]], *[None] * (len(places) - 1)]
+            given = dict(zip(places, parts if len(parts) == len(places) else whole, strict=True))
+            found = tuple(given.get(place, gradient) for place, gradient in enumerate(found))
         return found
 
     def take(self, index: int, last: bool) -> list[Any]:
