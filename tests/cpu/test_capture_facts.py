@@ -108,3 +108,26 @@ def test_registry_among_the_globals_is_no_constant() -> None:
     model(X)
     forward: Any = model.__dict__["forward"]
     assert len(forward.entries) == 1
+
+
+class Counted(nn.Module):
+    """Its hash is of what it counts, as torchmetrics' are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = torch.zeros(())
+
+    def __hash__(self) -> int:
+        return hash((id(self), self.count))
+
+
+def test_what_only_a_modules_hash_reads_is_no_fact() -> None:
+    """Else each step of a model that holds a metric would be another step."""
+    model = keepless.with_loss(nn.Linear(8, 8), lambda out, _: out.square().mean())
+    model.counted = Counted()
+    keepless.fit(model, X, "1GiB")
+    for _ in range(2):
+        model(X).backward()
+        model.zero_grad()
+        model.counted.count = model.counted.count + 1
+    assert (model.forward.counters.hits, model.forward.counters.captures) == (2, 0)

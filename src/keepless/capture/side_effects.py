@@ -21,7 +21,7 @@ from keepless.errors import CaptureError
 @contextlib.contextmanager
 def guard_side_effects(model: torch.nn.Module) -> Iterator[None]:
     """Undoes what the traced forward did to Python's state, and refuses the model if it did anything."""
-    before = _python_state(model)
+    before = python_state(model)
     modes = [(module, module.training) for module in model.modules()]
     python_rng, numpy_rng = random.getstate(), np.random.get_state()
     torch_rng = torch.get_rng_state()
@@ -33,7 +33,7 @@ def guard_side_effects(model: torch.nn.Module) -> Iterator[None]:
         random.setstate(python_rng)
         np.random.set_state(numpy_rng)
         torch.set_rng_state(torch_rng)
-        changed = _restore_python_state(model, before)
+        changed = restore_python_state(model, before)
         for module, training in modes:
             module.training = training
     if python_drawn or numpy_drawn:
@@ -51,7 +51,7 @@ def _numpy_key(state: Any) -> tuple[Any, ...]:
     return (state[0], state[1].tobytes(), *state[2:])
 
 
-def _python_state(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module, dict[str, Any]]]:
+def python_state(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module, dict[str, Any]]]:
     """Each module's attributes, its tables of hooks among them; lists and dicts by a shallow copy."""
     return [(name, m, {k: _snapshot(v) for k, v in m.__dict__.items()}) for name, m in model.named_modules()]
 
@@ -60,7 +60,7 @@ def _snapshot(value: Any) -> Any:
     return (value, value.copy()) if type(value) in (list, dict, set, OrderedDict) else (value, None)
 
 
-def _restore_python_state(
+def restore_python_state(
     model: torch.nn.Module, before: list[tuple[str, torch.nn.Module, dict[str, Any]]]
 ) -> list[str]:
     """Puts attributes back; returns the names of those that had changed."""

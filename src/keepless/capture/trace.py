@@ -315,10 +315,10 @@ def _dry_run(
     holder = _Holder(model)
     given = _compat.tree_flatten((args, kwargs))
     with faking.around(), mode:
+        held = list(state.values())
+        swapped = {f"model.{name}": held[index] for name, index in places_of_state(model)}
         try:
             with _watched(model) as attributes:
-                held = list(state.values())
-                swapped = {f"model.{name}": held[index] for name, index in places_of_state(model)}
                 output = torch.func.functional_call(holder, swapped, args, kwargs, tie_weights=False)
         except Exception as error:  # whatever the user's forward raises is named, with its type, in ours
             raise _forward_error(error, "The model's forward") from error
@@ -423,6 +423,7 @@ def _watched(model: torch.nn.Module) -> Iterator[list[tuple[str, str, Any]]]:
         path = names.get(id(module))
         if (
             path is not None
+            and not getattr(_state, "is_looking", False)
             and name not in _OWN_ATTRIBUTES
             and not isinstance(value, (torch.nn.Module, types.MethodType))
         ):
@@ -450,9 +451,9 @@ class _Holder(torch.nn.Module):
         self.model = model
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        before = named_state(self.model)
+        before = _seen_state(self.model)
         output = forward_of(self.model)(*args, **kwargs)
-        for (name, old), (_, new) in zip(before, named_state(self.model), strict=True):
+        for (name, old), (_, new) in zip(before, _seen_state(self.model), strict=True):
             if old is not new:
                 raise CaptureError(
                     f"The forward assigns a new tensor to {name}; a captured step would not. Write into it in place, "
@@ -465,6 +466,15 @@ def named_state(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
     """Parameters and buffers by the paths of their modules: wrappers may show them by other names."""
     module = torch.nn.Module
     return [*module.named_parameters(model), *module.named_buffers(model)]
+
+
+def _seen_state(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """`named_state` in a forward that is watched: a module's `__hash__` may read attributes, as torchmetrics' do."""
+    _state.is_looking = True
+    try:
+        return named_state(model)
+    finally:
+        _state.is_looking = False
 
 
 def places_of_state(model: torch.nn.Module) -> list[tuple[str, int]]:
