@@ -284,6 +284,37 @@ def test_a_module_that_cannot_be_captured_as_a_whole() -> None:
     assert small.plan.num_replays > 0
 
 
+@pytest.mark.exhaustive
+def test_the_packages_other_name() -> None:
+    pl = pytest.importorskip("pytorch_lightning", reason="there is no pytorch_lightning")
+
+    class Other(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Net()
+
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            loss = F.cross_entropy(self.net(batch[0]), batch[1])
+            self.log("loss", loss)
+            return loss
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+    states = []
+    for callbacks in ([], [KeeplessCallback("1GiB", **SMALL)]):
+        torch.manual_seed(1)
+        module = Other()
+        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        trainer = pl.Trainer(
+            max_steps=3, accelerator="cpu", devices=1, enable_checkpointing=False, callbacks=callbacks, **quiet
+        )
+        trainer.fit(module, loaders()[0])
+        states.append(dict(module.state_dict()))
+    assert differences(*states) == []
+    assert callbacks[0].plan is not None
+
+
 @pytest.mark.slow
 def test_saved_and_resumed_in_the_middle(floor: int, tmp_path: Path) -> None:
     """A plain run that was saved is gone on with under a plan, and the other way round; the keys are the same."""

@@ -76,7 +76,7 @@ class KeeplessCallback(_Callback):  # type: ignore[misc]
             stand in the budget beside the activations.
         log: the plan as metrics `memory/...` to the trainer's loggers, once.
         options: of `keepless.plan` and `keepless.apply`: release_outputs, outside, engine, takeover, on_oom ...
-            `release_outputs=True` where training_step returns the loss alone.
+            `release_outputs=True` where training_step returns the loss alone. `eager_ops` is True here.
 
     Raises (from `Trainer.fit`):
         IntegrationError: several devices or processes, manual optimization, a compiled LightningModule, or a
@@ -157,7 +157,7 @@ class KeeplessCallback(_Callback):  # type: ignore[misc]
         names = inspect.signature(step).parameters
         args = (batch, index) if len(names) > 1 else (batch,)
         loss = LossOf(pl_module, module, step, args, {}, lambda: _unlogged(trainer, pl_module))
-        options = {name: value for name, value in self.options.items() if name not in _APPLY}
+        options = {"eager_ops": True, **{n: value for n, value in self.options.items() if n not in _APPLY}}
         outside = beside(pl_module, module, optimizer, (inputs.args, inputs.kwargs), batch)
         outside += parse_bytes(options.pop("outside", 0)) if options.get("outside") else 0
         try:
@@ -227,6 +227,7 @@ def _check_gradients(trainer: Any, pl_module: Any, callback: Any) -> None:
         IntegrationError: says what.
     """
     overridden = importlib.import_module(f"{_root_of(trainer)}.utilities.model_helpers").is_overridden
+    base = importlib.import_module(_root_of(trainer)).Callback
     reason = ""
     schedules = [
         getattr(one, "scheduling", {}) for one in trainer.callbacks if "AccumulationScheduler" in type(one).__name__
@@ -237,7 +238,7 @@ def _check_gradients(trainer: Any, pl_module: Any, callback: Any) -> None:
         if overridden(name, pl_module):
             reason = f"the LightningModule has a {name} of its own"
     for other in trainer.callbacks:
-        if other is not callback and overridden("on_before_zero_grad", other, parent=_Callback):
+        if other is not callback and overridden("on_before_zero_grad", other, parent=base):
             reason = f"the callback {type(other).__name__} has an on_before_zero_grad"
     if reason:
         raise IntegrationError(f"release_gradients=True would take gradients from what needs them: {reason}.")
