@@ -304,7 +304,7 @@ def test_the_demo_says_what_is_missing(invoke: Invoke, monkeypatch: pytest.Monke
 def test_the_demo_command_gives_one_json_object(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
     """The demo command's answer is the demo's, and its exit code too."""
 
-    def run(out: Path, *, rounds: int, as_json: bool, emit: Callable[[object], object]) -> int:
+    def run(out: Path, *, rounds: int, as_json: bool, quiet: bool, emit: Callable[[object], object]) -> int:
         print("noise")
         emit({"out": str(out), "rounds": rounds})
         return 1

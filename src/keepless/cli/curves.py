@@ -18,6 +18,7 @@ from keepless.cli.options import (
     Optimizer,
     Outside,
     PlannedDevice,
+    Quiet,
     Releases,
     RewriteOption,
     SaveOption,
@@ -54,10 +55,11 @@ def curve_command(
     takeover: TakeoverOption = False,
     rewrite: RewriteOption = None,
     as_json: Json = False,
+    quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Show the step's time for every budget at once, from the smallest to everything kept."""
-    with session(as_json, debug) as current:
+    with session(as_json, debug, quiet) as current:
         if save is not None and save_at is None:
             raise UsageError("--save writes one plan of the curve: say which, --save-at 8GiB.")
         check_picture(picture)
@@ -98,9 +100,10 @@ def curve_command(
                 "picture": None if picture is None else str(picture),
             }
             return
-        current.show(str(found))
+        current.tell(str(found))
         if chosen is not None:
-            current.show(str(chosen), verdict(chosen))
+            current.show(str(chosen))
+            current.tell(verdict(chosen))
         if save is not None:
             current.show(f"plan     {save}")
         if picture is not None:

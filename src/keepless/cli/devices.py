@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from keepless.cli.options import Debug, Json
+from keepless.cli.options import Debug, Json, Quiet
 from keepless.cli.session import session
 from keepless.cost import DeviceSpec, find_device, known_devices
 
@@ -14,12 +14,13 @@ from keepless.cost import DeviceSpec, find_device, known_devices
 def devices_command(
     device: Annotated[str | None, typer.Argument(help="One of them, or a .toml or .json file of one.")] = None,
     as_json: Json = False,
+    quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """List the cards that can be planned for without having one, with the source of each figure."""
     from rich.table import Table
 
-    with session(as_json, debug) as current:
+    with session(as_json, debug, quiet) as current:
         found = list(known_devices().values()) if device is None else [find_device(device)]
         current.answer = {"devices": [one.as_dict() for one in found]}
         table = Table(
@@ -31,7 +32,7 @@ def devices_command(
         table.add_column("PCIe, NVLink", overflow="fold")
         for one in found:
             table.add_row(*_row(one))
-        current.show(table)
+        current.tell(table)
         if device is not None:
             current.show(f"{found[0].title or found[0].name}: {found[0].source}")
 

@@ -12,6 +12,7 @@ from keepless.cli.options import (
     Optimizer,
     Outside,
     PlannedDevice,
+    Quiet,
     Releases,
     RewriteOption,
     Seed,
@@ -37,10 +38,11 @@ def estimate_command(
     takeover: TakeoverOption = False,
     rewrite: RewriteOption = None,
     as_json: Json = False,
+    quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Show what a training step would need: bytes by category and module, no budget, no step, nothing timed."""
-    with session(as_json, debug) as current:
+    with session(as_json, debug, quiet) as current:
         from keepless import api
         from keepless.cli.models import Recipe, build, device_and_target
 
@@ -63,4 +65,4 @@ def estimate_command(
         current.answer = found.as_dict()
         current.show(account_table(peak_account(found.plain), "The plain step, at its peak"))
         current.show(account_table(peak_account(found.smallest), "The smallest plan, at its peak"))
-        current.show(str(found))
+        current.tell(str(found))

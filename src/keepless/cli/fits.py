@@ -17,6 +17,7 @@ from keepless.cli.options import (
     Optimizer,
     Outside,
     PlannedDevice,
+    Quiet,
     Releases,
     RewriteOption,
     Seed,
@@ -69,13 +70,14 @@ def fits_command(
     takeover: TakeoverOption = False,
     rewrite: RewriteOption = None,
     as_json: Json = False,
+    quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Tell whether a model's training step fits a budget, without running one; and what would fit.
 
     The budget is the whole device where none is given.
     """
-    with session(as_json, debug) as current:
+    with session(as_json, debug, quiet) as current:
         if (model is None) == (named is None):
             raise UsageError("Give one model: keepless fits MODEL, or keepless fits --model MODEL.")
         if sum((max_batch, max_length, max_depth)) > 1:
@@ -186,7 +188,7 @@ def _show_grid(
         )
     is_any = any(cell.fits for cell in found.cells.values())
     current.answer = {"fits": is_any, "grid": found.as_dict()}
-    current.show(str(found))
+    current.tell(str(found))
     if not is_any:
         current.code = INFEASIBLE
         current.answer["exit_code"] = INFEASIBLE
@@ -197,7 +199,7 @@ def _show_search(current: Session, subject: Sized, found: Fits, price: float | N
     current.answer = {"fits": True, "search": found.as_dict(), "plan": plan_dict(found.plan)}
     current.answer |= _costs(current, found.plan, rows, price)
     current.parts.insert(0, str(found))
-    current.show(verdict(found.plan))
+    current.tell(verdict(found.plan))
 
 
 def _check(
@@ -235,7 +237,7 @@ def _check(
             "instead": None,
             "exit_code": INFEASIBLE,
         }
-        current.show("fits: NO", str(error))
+        current.tell("fits: NO", str(error))
     else:
         limit = plan.budget.limits["device"]
         is_slow = max_overhead is not None and plan.overhead > max_overhead
@@ -244,8 +246,8 @@ def _check(
         margin = plan.budget.reserve if elsewhere is None else elsewhere
         current.answer |= {"margin": margin / limit, "smallest_budget": plan.smallest_budget}
         free = "stay free for what predictions miss" if elsewhere is None else "are estimated"
+        current.tell(verdict(plan))
         current.show(
-            verdict(plan),
             f"smallest budget {format_bytes(plan.smallest_budget)}; {format_bytes(margin)} ({margin / limit:.1%} of "
             f"the budget) {free}",
             *describe_elsewhere(plan.signature, plan.cost.spread),
@@ -255,7 +257,7 @@ def _check(
             return
         current.code = INFEASIBLE
         current.answer["exit_code"] = INFEASIBLE
-        current.show(f"too slow: {plan.overhead:.1%} over everything kept, and {max_overhead:.1%} is allowed")
+        current.tell(f"too slow: {plan.overhead:.1%} over everything kept, and {max_overhead:.1%} is allowed")
     _instead(current, subject, budget, options, max_overhead)
 
 
@@ -279,7 +281,7 @@ def _instead(
             current.show(f"no smaller {axis} fits: {error}".split(": the", 1)[0])
             continue
         current.answer["instead"] = found.as_dict()
-        current.show(f"instead: {found}")
+        current.tell(f"instead: {found}")
         return
 
 

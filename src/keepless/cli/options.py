@@ -7,19 +7,36 @@ from typing import Annotated
 
 import typer
 
+from keepless.cli import completing
+
 ModelArgument = Annotated[
-    str, typer.Argument(help="package.module:factory, which returns (model, batch), or hf:PATH_TO_CONFIG.json")
+    str,
+    typer.Argument(
+        help="package.module:factory, which returns (model, batch), or hf:PATH_TO_CONFIG.json",
+        autocompletion=completing.models,
+    ),
 ]
 BatchSize = Annotated[int, typer.Option(help="Batch size of an hf: model.")]
 SeqLen = Annotated[int, typer.Option(help="Tokens per row of an hf: model.")]
-Dtype = Annotated[str, typer.Option(help="Parameters' dtype of an hf: model: float32, bfloat16, ...")]
-Optimizer = Annotated[str, typer.Option(help="adamw, adam, sgd, rmsprop, adagrad, or none.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1; meta plans for the cpu without making weights.")]
+Dtype = Annotated[
+    str,
+    typer.Option(help="Parameters' dtype of an hf: model: float32, bfloat16, ...", autocompletion=completing.dtypes),
+]
+Optimizer = Annotated[
+    str, typer.Option(help="adamw, adam, sgd, rmsprop, adagrad, or none.", autocompletion=completing.optimizers)
+]
+Device = Annotated[
+    str,
+    typer.Option(
+        help="cpu, cuda, cuda:1; meta plans for the cpu without making weights.", autocompletion=completing.devices
+    ),
+]
 PlannedDevice = Annotated[
     str,
     typer.Option(
         help="cpu, cuda, cuda:1; meta plans for the cpu without making weights; rtx4090, h100 ... or FILE.toml plans "
-        "for a device that is not here (keepless devices lists them)."
+        "for a device that is not here (keepless devices lists them).",
+        autocompletion=completing.devices,
     ),
 ]
 LearningRate = Annotated[float, typer.Option("--lr", help="Learning rate.")]
@@ -27,12 +44,13 @@ Seed = Annotated[int, typer.Option(help="Of weights, data and dropout.")]
 BudgetOption = Annotated[
     str | None, typer.Option("--budget", "-b", help='"8GiB" (2**30), "8GB" (10**9), bytes, or 0.5 of the device.')
 ]
-SolverOption = Annotated[str, typer.Option(help="A solver's name.")]
+SolverOption = Annotated[str, typer.Option(help="A solver's name.", autocompletion=completing.solvers)]
 EngineOption = Annotated[
     str,
     typer.Option(
         help="graph: single ops of the captured step; blocks: those of captured blocks; eager: module calls; auto: the "
-        "first that can."
+        "first that can.",
+        autocompletion=completing.engines,
     ),
 ]
 BlocksOption = Annotated[
@@ -58,14 +76,20 @@ BlackBoxOption = Annotated[
 RewriteOption = Annotated[
     list[str] | None,
     typer.Option(
-        "--rewrite", help="Change the step to need less: optimizer_in_backward, chunked_loss; may be repeated."
+        "--rewrite",
+        help="Change the step to need less: optimizer_in_backward, chunked_loss; may be repeated.",
+        autocompletion=completing.rewrites,
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, and nothing else.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, and no more than the answer.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")]
 Values = Annotated[bool, typer.Option("--values", help="A row per value, not only per block.")]
 PictureOption = Annotated[Path | None, typer.Option(help="Draw bytes over the step into this file (.png, .svg, .pdf).")]
-PlanFileOption = Annotated[Path | None, typer.Option("--plan", help="A saved plan to use instead of a budget.")]
+PlanFileOption = Annotated[
+    Path | None,
+    typer.Option("--plan", help="A saved plan to use instead of a budget.", autocompletion=completing.plan_files),
+]
 SaveOption = Annotated[Path | None, typer.Option("--save", "-o", help="Write the plan to this file.")]
 Accumulates = Annotated[bool, typer.Option(help="Gradients are added to existing ones.")]
 Outside = Annotated[str, typer.Option(help="Bytes on the device beside the model: a second model, say.")]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from keepless.cli.fits import read_sizes
+from keepless.cli.making import planned
 from keepless.cli.options import (
     Accumulates,
     BatchSize,
@@ -22,6 +23,7 @@ from keepless.cli.options import (
     Optimizer,
     Outside,
     PlanFileOption,
+    Quiet,
     Releases,
     RewriteOption,
     Seed,
@@ -29,7 +31,7 @@ from keepless.cli.options import (
     SolverOption,
     TakeoverOption,
 )
-from keepless.cli.session import UsageError, check_target, planning, read_budget, read_nbytes, session
+from keepless.cli.session import UsageError, check_target, planning, read_nbytes, session
 from keepless.machine import Plan, load_plan
 from keepless.reporting.page import (
     ReportData,
@@ -82,6 +84,7 @@ def report_command(
     outside: Outside = "0",
     cache: Caches = True,
     as_json: Json = False,
+    quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Report a plan: verdict, bytes over the step, decisions, curve, what fits, how good the predictions are.
@@ -89,7 +92,7 @@ def report_command(
     From a plan file nothing is run, and torch is not needed: keepless report step.plan -o report.html
     Of a model everything: keepless report package.module:factory -b 8GiB --measure --curve -o report.html
     """
-    with session(as_json, debug) as current:
+    with session(as_json, debug, quiet) as current:
         if out is not None:
             check_report_path(out)
             check_target(out, Path(subject) if Path(subject).is_file() else None)
@@ -122,7 +125,7 @@ def report_command(
                 "rewrites": rewrite or (),
             }
             own = options | {"solver": solver, "engine": engine, "seed": seed}
-            made = load_plan(plan) if plan is not None else _planned(built, str(budget), own)
+            made = load_plan(plan) if plan is not None else planned(built, str(budget), own)
             grids = [_grid(recipe, built, made, sizes, options)] if is_grid else []
             found = _reported(built, made, measure, repeats, curve, points, grids, title, takeover)
         if out is not None:
@@ -130,6 +133,8 @@ def report_command(
         if as_json:
             current.answer = json.loads(found.to_json())
             return
+        if quiet:
+            current.tell(found.verdict.line)
         current.show(*terminal_page(found))
         if out is not None:
             current.show(f"report   {out}")
@@ -146,21 +151,6 @@ def is_report(path: Path) -> bool:
     """Whether a file begins as reports' data does."""
     with open(path, "rb") as file:
         return b'"keepless-report"' in file.read(256)
-
-
-def _planned(built: Built, budget: str, options: dict[str, Any]) -> Plan:
-    from keepless import api
-
-    with planning("planning") as progress:
-        return api.plan(
-            built.model,
-            built.batch,
-            read_budget(budget),
-            optimizer=built.optimizer,
-            loss_fn=built.loss_fn,
-            progress=progress,
-            **options,
-        )
 
 
 def _grid(

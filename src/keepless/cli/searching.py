@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from keepless.cli.session import is_quiet
 from keepless.ir import format_bytes
 from keepless.reporting.decisions import format_seconds
 
@@ -46,6 +47,9 @@ def ended_by_ctrl_c(search: Search) -> Iterator[None]:
 @contextlib.contextmanager
 def searching(search: Search) -> Iterator[None]:
     """Shows on stderr what the search has so far: best, bound, gap."""
+    if is_quiet():
+        yield
+        return
     console = Console(stderr=True, highlight=False)
     if console.is_terminal:
         from rich.text import Text

@@ -8,6 +8,7 @@ stdout is one JSON object, errors included.
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import importlib.util
 import json
 import os
@@ -33,6 +34,9 @@ from keepless.errors import (
     SolverError,
 )
 
+_quiet = contextvars.ContextVar("quiet", default=False)
+"""Whether the command that runs shows no progress."""
+
 FAILED, BAD_USAGE, INFEASIBLE, INTERRUPTED = 1, 2, 3, 130
 
 
@@ -45,17 +49,29 @@ class Session:
 
     Arguments:
         as_json: stdout is one JSON object; whatever else is printed goes to stderr.
+        quiet: no progress, and of what is for people only the answer.
     """
 
-    def __init__(self, as_json: bool) -> None:
+    def __init__(self, as_json: bool, quiet: bool = False) -> None:
         self.as_json = as_json
+        self.quiet = quiet
         self.code = 0
         self.answer: dict[str, Any] = {}
         self.parts: list[Any] = []
 
     def show(self, *parts: Any) -> None:
         """Something for people: text, or a rich table. Printed at the command's end, unless JSON is asked for."""
+        if not self.quiet:
+            self.parts.extend(parts)
+
+    def tell(self, *parts: Any) -> None:
+        """The answer, for people: what a quiet command prints, too."""
         self.parts.extend(parts)
+
+    def say(self, line: str) -> None:
+        """A line for people while the command runs, at once."""
+        if not self.as_json and not self.quiet:
+            print(line, flush=True)
 
     def finish(self) -> None:
         """Prints the answer."""
@@ -70,9 +86,10 @@ class Session:
 
 
 @contextlib.contextmanager
-def session(as_json: bool, debug: bool) -> Iterator[Session]:
+def session(as_json: bool, debug: bool, quiet: bool = False) -> Iterator[Session]:
     """Runs a command's body; errors become text on stderr and an exit code."""
-    current = Session(as_json)
+    current = Session(as_json, quiet)
+    token = _quiet.set(quiet)
     try:
         # What a user's own module prints must not end up in the JSON.
         with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
@@ -87,11 +104,11 @@ def session(as_json: bool, debug: bool) -> Iterator[Session]:
             print(json.dumps({"error": facts, "exit_code": INTERRUPTED}, indent=1))
         raise typer.Exit(INTERRUPTED) from None
     except Exception as error:  # the one place where any error becomes text; --debug shows the traceback
-        current.code = _code(error)
+        current.code = code_of(error)
         if debug:
             traceback.print_exc()
         name = type(error).__name__
-        message = _words(error)
+        message = words_of(error)
         shown = message if isinstance(error, (KeeplessError, OSError)) else f"{name}: {message}"
         print(f"Error: {shown}", file=sys.stderr)
         if as_json:
@@ -109,19 +126,22 @@ def session(as_json: bool, debug: bool) -> Iterator[Session]:
                 facts |= {"rule": error.rule, "index": error.index}
             print(json.dumps({"error": facts, "exit_code": current.code}, indent=1))
         raise typer.Exit(current.code) from None
+    finally:
+        _quiet.reset(token)
     current.finish()
     if current.code:
         raise typer.Exit(current.code)
 
 
-def _words(error: Exception) -> str:
+def words_of(error: BaseException) -> str:
     """What an error says, without the system's numbers."""
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"The file {str(error.filename)!r} cannot be used: {error.strerror[0].lower()}{error.strerror[1:]}."
     return str(error)
 
 
-def _code(error: Exception) -> int:
+def code_of(error: BaseException) -> int:
+    """The exit code that an error means."""
     if isinstance(error, InfeasibleBudget):
         return INFEASIBLE
     if isinstance(
@@ -205,6 +225,9 @@ def check_picture(picture: Path | None) -> None:
 @contextlib.contextmanager
 def planning(title: str) -> Iterator[Callable[[str, int, int], None]]:
     """Progress of planning on stderr: capture, measure (with the time that is left), solve."""
+    if _quiet.get():
+        yield lambda stage, done, total: None
+        return
     console = Console(stderr=True)
     if not console.is_terminal:
         yield _plain(title)
@@ -225,7 +248,7 @@ def planning(title: str) -> Iterator[Callable[[str, int, int], None]]:
         "measure": "each distinct op once; remembered for the next time",
         "solve": "what to keep: seconds",
     }
-    with Progress(*columns, console=console, transient=True) as bars:
+    with Progress(*columns, console=console, transient=True, redirect_stdout=False) as bars:
         tasks: dict[str, Any] = {}
 
         def tell(stage: str, done: int, total: int) -> None:
@@ -234,6 +257,30 @@ def planning(title: str) -> Iterator[Callable[[str, int, int], None]]:
             bars.update(tasks[stage], total=total if done else None, completed=done)
 
         yield tell
+
+
+@contextlib.contextmanager
+def counting(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Progress of what is counted, on stderr, with the time that is left; nothing where stderr is no terminal.
+
+    Takes the number of those that are done.
+    """
+    console = Console(stderr=True)
+    if is_quiet() or not console.is_terminal:
+        yield lambda done: None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import TimeRemainingColumn as Remaining
+
+    columns = TextColumn(title), BarColumn(bar_width=28), MofNCompleteColumn(), TimeElapsedColumn(), Remaining()
+    with Progress(*columns, console=console, transient=True) as bars:
+        task = bars.add_task(title, total=total)
+        yield lambda done: bars.update(task, completed=done)
+
+
+def is_quiet() -> bool:
+    """Whether the command that runs shows no progress."""
+    return _quiet.get()
 
 
 def _plain(title: str) -> Callable[[str, int, int], None]:

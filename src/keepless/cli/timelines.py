@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from keepless.cli.making import planned
 from keepless.cli.options import (
     Accumulates,
     BatchSize,
@@ -21,13 +22,14 @@ from keepless.cli.options import (
     Outside,
     PictureOption,
     PlanFileOption,
+    Quiet,
     Releases,
     Seed,
     SeqLen,
     SolverOption,
     TakeoverOption,
 )
-from keepless.cli.session import UsageError, check_picture, check_target, planning, read_budget, read_nbytes, session
+from keepless.cli.session import UsageError, check_picture, check_target, read_nbytes, session
 from keepless.ir import Timeline, format_bytes
 from keepless.machine import Plan, load_plan
 from keepless.reporting.account import peak_account, phase_instructions
@@ -69,10 +71,11 @@ def timeline_command(
     outside: Outside = "0",
     cache: Caches = True,
     as_json: Json = False,
+    quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Show bytes and seconds over the step: by category and by module, predicted and measured."""
-    with session(as_json, debug) as current:
+    with session(as_json, debug, quiet) as current:
         check_picture(picture)
         check_target(trace)
         check_target(save)
@@ -101,7 +104,7 @@ def timeline_command(
                 "cache": cache,
                 "on": on,
             }
-            found = load_plan(plan) if plan is not None else _planned(built, str(budget), options)
+            found = load_plan(plan) if plan is not None else planned(built, str(budget), options)
             measured = _measured(built, found, repeats) if measure else None
         if trace is not None:
             save_trace(trace, found, measured)
@@ -117,27 +120,12 @@ def timeline_command(
             current.answer |= {name: None if path is None else str(path) for name, path in files.items()}
             return
         current.show(account_table(peak_account(found) if measured is None else measured_account(found, measured)))
-        current.show(steps_text(found))
+        current.tell(steps_text(found))
         if measured is not None:
-            current.show(_compared(found, measured))
+            current.tell(_compared(found, measured))
         for name, path in (("trace", trace), ("timeline", save), ("picture", picture)):
             if path is not None:
                 current.show(f"{name:<8} {path}")
-
-
-def _planned(built: Built, budget: str, options: dict[str, Any]) -> Plan:
-    from keepless import api
-
-    with planning("planning") as progress:
-        return api.plan(
-            built.model,
-            built.batch,
-            read_budget(budget),
-            optimizer=built.optimizer,
-            loss_fn=built.loss_fn,
-            progress=progress,
-            **options,
-        )
 
 
 def _measured(built: Built, plan: Plan, repeats: int) -> Timeline:
