@@ -18,6 +18,7 @@ import torch
 
 from keepless.errors import MeasureError
 from keepless.measure import CostCache, Trial, interposer, measure_ops, measure_scratch, ops
+from keepless.measure._profiler import AllocationWatch, run_traced
 
 aten = torch.ops.aten
 Thunk = Callable[[], object]
@@ -135,6 +136,24 @@ def test_scratch_inside_a_users_profiler() -> None:
         torch.zeros(4)
     assert {key: cost.scratch for key, cost in inside.items()} == {key: cost.scratch for key, cost in alone.items()}
     assert any(event.name == "aten::zeros" for event in profile.events())
+
+
+def test_allocations_are_watched_until_another_measurement() -> None:
+    """A watch lists bytes and marks in order; whatever measures in this thread meanwhile ends it, and is right."""
+    watch = AllocationWatch()
+    assert watch.stop() is None
+    watch.start()
+    made = torch.empty(1000)
+    watch.mark()
+    del made
+    assert watch.stop() == [4000, None, -4000]
+    watch.start()
+    assert run_traced(lambda: torch.empty(500) is None)[1] == [2000, -2000]
+    watch.mark()
+    assert watch.stop() is None
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
+        watch.start()
+        assert watch.stop() is None
 
 
 def test_process_is_left_as_it_was() -> None:

@@ -1,4 +1,4 @@
-"""Backwards that fail, seen from where they were called: autograd tells of no failure by itself."""
+"""Backwards seen from where they are called: autograd tells neither of their begin nor of a failure by itself."""
 
 from __future__ import annotations
 
@@ -15,8 +15,12 @@ Listener = Callable[[Exception, Sequence[Any]], "Exception | None"]
 _home: Any = torch.autograd
 _NAME = "_engine_run_backward"
 _PLACES: tuple[Any, ...] = (_home, _home.graph)
+Begin = Callable[[Sequence[Any], Sequence[Any], bool, bool], None]
+"""Told before a backward runs: its roots, their gradients, whether the graph stays, and whether the backward is itself
+differentiated."""
 _lock = threading.RLock()
 _listeners: list[Listener] = []
+_begins: list[Begin] = []
 _own: Any = None
 _ours: Any = None
 
@@ -26,16 +30,25 @@ def watch_backwards(listener: Listener) -> Callable[[], None]:
 
     While anyone listens, torch's way into its engine is wrapped in a try block.
     """
+    return _listen(_listeners, listener)
+
+
+def watch_begins(begin: Begin) -> Callable[[], None]:
+    """Whoever calls `backward` or `grad`, `begin` is called first, in the caller's thread; gives what ends it."""
+    return _listen(_begins, begin)
+
+
+def _listen(told: list[Any], listener: Any) -> Callable[[], None]:
     with _lock:
-        if not _listeners:
+        if not _listeners and not _begins:
             _wrap()
-        _listeners.append(listener)
+        told.append(listener)
 
     def unwatch() -> None:
         with _lock:
-            if listener in _listeners:
-                _listeners.remove(listener)
-                if not _listeners:
+            if listener in told:
+                told.remove(listener)
+                if not _listeners and not _begins:
                     _unwrap()
 
     return unwatch
@@ -62,6 +75,8 @@ def _unwrap() -> None:
 def _watched(own: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(own)
     def run_backward(t_outputs: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
+        for begin in list(_begins):
+            begin(t_outputs, args[0], bool(args[1]), bool(args[2]))
         try:
             return own(t_outputs, *args, **kwargs)
         except Exception as error:
@@ -79,3 +94,8 @@ def _told(error: Exception, roots: Sequence[Any]) -> Exception | None:
         if other is not None:
             return other
     return None
+
+
+def number_of(node: Any) -> int:
+    """A node's place in the order in which this thread made them; leaves are greater than any."""
+    return int(node._sequence_nr())

@@ -16,6 +16,7 @@ from keepless.cli.examples import epilog
 from keepless.cli.fits import fits_command
 from keepless.cli.plans import plan_command, show_command
 from keepless.cli.reports import report_command
+from keepless.cli.running import EPILOG, ScriptCommand, run_command
 from keepless.cli.solving import solve_command
 from keepless.cli.steps import train_command, verify_command
 from keepless.cli.timelines import timeline_command
@@ -49,3 +50,4 @@ _COMMANDS: dict[str, Callable[..., None]] = {
 
 for name, command in _COMMANDS.items():
     app.command(name, epilog=epilog(name))(command)
+app.command("run", cls=ScriptCommand, epilog=EPILOG)(run_command)

@@ -6,8 +6,11 @@ included. Each function says what it needs from torch and what happens where a r
 
 from __future__ import annotations
 
+import contextlib
+import os
 import threading
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -28,6 +31,7 @@ def run_traced(call: Callable[[], object]) -> tuple[object, list[int]]:
         RuntimeError: a user's profiler is running, and the older one is gone.
     """
     private = torch._C._autograd
+    _end_watch()
     is_profiling = bool(private._profiler_enabled())
     if not hasattr(private, "_enable_profiler_legacy"):
         if is_profiling:
@@ -55,32 +59,87 @@ def run_traced(call: Callable[[], object]) -> tuple[object, list[int]]:
     return done[0]
 
 
-def begin_tracing() -> Callable[[], list[int]] | None:
-    """Lists this thread's CPU allocations (+ bytes) and frees (- bytes) until what is given back is called.
+class AllocationWatch:
+    """Notes this thread's CPU allocations from `start` to `stop`, wherever these are called.
 
-    As `run_traced`, for code that is not one call. None where a profiler of the user's is running.
+    Another measurement in this thread ends it, as profilers do not stand in one another.
     """
-    private: Any = torch._C._autograd
-    if private._profiler_enabled():
-        return None
-    if not hasattr(private, "_enable_profiler_legacy"):
-        profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
-        profile.start()
 
-        def end_newer() -> list[int]:
-            profile.stop()
-            return [nbytes for name, nbytes in profiled_memory_events(profile) if name == "[memory]"]
+    def __init__(self) -> None:
+        self._newer: torch.profiler.profile | None = None
+        self.is_on = False
 
-        return end_newer
-    private._enable_profiler_legacy(_memory_config())
+    def start(self) -> bool:
+        """From here on; False where a profiler is running already."""
+        private: Any = torch._C._autograd
+        _end_watch()
+        if private._profiler_enabled():
+            return False
+        if hasattr(private, "_enable_profiler_legacy"):
+            _free_unknown_block()
+            private._enable_profiler_legacy(_memory_config())
+        else:
+            self._newer = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+            self._newer.start()
+        self.is_on = True
+        _here.watch = self
+        return True
 
-    def end() -> list[int]:
+    def mark(self) -> None:
+        """Notes that something has happened, as `None` among the bytes."""
+        if self.is_on:
+            _mark("")
+
+    def stop(self) -> list[int | None] | None:
+        """Allocations (+ bytes), frees (- bytes) and marks since the start, in order; None where it was not on."""
+        private: Any = torch._C._autograd
+        if not self.is_on:
+            return None
+        self.is_on = False
+        _here.watch = None
+        if self._newer is not None:
+            newer, self._newer = self._newer, None
+            newer.stop()
+            rows = profiled_memory_events(newer)
+            return [nbytes if name == "[memory]" else None for name, nbytes in rows if name in ("[memory]", _MARK)]
         if not private._profiler_enabled():
-            return []
-        records = [event for thread in private._disable_profiler_legacy() for event in thread]
-        return [int(event.cpu_memory_usage()) for event in records if event.kind() == "memory_alloc"]
+            return None
+        records: list[list[Any]] = private._disable_profiler_legacy()
+        found: list[int | None] = []
+        for event in (event for thread in records for event in thread):
+            if event.kind() == "memory_alloc":
+                found.append(int(event.cpu_memory_usage()))
+            elif event.kind() == "push" and event.name() == _MARK:
+                found.append(None)
+        return found
 
-    return end
+
+_here = threading.local()
+"""The watch that was started last in this thread, under "watch"."""
+
+
+def _end_watch() -> None:
+    watch: AllocationWatch | None = getattr(_here, "watch", None)
+    if watch is not None:
+        watch.stop()
+
+
+@cache
+def _free_unknown_block() -> None:
+    """Torch writes a line to stderr when the first block is freed that was allocated before a profile: it is freed
+    here, where that line goes nowhere. Later ones are written of every thousandth block only."""
+    private = torch._C._autograd
+    with contextlib.suppress(OSError), open(os.devnull, "wb") as nowhere:
+        shown = os.dup(2)
+        try:
+            block = torch.empty(64)
+            os.dup2(nowhere.fileno(), 2)
+            private._enable_profiler_legacy(_memory_config())
+            del block
+            private._disable_profiler_legacy()
+        finally:
+            os.dup2(shown, 2)
+            os.close(shown)
 
 
 def traced_between_marks(call: Callable[[Callable[[str], None]], object]) -> list[str | int]:
@@ -92,15 +151,11 @@ def traced_between_marks(call: Callable[[Callable[[str], None]], object]) -> lis
         RuntimeError: a user's profiler is running.
     """
     private: Any = torch._C._autograd
+    _end_watch()
     if private._profiler_enabled():
         raise RuntimeError("memory cannot be measured between marks inside a running profiler")
-    ops: Any = torch.ops.profiler
-
-    def mark(text: str) -> None:
-        ops._record_function_exit._RecordFunction(ops._record_function_enter_new(_MARK + text, None))
-
     if hasattr(private, "_enable_profiler_legacy"):
-        records = _legacy_events(lambda: call(mark))[1]
+        records = _legacy_events(lambda: call(_mark))[1]
         found: list[str | int] = []
         for event in records:
             if event.kind() == "memory_alloc":
@@ -109,13 +164,18 @@ def traced_between_marks(call: Callable[[Callable[[str], None]], object]) -> lis
                 found.append(event.name().removeprefix(_MARK))
         return found
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        call(mark)
+        call(_mark)
     rows = profiled_memory_events(profile)
     return [
         nbytes if name == "[memory]" else name.removeprefix(_MARK)
         for name, nbytes in rows
         if name == "[memory]" or name.startswith(_MARK)
     ]
+
+
+def _mark(text: str) -> None:
+    ops: Any = torch.ops.profiler
+    ops._record_function_exit._RecordFunction(ops._record_function_enter_new(_MARK + text, None))
 
 
 def _traced(call: Callable[[], object]) -> tuple[object, list[int]]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 
-from keepless.measure._profiler import begin_tracing
+from keepless.measure._profiler import AllocationWatch
 
 
 class StepMeter:
@@ -18,13 +18,14 @@ class StepMeter:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._end: Callable[[], list[int]] | None = None
+        self._watch = AllocationWatch()
         self._standing = 0
+        self._has_begun = False
 
     @property
     def is_running(self) -> bool:
         """Whether it has begun and not ended."""
-        return self._end is not None
+        return self._has_begun
 
     def begin(self, standing: int) -> bool:
         """Begins; False where a profiler of the user's is running.
@@ -36,29 +37,31 @@ class StepMeter:
         self._standing = standing
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-            self._end = list
+            self._has_begun = True
         else:
-            self._end = begin_tracing()
-        return self._end is not None
+            self._has_begun = self._watch.start()
+        return self._has_begun
 
-    def end(self) -> int:
-        """The highest bytes since it began."""
-        assert self._end is not None, "the meter has not begun"
-        end, self._end = self._end, None
-        events = end()
+    def end(self) -> int | None:
+        """The highest bytes since it began; None where another measurement came between."""
+        assert self._has_begun, "the meter has not begun"
+        self._has_begun = False
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
+        events = self._watch.stop()
+        if events is None:
+            return None
         level = highest = 0
         for nbytes in events:
-            level += nbytes
+            level += nbytes or 0
             highest = max(highest, level)
         return self._standing + highest
 
     def abort(self) -> None:
         """Ends without an answer, if it has begun."""
-        end, self._end = self._end, None
-        if end is not None:
-            end()
+        if self._has_begun:
+            self._has_begun = False
+            self._watch.stop()
 
 
 def nbytes_of(tensors: Iterable[torch.Tensor | None], device: torch.device) -> int:

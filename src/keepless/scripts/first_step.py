@@ -1,0 +1,340 @@
+"""Finds the model that a script trains, and plans it before its first backward begins.
+
+Until then `torch.nn.Module.__call__` and torch's way into its backward are watched. The first module whose deferred
+call (`keepless.scripts.deferred`) a backward reaches is the script's model: it is planned for the call as it was made,
+for the optimizer that steps it and for all that stands beside it on the device.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch.autograd.graph import GradientEdge
+
+from keepless import api
+from keepless._compat.backwards import watch_begins
+from keepless.capture import is_tracing
+from keepless.control.parts.module_steps import standing_plan, tensors_of, uncompiled
+from keepless.control.signature import check_signature, model_signature
+from keepless.errors import KeeplessError, PlanError
+from keepless.ir import format_bytes
+from keepless.machine import Plan
+from keepless.reporting.account import phase_instructions
+from keepless.scripts.deferred import Deferred, calls_reached, is_rerun, rerun
+from keepless.scripts.losses import StandIn, Watch, see
+from keepless.scripts.surroundings import Standing, coming_nbytes, optimizers_of
+from keepless.scripts.wish import Wish
+
+Tell = Callable[[str], None]
+Progress = Callable[[], AbstractContextManager[Callable[[str, int, int], None]]]
+
+_WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel")
+"""Names of classes that call the model within them, which is planned in their place."""
+
+
+_ROUNDS = 3
+"""Plans that are made until one has room for the outputs of the step before in its forward."""
+
+
+class FirstStep:
+    """Watches a process until its model is planned.
+
+    Arguments:
+        tell: takes lines for people.
+        progress: shows planning, as long as that takes.
+
+    Attributes:
+        model: that was planned; None before.
+        plan: its plan.
+        optimizer: that steps it.
+        failure: why there is no plan, where there was a call to plan.
+        notes: what was told.
+    """
+
+    def __init__(self, wish: Wish, tell: Tell, progress: Progress) -> None:
+        self.wish = wish
+        self.model: torch.nn.Module | None = None
+        self.plan: Plan | None = None
+        self.optimizer: torch.optim.Optimizer | None = None
+        self.failure: Exception | None = None
+        self.notes: list[str] = []
+        self.on_planned: Callable[[], None] = lambda: None
+        self._tell_people, self._progress = tell, progress
+        self._own = torch.nn.Module.__call__
+        self._inside = threading.local()
+        self._calls: list[weakref.ref[Deferred]] = []  # their graph holds them
+        self._standing: dict[int, Standing] = {}
+        self._watch: Watch | None = None
+        self._watched = 0
+        self._unwatch: Callable[[], None] | None = None
+
+    def begin(self) -> None:
+        """From here on modules' calls are looked at."""
+        own, watch = self._own, self._call
+
+        def __call__(module: torch.nn.Module, /, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
+            return watch(own, module, args, kwargs)
+
+        torch.nn.Module.__call__ = __call__  # type: ignore[method-assign]
+        self._unwatch = watch_begins(self._backward)
+
+    def end(self) -> None:
+        """Nothing is looked at any more; calls that are deferred stay right."""
+        if self._unwatch is not None:
+            self._unwatch()
+            self._unwatch = None
+            torch.nn.Module.__call__ = self._own  # type: ignore[method-assign]
+        if self._watch is not None:
+            self._watch.stop()
+            self._watch = None
+        self._calls.clear()
+        self._standing.clear()
+
+    def tell(self, note: str) -> None:
+        """Something that people should know."""
+        self.notes.append(note)
+        self._tell_people(note)
+
+    def _call(self, own: Callable[..., Any], module: torch.nn.Module, args: tuple[Any, ...], kwargs: Any) -> Any:
+        depth = getattr(self._inside, "depth", 0)
+        if self._unwatch is None or is_tracing() or (depth and not self.wish.model_path):
+            return own(module, *args, **kwargs)
+        inner = uncompiled(module)
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling() or not self._is_wanted(inner, depth):
+            return own(module, *args, **kwargs)
+        self._inside.depth = depth + 1
+        try:
+            if self.wish.plan is not None:
+                self._put_saved(inner)
+                return own(module, *args, **kwargs)
+            return self._deferred(own, module, inner, args, kwargs)
+        finally:
+            self._inside.depth = depth
+
+    def _is_wanted(self, module: torch.nn.Module, depth: int) -> bool:
+        """Whether a call of a module may be the one that is looked for."""
+        if type(module).__name__ in _WRAPPERS or is_rerun() or standing_plan(module) is not None:
+            return False
+        if not any(parameter.requires_grad for parameter in module.parameters()):
+            return False
+        if self.wish.model_path:
+            return _is_named(module, self.wish.model_path)
+        return not depth and module.training
+
+    def _put_saved(self, module: torch.nn.Module) -> None:
+        """Puts the plan of the file into a module that it was made for."""
+        plan = self.wish.plan
+        assert plan is not None
+        try:
+            check_signature(plan.signature, model_signature(module), "model")
+        except PlanError as error:
+            if self.wish.model_path:
+                self._fail(error)
+            return
+        optimizer, _ = optimizers_of(module)
+        try:
+            self._apply(module, plan, optimizer)
+        except KeeplessError as error:
+            self._fail(error)
+
+    def _deferred(
+        self, own: Callable[..., Any], module: torch.nn.Module, inner: torch.nn.Module, args: Any, kwargs: Any
+    ) -> Any:
+        """Runs a call without keeping its graph.
+
+        The module's own hooks run as ever: what is deferred is its forward.
+        """
+        before = module.__dict__.get("forward", None)
+
+        def forward(*given: Any, **named: Any) -> Any:
+            if inner is not module:  # what torch.compile has wrapped is planned, and runs, as it is
+                return own(inner, *given, **named)
+            return inner.forward(*given, **named)
+
+        call = Deferred(inner, forward)
+        key = id(inner)
+        if key not in self._standing:
+            self._standing[key] = Standing(call.device)
+        if self._watch is not None and self._watched == key:
+            self._watch.stop()
+            self._watch = None
+
+        def first(*given: Any, **named: Any) -> Any:
+            _put_back(module, before)
+            try:
+                return call(*given, **named)
+            except KeeplessError as error:
+                self._fail(error)
+                call.give_up()
+                return forward(*given, **named)
+
+        module.__dict__["forward"] = first
+        try:
+            result = own(module, *args, **kwargs)
+        finally:
+            if module.__dict__.get("forward") is first:
+                _put_back(module, before)
+        if call.places:
+            self._calls = [ref for ref in self._calls if ref() is not None] + [weakref.ref(call)]
+            if self._watch is None:
+                self._watch, self._watched = Watch(call.device), key
+                self._watch.start()
+        return result
+
+    def _backward(self, roots: Sequence[Any], gradients: Sequence[Any], stays: bool, differentiated: bool) -> None:
+        """A backward is about to begin."""
+        if self._unwatch is None or is_rerun() or is_tracing():
+            return
+        nodes = {call: node for node, call in calls_reached(roots)}
+        if not nodes:
+            return
+        if differentiated:
+            note = "a gradient that is itself differentiated is made by the model as it is, outside the budget."
+            if note not in self.notes:
+                self.tell(note)
+            return
+        with rerun():
+            self._settle(nodes, roots, gradients)
+        for call in nodes:
+            call.is_last = not stays
+
+    def _settle(self, nodes: dict[Deferred, Any], roots: Sequence[Any], gradients: Sequence[Any]) -> None:
+        allocated = self._watch.stop() if self._watch is not None else None
+        self._watch = None
+        calls = [call for ref in self._calls if (call := ref()) is not None and call in nodes]
+        if not calls:
+            return
+        chosen = calls[0].module
+        own = [call for call in calls if call.module is chosen]
+        standing = self._standing[id(chosen)]
+        others = {id(call.module): call.module for call in calls if call.module is not chosen}
+        if others:
+            names = ", ".join(type(module).__name__ for module in others.values())
+            self.tell(
+                f"the model is {type(chosen).__name__}, which was called first; {names} trains as it is. To plan "
+                "another one, name its class: --model-path CLASS."
+            )
+        if len(own) > 1:
+            self.tell(
+                f"{type(chosen).__name__} is called {len(own)} times before its backward: each call is planned by "
+                "itself, and the others' activations are not in the budget."
+            )
+        try:
+            seen = self._see(own[-1], nodes[own[-1]], roots, gradients, allocated)
+            self._plan(own[-1], seen, standing)
+        except KeeplessError as error:
+            self._fail(error)
+
+    def _see(
+        self,
+        call: Deferred,
+        node: Any,
+        roots: Sequence[Any],
+        gradients: Sequence[Any],
+        allocated: tuple[int, int] | None,
+    ) -> StandIn:
+        """The script's loss of a call, as planning needs it."""
+        edges = [GradientEdge(node, number) for number in range(len(call.like))]
+        seen = see(
+            roots, gradients, edges, call.like, call.device, allocated if self._watched == id(call.module) else None
+        )
+        reached = [
+            (position, call.like[number], grad)
+            for position, number in call.places.items()
+            if (grad := seen.gradients[number]) is not None
+        ]
+        return StandIn(
+            [position for position, _, _ in reached],
+            [like for _, like, _ in reached],
+            [grad for _, _, grad in reached],
+            seen,
+        )
+
+    def _plan(self, call: Deferred, loss: StandIn, standing: Standing) -> None:
+        """Plans the model of a call for the step that the call begins, and puts the plan in."""
+        model = call.module
+        inputs = call.inputs
+        optimizer, others = optimizers_of(model)
+        if optimizer is None:
+            self.tell(f"no optimizer steps {type(model).__name__} yet: none is counted in the plan.")
+        outside = self.wish.outside + standing.beside(model, tensors_of(inputs), optimizer) + call.held_nbytes
+        outside += coming_nbytes(model, others, call.device)
+        if outside:
+            self.tell(f"{format_bytes(outside)} on the device are not the model's, and count.")
+        assert self.wish.budget is not None
+        with self._progress() as progress, call.as_called():
+            for _ in range(_ROUNDS):
+                plan = api.plan(
+                    model,
+                    inputs,
+                    self.wish.budget,
+                    optimizer=optimizer,
+                    loss_fn=loss,
+                    outside=outside,
+                    progress=progress,
+                    **self.wish.options,
+                )
+                over = _forward_peak(plan) + call.output_nbytes - plan.budget.limits["device"]
+                if over <= 0:
+                    break
+                outside += over
+        self._apply(model, plan, optimizer)
+
+    def _apply(self, model: torch.nn.Module, plan: Plan, optimizer: torch.optim.Optimizer | None) -> None:
+        api.apply(
+            model,
+            plan,
+            optimizer=optimizer,
+            takeover=bool(self.wish.options.get("takeover")),
+            on_oom=self.wish.on_oom,
+        )
+        self.model, self.plan, self.optimizer = model, plan, optimizer
+        self.tell(
+            f"{type(model).__name__} is planned ({plan.engine} engine): predicted peak "
+            f"{format_bytes(plan.predicted_peak)}, {format_bytes(plan.baseline_peak)} with everything kept."
+        )
+        self.end()
+        self.on_planned()
+
+    def _fail(self, error: Exception) -> None:
+        """There is no plan.
+
+        Raises:
+            The error, where the script is to end.
+        """
+        self.failure = error
+        self.end()
+        if self.wish.strict:
+            raise error
+        self.tell(f"the script goes on WITHOUT a plan: {error}")
+
+
+def _forward_peak(plan: Plan) -> int:
+    """Predicted highest bytes in the forward, in which the script may still hold the outputs of the step before."""
+    first, last = phase_instructions(plan).get("forward", (0, -1))
+    return max((event.peak for event in plan.predicted.events[first : last + 1]), default=0)
+
+
+def _put_back(module: torch.nn.Module, forward: Any) -> None:
+    if forward is None:
+        module.__dict__.pop("forward", None)
+    else:
+        module.__dict__["forward"] = forward
+
+
+def _is_named(module: torch.nn.Module, path: str) -> bool:
+    """Whether a module is of a class of this name, or what stands at this path of the script's own names."""
+    kind = type(module)
+    if path in (kind.__name__, kind.__qualname__, f"{kind.__module__}.{kind.__qualname__}"):
+        return True
+    first, *rest = path.split(".")
+    found = vars(sys.modules["__main__"]).get(first)
+    for name in rest:
+        found = getattr(found, name, None)
+    return found is module

@@ -1,0 +1,210 @@
+"""`keepless run`: unmodified scripts give the same results, bit for bit, with a plan in their model."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import io
+import json
+import os
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import scripts_text
+import torch
+
+Invoke = Callable[..., Any]
+
+
+@pytest.fixture(autouse=True)
+def _process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What a script changes of its process is put back."""
+    own = torch.nn.Module.__call__
+    monkeypatch.setattr(sys, "argv", list(sys.argv))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    main = sys.modules["__main__"]
+    yield
+    sys.modules["__main__"] = main
+    sys.modules.pop("nets", None)
+    assert torch.nn.Module.__call__ is own
+
+
+def write(**scripts: str) -> None:
+    """Scripts, into the current folder."""
+    Path("nets.py").write_text(scripts_text.NETS)
+    for name, text in scripts.items():
+        Path(f"{name}.py").write_text(text)
+
+
+def plainly(path: str, *arguments: str) -> str:
+    """What a script prints without Keepless."""
+    out = io.StringIO()
+    sys.argv[:] = [path, *arguments]
+    with contextlib.redirect_stdout(out):
+        runpy.run_path(path, run_name="__main__")
+    sys.modules.pop("nets", None)
+    return out.getvalue()
+
+
+@pytest.mark.slow
+def test_a_script_trains_within_its_budget_with_the_same_bits(invoke: Invoke) -> None:
+    """Dropout, BatchNorm, AdamW, clipping, an evaluation and a resume in the middle; ops are replayed."""
+    write(train=scripts_text.TRAIN)
+    expected = plainly("train.py", "--lr", "1")
+    done = invoke("run", "train.py", "-b", "1MiB", "--json", "run.json", "--save", "step.plan", "--", "--lr", "1")
+    assert done.exit_code == 0, done.output
+    assert done.stdout == expected
+    answer = json.loads(Path("run.json").read_text())
+    assert answer["model"] == "Net"
+    assert answer["optimizer"] == "AdamW"
+    assert answer["steps_planned"] == 5
+    assert answer["plan"]["num_replays"] > 0
+    assert answer["plan"]["predicted_peak"] <= 1 << 20 < answer["plan"]["baseline_peak"]
+    assert answer["measured_peak"] <= 1 << 20
+    assert abs(answer["plan"]["predicted_peak"] / answer["measured_peak"] - 1) < 0.02
+    assert "fits: yes | budget 1.00 MiB" in done.stderr
+    gc.collect()  # what stands in the process counts: not what the first run left
+    again = invoke("run", "train.py", "--plan", "step.plan", "--quiet", "--", "--lr", "1")
+    assert again.exit_code == 0, again.output
+    assert again.stdout == expected
+    assert len(again.stderr.splitlines()) == 1
+    assert "5 steps planned" in again.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("named", ["", "Maker", "judge"])
+def test_of_several_models_the_first_or_the_named_one_is_planned(invoke: Invoke, named: str) -> None:
+    """A generator and its judge: the judge's backward comes first. Losses and weights of both are the same bits."""
+    write(adversaries=scripts_text.ADVERSARIES)
+    expected = plainly("adversaries.py")
+    words = ["--model-path", named] if named else []
+    done = invoke("run", "adversaries.py", "-b", "64MiB", "--json", "run.json", *words)
+    assert done.exit_code == 0, done.output
+    assert done.stdout == expected
+    assert json.loads(Path("run.json").read_text())["model"] == ("Maker" if named == "Maker" else "Judge")
+    assert "is called 2 times before its backward" in done.stderr or named == "Maker"
+
+
+@pytest.mark.slow
+def test_models_that_cannot_be_captured_run_too(invoke: Invoke) -> None:
+    """Data in Python, a dict of outputs, a loss that is changed in place, accumulation, a second backward, gradients
+    of inputs: blocks are planned, and all bits are the same."""
+    write(odd=scripts_text.ODD)
+    expected = plainly("odd.py")
+    done = invoke("run", "odd.py", "-b", "4MiB", "--json", "run.json")
+    assert done.exit_code == 0, done.output
+    assert done.stdout == expected
+    assert json.loads(Path("run.json").read_text())["plan"]["parts"]
+
+
+@pytest.mark.slow
+def test_a_double_backward_in_the_first_step(invoke: Invoke) -> None:
+    """A gradient that is itself differentiated goes through a deferred call, unplanned, with the same bits."""
+    write(penalty=scripts_text.PENALTY)
+    expected = plainly("penalty.py")
+    done = invoke("run", "penalty.py", "-b", "64MiB", "--no-strict")
+    assert done.stdout == expected
+    assert done.exit_code == 0, done.output
+    assert "itself differentiated" in done.stderr
+    assert "NO training step was seen" in done.stderr
+
+
+@pytest.mark.slow
+def test_infeasible_ends_the_script_with_3_or_lets_it_go_on(invoke: Invoke) -> None:
+    """Nothing has been stepped by then; with --no-strict the script goes on, and says so."""
+    write(train=scripts_text.TRAIN)
+    done = invoke("run", "train.py", "-b", "100KiB", "--json", "run.json")
+    assert done.exit_code == 3
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    assert "smallest budget" in done.stderr
+    assert json.loads(Path("run.json").read_text())["error"]["type"] == "InfeasibleBudget"
+    done = invoke("run", "train.py", "-b", "100KiB", "--no-strict")
+    assert done.exit_code == 0, done.output
+    assert done.stdout == plainly("train.py")
+    assert "goes on WITHOUT a plan" in done.stderr
+
+
+def test_gradients_that_would_be_lost_are_refused(invoke: Invoke) -> None:
+    """A tensor that is no parameter and not given to the call; with --no-strict the bits are the script's own."""
+    write(foreign=scripts_text.FOREIGN)
+    done = invoke("run", "foreign.py", "-b", "64MiB")
+    assert done.exit_code == 1
+    assert "neither a parameter of it nor given to the call" in done.stderr
+    done = invoke("run", "foreign.py", "-b", "64MiB", "--no-strict")
+    assert done.stdout == plainly("foreign.py")
+    assert done.exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ("print('nothing')", 1),
+        ("raise SystemExit", 0),
+        ("raise SystemExit(7)", 7),
+        ("raise SystemExit('words')", 1),
+        ("import torch; torch.nn.Linear(2, 2)(torch.ones(1, 2))", 1),
+        ("1 / 0", 1),
+    ],
+)
+def test_scripts_that_train_nothing(invoke: Invoke, text: str, code: int) -> None:
+    """Their own exit status; where that is 0 without being asked for, 1: a budget was given, and nothing kept to it."""
+    write(script=text)
+    done = invoke("run", "script.py", "-b", "1GiB")
+    assert done.exit_code == code, done.output
+    assert "NO training step was seen" in done.stderr
+    assert "words" in done.stderr or "words" not in text
+    if "torch" not in text and code == 1 and "raise" not in text and "/" not in text:
+        assert invoke("run", "script.py", "-b", "1GiB", "--no-strict").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["run"],
+        ["run", "train.py"],
+        ["run", "absent.py", "-b", "1GiB"],
+        ["run", "train.py", "-b", "bananas"],
+        ["run", "train.py", "-b", "1GiB", "--plan", "absent.plan"],
+        ["run", "train.py", "--plan", "absent.plan"],
+        ["run", "train.py", "-b", "1GiB", "--on-oom", "pray"],
+        ["run", "train.py", "-b", "1GiB", "--lr", "1"],
+    ],
+)
+def test_bad_usage(invoke: Invoke, words: list[str]) -> None:
+    """Ends with 2 before the script begins."""
+    write(train="print('began')")
+    done = invoke(*words)
+    assert done.exit_code == 2, done.output
+    assert "began" not in done.output
+    assert "--lr" not in words or "behind --" in done.stderr.replace("\n", " ")
+
+
+@pytest.mark.slow
+def test_as_python_runs_it(tmp_path: Path) -> None:
+    """The process: traceback and exit status of a failing script, a module by its name, sys.path, __main__."""
+    (tmp_path / "pack").mkdir()
+    (tmp_path / "pack" / "__init__.py").write_text("")
+    (tmp_path / "pack" / "train.py").write_text(
+        "import sys\nfrom pack import __name__ as name\nprint(sys.argv[1:], __name__, name, sys.path[0])\nsys.exit(5)\n"
+    )
+    (tmp_path / "fails.py").write_text("def f():\n    return {}['key']\n\n\nprint(__file__)\nf()\n")
+
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, *words], cwd=tmp_path, env=dict(os.environ), capture_output=True, text=True, check=False
+        )
+
+    plain, ours = run("fails.py", "a"), run("-m", "keepless", "run", "fails.py", "-b", "1GiB", "--", "a")
+    assert (ours.returncode, ours.stdout) == (plain.returncode, plain.stdout)
+    assert ours.stderr.startswith(plain.stderr)
+    plain, ours = (
+        run("-m", "pack.train", "a"),
+        run("-m", "keepless", "run", "-m", "pack.train", "-b", "1GiB", "--", "a"),
+    )
+    assert (ours.returncode, ours.stdout) == (plain.returncode, plain.stdout)
