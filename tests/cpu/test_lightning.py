@@ -284,6 +284,42 @@ def test_a_module_that_cannot_be_captured_as_a_whole() -> None:
     assert small.plan.num_replays > 0
 
 
+class Untidy(Measured):
+    """Calls its model twice, has BatchNorm beside it, mixes by NumPy's random numbers, scales its batch in place, and
+    keeps an average in an attribute.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.beside = nn.Sequential(nn.BatchNorm1d(CLASSES), nn.Linear(CLASSES, CLASSES))
+        self.average = torch.zeros(())
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        x, y = batch
+        x.mul_(0.5)
+        logits = self.beside(self.net(x) + self.net(x * np.random.rand() + random.random()))
+        loss = F.cross_entropy(logits, y)
+        self.average.lerp_(loss.detach(), 0.1)
+        self.losses += [loss.detach().clone(), self.average.clone(), x.clone()]
+        return loss
+
+
+@pytest.mark.slow
+def test_a_training_step_that_does_many_things() -> None:
+    """Planning runs training_step; nothing of that is left. What is called again is within the budget, too."""
+    plain = train(None, kind=Untidy)
+    state = state_of(*plain)
+    with pytest.raises(InfeasibleBudget) as failed:
+        train(KeeplessCallback("1KiB", **SMALL), kind=Untidy)
+    budget = failed.value.smallest_budget
+    callback = Watching(budget, **SMALL)
+    planned = train(callback, kind=Untidy)
+    assert differences(state, state_of(*planned)) == []
+    assert callback.plan.engine == "graph"
+    assert (callback.counters.steps, callback.counters.captures) == (10, 0)
+    assert max(planned[0].peaks) <= budget < min(plain[0].peaks)
+
+
 @pytest.mark.exhaustive
 def test_the_packages_other_name() -> None:
     pl = pytest.importorskip("pytorch_lightning", reason="there is no pytorch_lightning")

@@ -8,9 +8,11 @@ function itself, with the model's call replaced by an output.
 from __future__ import annotations
 
 import contextlib
+import random
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
 from keepless import _compat
@@ -44,7 +46,8 @@ def wait_in(model: torch.nn.Module, begin: Begin) -> list[LazyForward]:
 class LossOf:
     """The loss that a training step makes of a module's output: the step, with the module's first call left out.
 
-    What the step changes in Python is put back. It holds the batch until `release`.
+    What the step changes in Python is put back, draws from Python's and NumPy's random numbers among it; tensors are by
+    `put_back`. It holds the batch until `release`.
 
     Arguments:
         root: what `step` belongs to.
@@ -73,12 +76,14 @@ class LossOf:
         if self._held is None:
             raise LossError("The training step that made this plan's loss is over: give loss_fn=.")
         root, module, step, args, kwargs, quiet = self._held
-        before = python_state(root)
+        before, draws = python_state(root), (random.getstate(), np.random.get_state())
         try:
             with quiet(), _giving(module, output) as given:
                 found = step(*args, **kwargs)
         finally:
             restore_python_state(root, before)
+            random.setstate(draws[0])
+            np.random.set_state(draws[1])
         if not given:
             raise LossError(
                 "The training step did not call the model when it was run again: it is not always the same."
@@ -147,11 +152,31 @@ def _tensors(tree: Any) -> list[torch.Tensor]:
 
 
 @contextlib.contextmanager
-def gradients_kept(root: torch.nn.Module) -> Iterator[None]:
-    """Gradients are as they were when the block ends."""
-    before = [(p, p.grad) for p in root.parameters()]
+def put_back(root: torch.nn.Module, batch: Any) -> Iterator[None]:
+    """Tensors are as they were when the block ends: gradients, buffers, those in modules' attributes, the batch's.
+
+    Steps that run for planning write to them: a normalization beside the planned module counts its batch, a batch is
+    scaled in place. Copies are made of all but parameters and their gradients, which no step here writes to.
+    """
+    gradients = [(p, p.grad) for p in root.parameters()]
+    params = {id(p) for p in root.parameters()}
+    held = [t for m in root.modules() for t in _tensors([dict(m._buffers), _plain(m)]) if id(t) not in params]
+    found = {id(t): t for t in (*held, *_tensors(batch)) if not t.is_inference() and not _compat.overlaps_itself(t)}
+    tensors = list(found.values())
+    versions = _compat.versions(tensors)
+    copies = [t.detach().clone() for t in tensors]
     try:
         yield
     finally:
-        for parameter, gradient in before:
+        with torch.no_grad():
+            for tensor, copy, then, now in zip(tensors, copies, versions, _compat.versions(tensors), strict=True):
+                if then != now or not torch.equal(tensor, copy):  # batch norm's kernels do not count as changes
+                    tensor.data.copy_(copy)
+        _compat.set_versions(tensors, versions)
+        for parameter, gradient in gradients:
             parameter.grad = gradient
+
+
+def _plain(module: torch.nn.Module) -> list[Any]:
+    """What a module has in attributes of its own: tensors, and containers of them."""
+    return [value for value in module.__dict__.values() if type(value) in (torch.Tensor, list, tuple, dict)]

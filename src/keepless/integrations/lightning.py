@@ -21,7 +21,7 @@ import torch
 from keepless import api, control
 from keepless.capture import Inputs
 from keepless.errors import IntegrationError
-from keepless.integrations.first_call import LossOf, beside, gradients_kept, wait_in
+from keepless.integrations.first_call import LossOf, beside, put_back, wait_in
 from keepless.integrations.loggers import log_plan
 from keepless.ir import parse_bytes
 from keepless.machine import Plan
@@ -161,7 +161,7 @@ class KeeplessCallback(_Callback):  # type: ignore[misc]
         outside = beside(pl_module, module, optimizer, (inputs.args, inputs.kwargs), batch)
         outside += parse_bytes(options.pop("outside", 0)) if options.get("outside") else 0
         try:
-            with gradients_kept(pl_module):
+            with put_back(pl_module, batch):
                 self.plan = api.plan(
                     module,
                     inputs,
