@@ -11,6 +11,7 @@ from keepless.cli.checking import check_command
 from keepless.cli.curves import curve_command
 from keepless.cli.demos import demo_command, env_command
 from keepless.cli.devices import devices_command
+from keepless.cli.diffs import diff_command
 from keepless.cli.estimates import estimate_command
 from keepless.cli.examples import epilog
 from keepless.cli.fits import fits_command
@@ -41,6 +42,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "bench": bench_command,
     "report": report_command,
     "show": show_command,
+    "diff": diff_command,
     "timeline": timeline_command,
     "devices": devices_command,
     "solve": solve_command,

@@ -199,16 +199,13 @@ def _accuracy(plan: Plan, measured: Timeline | None, account: MeasuredAccount | 
         for phase, (predicted, seen) in _phases(plan, measured).items():
             row(f"seconds of the {phase}", "seconds", predicted, seen, "median of some steps")
         if account.worst:
-            rows.append(
-                AccuracyRow(
-                    "largest miss of one op", "bytes", 0.0, float(account.worst), 0.0, f"at {account.worst_where}"
-                )
-            )
+            words = "measured less predicted bytes, at " + account.worst_where
+            rows.append(AccuracyRow("largest miss of one op", "bytes", None, float(account.worst), None, words))
         told = [e for e in measured.events if 0 <= e.index < len(known)]
         close = sum(abs(e.peak - known[e.index].peak) <= 0.01 * e.peak for e in told)
         if told:
             share = close / len(told)
-            rows.append(AccuracyRow("instructions within 1 % of their bytes", "share", 1.0, share, 0.0, ""))
+            rows.append(AccuracyRow("instructions within 1 % of their bytes", "share", None, share, None, ""))
     for one in plan.landing:
         name = f"landing, round {one.round}"
         row(f"{name}: peak", "bytes", one.predicted_peak, one.measured_peak, "" if one.is_kept else "not kept")

@@ -283,13 +283,14 @@ class SizesData:
 
 @dataclass(frozen=True)
 class AccuracyRow:
-    """A prediction beside its measurement; unit is "bytes" or "seconds", error predicted over measured less one."""
+    """A prediction beside its measurement; unit is "bytes", "seconds" or "share", error predicted over measured less
+    one. Both are None for what is measured alone."""
 
     name: str
     unit: str
-    predicted: float
+    predicted: float | None
     measured: float
-    error: float
+    error: float | None
     note: str
 
 

@@ -162,7 +162,9 @@ def _accuracy(report: ReportData) -> Table:
     table = _table("Predicted and measured", "what", "predicted", "measured", "off by", "")
     for row in report.accuracy:
         show = _shown(row.unit)
-        table.add_row(row.name, show(row.predicted), show(row.measured), format_percent(row.error), row.note)
+        predicted = "-" if row.predicted is None else show(row.predicted)
+        error = "-" if row.error is None else format_percent(row.error)
+        table.add_row(row.name, predicted, show(row.measured), error, row.note)
     return table
 
 

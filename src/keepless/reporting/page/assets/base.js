@@ -42,6 +42,15 @@ function percent(share, digits = 1) {
 }
 
 const share = (part) => `${(part * 100).toFixed(1)} %`;
+const took = (time) => (time > 0 ? `takes ${seconds(time)}` : "takes no time");
+
+/** A count; millions and more in short. */
+function count(number) {
+  for (const [unit, size] of [["T", 1e12], ["B", 1e9], ["M", 1e6]]) {
+    if (number >= size) return `${(number / size).toPrecision(4)} ${unit}`;
+  }
+  return whole(number);
+}
 const whole = (number) => Math.round(number).toLocaleString("en-US");
 const named = (name) => name || "(model)";
 
@@ -50,7 +59,7 @@ function shown(value, unit) {
   if (unit === "bytes") return bytes(value);
   if (unit === "seconds") return seconds(value);
   if (unit === "share") return share(value);
-  if (unit === "count") return whole(value);
+  if (unit === "count") return count(value);
   return `${Number(value.toPrecision(3))} ${unit}`.trim();
 }
 

@@ -11,9 +11,6 @@ const CHOSEN = "M0,-8L8,0L0,8L-8,0Z";
 function curveSection() {
   const curve = report.curve;
   const sub = "The step's time for every budget, predicted, with what known strategies reach at the smallest budget that each needs.";
-  if (!curve) {
-    return { node: section("curve", "Every budget", sub, how("curve")), start: () => {} };
-  }
   const plot = el("div", { class: "plot" });
   const reading = el("div", { class: "curve-reading", id: "curve-reading", role: "status" });
   const over = (time) => (curve.baseline_seconds ? time / curve.baseline_seconds - 1 : 0);

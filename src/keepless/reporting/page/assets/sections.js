@@ -68,19 +68,19 @@ function stackedBar(row, most) {
 function peakSection() {
   const peak = report.peak;
   const all = Object.values(peak.categories).reduce((sum, one) => sum + one, 0) || 1;
-  const categories = el("div", { class: "rows" }, Object.entries(peak.categories).filter(([, n]) => n).sort((a, b) => b[1] - a[1]).map(([name, nbytes]) => [
+  const categories = el("div", { class: "rows" }, Object.entries(peak.categories).filter(([, n]) => n).sort((a, b) => b[1] - a[1]).map(([name, nbytes]) => el("div", {},
     el("span", { class: "name" }, el("i", { class: "swatch", style: { background: COLOURS[name] } }), ` ${name}`),
     stackedBar({ [name]: nbytes }, all),
-    el("span", { class: "n" }, `${bytes(nbytes)}  ${share(nbytes / all)}`)]));
+    el("span", { class: "n" }, bytes(nbytes), el("span", { class: "part" }, share(nbytes / all)))));
   const totals = Object.entries(peak.modules).map(([name, row]) => [name, row, Object.values(row).reduce((sum, one) => sum + one, 0)]).sort((a, b) => b[2] - a[2]);
   const shownRows = totals.slice(0, 14);
   const rest = totals.slice(14).reduce((sum, row) => sum + row[2], 0);
   const most = Math.max(1, ...totals.map((row) => row[2]));
-  const modules = el("div", { class: "rows" }, shownRows.map(([name, row, sum]) => [
-    el("span", { class: "name" }, named(name)), stackedBar(row, most), el("span", { class: "n" }, bytes(sum))]));
+  const modules = el("div", { class: "rows" }, shownRows.map(([name, row, sum]) => el("div", {},
+    el("span", { class: "name" }, named(name)), stackedBar(row, most), el("span", { class: "n" }, bytes(sum)))));
   const steps = el("table", {}, el("thead", {}, el("tr", {}, ["step", "predicted peak", "where"].map((name, i) => el("th", { class: i === 1 ? "num" : null }, name)))),
     el("tbody", {}, report.steps.map((one) => el("tr", {}, el("td", {}, one.kind), el("td", { class: "num" }, bytes(one.peak)),
-      el("td", { class: "name" }, one.where, one.is_planned ? "" : "; planned for itself when it comes")))));
+      el("td", { class: "place" }, one.where, one.is_planned ? "" : "; planned for itself when it comes")))));
   const node = section("peak", "At the peak", `${bytes(peak.nbytes)} on the device at ${peak.where}${peak.phase ? `, in the ${peak.phase}` : ""}.`,
     el("div", { class: "two" }, el("div", {}, el("h3", {}, "By category"), categories),
       el("div", {}, el("h3", {}, "By module"), modules, rest ? el("p", { class: "hint" }, `${totals.length - 14} others hold ${bytes(rest)}.`) : "")),
@@ -107,20 +107,19 @@ function fitsSection() {
     parts.push(el("h3", {}, `Largest ${found.axis} in ${bytes(found.budget)}: ${whole(found.size)}`), el("p", { class: "hint" }, found.reason), el("div", { class: "scroll" }, el("table", {},
       el("thead", {}, el("tr", {}, [found.axis, "", "smallest budget", "everything kept", "overhead", ""].map((name, i) => el("th", { class: [0, 2, 3, 4].includes(i) ? "num" : null }, name)))), el("tbody", {}, rows))));
   }
-  if (!parts.length) parts.push(how("fits"));
   const sub = "Which steps have a plan within the budget: with everything kept, by recomputing, or none.";
   return { node: section("fits", "What fits", sub, parts), start: () => {} };
 }
 
 function accuracySection() {
   const rows = report.accuracy.map((row) => el("tr", {}, el("td", {}, row.name, row.note ? el("span", { class: "under" }, row.note) : ""),
-    el("td", { class: "num" }, shown(row.predicted, row.unit)), el("td", { class: "num" }, shown(row.measured, row.unit)),
-    el("td", { class: "num" }, row.error ? percent(row.error, 2) : "\u2013")));
+    el("td", { class: "num" }, row.predicted === null ? "\u2013" : shown(row.predicted, row.unit)), el("td", { class: "num" }, shown(row.measured, row.unit)),
+    el("td", { class: "num" }, row.error === null ? "\u2013" : percent(row.error, 2))));
   const bits = report.bits;
   const words = bits ? el("p", {}, bits.equal ? "Loss, gradients, buffers and random streams are bit for bit those of " : "Not the same bits as ", el("b", {}, bits.reference),
     ` (two runs of it differ by ${bits.noise}). ${bits.note}`, bits.differences.length ? el("span", { class: "err" }, ` Different: ${bits.differences.join(", ")}.`) : "") : "";
   const table = rows.length ? el("div", { class: "scroll" }, el("table", {}, el("thead", {}, el("tr", {}, ["what", "predicted", "measured", "off by"].map((name, i) =>
-    el("th", { class: i ? "num" : null }, name)))), el("tbody", {}, rows))) : how("measured");
+    el("th", { class: i ? "num" : null }, name)))), el("tbody", {}, rows))) : "";
   return { node: section("accuracy", "Predicted and measured", "How far predictions are from what a run on this batch showed: predicted over measured, less one.", words, table), start: () => {} };
 }
 
@@ -128,6 +127,13 @@ function metricsSection() {
   const cards = el("dl", { class: "cards" }, report.metrics.map((one) => el("div", {}, el("dt", {}, one.name),
     el("dd", {}, shown(one.value, one.unit), one.note ? el("small", {}, one.note) : ""))));
   return { node: section("metrics", "Metrics", "", cards), start: () => {} };
+}
+
+/** How to get what is not there. */
+function missingSection() {
+  const names = { measured: "Measured bytes, seconds and bits", curve: "The curve over every budget", fits: "What fits: batch by length" };
+  const rows = Object.entries(report.missing).map(([name, words]) => [el("dt", {}, names[name] || name), el("dd", {}, words)]);
+  return { node: section("missing", "Not in this report", "What was not asked for, and how to get it.", el("dl", { class: "kv hint" }, rows)), start: () => {} };
 }
 
 function environmentSection() {

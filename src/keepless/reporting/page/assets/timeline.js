@@ -64,7 +64,7 @@ function timelineSection() {
     if (!track.starts.length) return;
     const place = placeOf(at);
     const seen = measuredAt(at);
-    const took = seen && seen.duration !== null ? `, measured ${seconds(seen.duration)}` : "";
+    const beside = seen && seen.duration !== null ? `, measured ${seconds(seen.duration)}` : "";
     const rows = names.slice().reverse().filter((name) => track.categories[name][at])
       .map((name) => el("tr", {}, el("td", {}, el("i", { class: "swatch", style: { background: COLOURS[name] } }), ` ${name}`),
         el("td", {}, bytes(track.categories[name][at]))));
@@ -79,7 +79,7 @@ function timelineSection() {
       track.replays[at] ? el("div", { class: "again" }, "runs again: recomputed") : "",
       place.module ? el("div", {}, place.module) : "",
       place.source ? el("div", { class: "mono" }, place.source) : "",
-      el("div", { class: "when" }, `instruction ${track.instructions[at]}, takes ${seconds(track.durations[at])}${took}`),
+      el("div", { class: "when" }, `instruction ${track.instructions[at]}, ${took(track.durations[at])}${beside}`),
       el("table", {}, el("tbody", {}, rows)));
   }
 
@@ -96,6 +96,7 @@ function timelineSection() {
     const clip = sv("clipPath", { id: "clip" }, sv("rect", { x: margin.left, y: 0, width: inner.w, height: tall }));
     const body = sv("g", { "clip-path": "url(#clip)" });
     const axes = sv("g", {});
+    const labels = sv("g", {});
 
     for (const tick of ticks(0, top / size, 5)) {
       const at = y(tick * size);
@@ -136,7 +137,7 @@ function timelineSection() {
       const level = y(verdict.budget);
       body.append(sv("line", { x1: margin.left, x2: width - margin.right, y1: level, y2: level, stroke: "var(--budget)",
         "stroke-width": 1.6, "stroke-dasharray": "7 4", "data-layer": "budget" }));
-      axes.append(label(width - margin.right - 4, level - 6, "end", `budget ${bytes(verdict.budget)}`, "var(--budget)"));
+      labels.append(label(width - margin.right - 4, level - 6, "end", `budget ${bytes(verdict.budget)}`, "var(--budget)"));
     }
     const cross = sv("line", { y1: margin.top, y2: margin.top + inner.h, stroke: "var(--ink)", "stroke-opacity": 0.65 });
     const dot = sv("circle", { r: 4.5, fill: "var(--card)", stroke: "var(--ink)", "stroke-width": 2 });
@@ -144,7 +145,7 @@ function timelineSection() {
     body.append(cross, dot, veil);
     const picture = sv("svg", { width, height: tall, viewBox: `0 0 ${width} ${tall}`, tabindex: 0, role: "slider", id: "timeline-picture",
       "aria-label": "Bytes over the step. Arrow keys go from instruction to instruction.", "aria-valuemin": 0,
-      "aria-valuemax": Math.max(0, track.starts.length - 1) }, sv("defs", {}, clip), axes, body);
+      "aria-valuemax": Math.max(0, track.starts.length - 1) }, sv("defs", {}, clip), axes, body, labels);
     moveTo = () => {
       const place = x(track.starts[at]);
       cross.setAttribute("x1", place);
@@ -169,7 +170,7 @@ function timelineSection() {
       const right = Math.min(margin.left + inner.w, x(end));
       if (right <= left) return;
       if (number % 2) body.append(sv("rect", { x: left, y: margin.top, width: right - left, height: inner.h, fill: "var(--ink)", "fill-opacity": 0.035 }));
-      axes.append(sv("line", { x1: left, x2: right, y1: margin.top - 5, y2: margin.top - 5, stroke: "var(--faint)", "stroke-width": 3, "data-phase": name }));
+      axes.append(sv("line", { x1: left, x2: Math.max(left + 1, right - 2), y1: margin.top - 5, y2: margin.top - 5, stroke: "var(--faint)", "stroke-width": 3, "data-phase": name }));
       if (number) axes.append(sv("line", { x1: left, x2: left, y1: margin.top - 8, y2: margin.top + inner.h, stroke: "var(--line)", "stroke-dasharray": "2 3" }));
       const wide = name.length * 6.2;
       const room = right - left > wide;
@@ -239,7 +240,6 @@ function timelineSection() {
   const sub = `Bytes on the device, predicted${line.measured ? " and measured" : ""}. Each instruction stands where it is predicted to run` +
     (line.num_hidden ? `; of ${whole(line.num_hidden)} more the highest of neighbours is shown.` : ".");
   const node = section("step", "The step", sub, bar, el("div", { class: "split" }, el("div", {}, plot, legend), reading));
-  if (!line.measured) node.append(how("measured"));
   read();
   return { node, start: () => whenWide(plot, (wide) => { width = wide; draw(); }) };
 }
@@ -270,8 +270,3 @@ function label(x, y, anchor, text, colour) {
   return sv("text", { x, y, "text-anchor": anchor, style: { fill: colour, "font-weight": 600, "paint-order": "stroke", stroke: "var(--card)", "stroke-width": "4px", "stroke-linejoin": "round" } }, text);
 }
 
-/** What to do to get a part that is not there. */
-function how(name) {
-  const words = report.missing[name];
-  return words ? el("p", { class: "hint" }, "Not in this report. To have it: ", el("code", {}, words)) : "";
-}
