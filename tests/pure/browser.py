@@ -24,8 +24,8 @@ ARGUMENTS = (
     "--font-render-hinting=none",
 )
 SHOTS: dict[str, tuple[int, int, str, str]] = {
-    "report-light": (1280, 960, "light", ""),
-    "report-dark": (1280, 960, "dark", "curve"),
+    "report-light": (1280, 1120, "light", ""),
+    "report-dark": (1280, 1040, "dark", "decisions"),
     "report-phone": (390, 844, "light", ""),
 }
 """Width, height, colours, and the section that is scrolled to."""

@@ -52,8 +52,6 @@ class Checked:
     noise: float = 0.0
     differences: tuple[str, ...] = ()
     measured_peak: int = 0
-    seconds: float = 1.08
-    reference_seconds: float = 1.0
     tolerance: float = 0.0
     deviation: float | None = None
 

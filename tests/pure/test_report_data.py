@@ -93,7 +93,6 @@ def test_a_measured_timeline_is_set_beside_the_prediction() -> None:
     assert rows["peak of the step"].error == pytest.approx(plan.predicted_peak / (plan.predicted_peak + 1000) - 1)
     assert rows["seconds of the forward"].error == pytest.approx(1 / 1.1 - 1)
     assert rows["largest miss of one op"].measured == 1000
-    assert report.verdict.measured_overhead == pytest.approx(0.08)
     assert plan.measured_peak is None  # the plan is as it was
 
 

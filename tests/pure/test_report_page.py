@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from browser import DOCS, FONTS, SHOTS, NoBrowserError, chromium, difference, letters_of, shoot
-from reports import example, whole_report
+from reports import example
 from test_report_html import HOSTILE
 
 from keepless.reporting.page import load_report, report_data, save_report
@@ -17,7 +17,7 @@ from keepless.reporting.page import load_report, report_data, save_report
 pytestmark = pytest.mark.slow
 WIDE = {"width": 1280, "height": 900}
 SECTIONS = ["verdict", "step", "decisions", "curve", "peak", "fits", "accuracy", "metrics", "environment"]
-REPORT = whole_report()
+REPORT = load_report(DOCS / "examples" / "report.json")
 TRACK = REPORT.timeline.predicted
 PEAK = max(range(len(TRACK.peaks)), key=lambda i: (TRACK.peaks[i], -i))
 
@@ -131,7 +131,8 @@ def test_keys_go_through_the_timeline(opened: Opened) -> None:
         page.keyboard.press(key)
         assert opened.number() == number
     assert "the peak" in page.inner_text("#reading")
-    assert page.get_attribute("#timeline-picture", "aria-valuetext").startswith("1")
+    place = REPORT.timeline.places[TRACK.places[PEAK]]
+    assert place.op in page.get_attribute("#timeline-picture", "aria-valuetext")
     page.keyboard.press("+")
     assert page.get_attribute("#timeline-picture [data-category=activations]", "d") != whole
     page.keyboard.press("End")
@@ -184,13 +185,13 @@ def test_words_and_ways_filter(opened: Opened) -> None:
     """Rows are those that hold every word, and bytes of the chosen way; how many is said, and their sum is below."""
     page, values = opened.page, REPORT.decisions.values
     page.get_by_role("button", name="Values", exact=True).click()
-    page.fill("#filter", "attention layers.1")
+    page.fill("#filter", "attn h.1")
     page.select_option("#way", "recomputed")
     rows = [
         row
         for row in values
         if "recomputed" in row.ways
-        and all(word in f"{row.module} {row.op} {row.source} {row.reason}" for word in ("attention", "layers.1"))
+        and all(word in f"{row.module} {row.op} {row.source} {row.reason}" for word in ("attn", "h.1"))
     ]
     assert len(rows) > 2
     assert page.locator("#decisions-table tbody tr").count() == len(rows)
@@ -242,8 +243,12 @@ def test_the_curve_names_its_points(opened: Opened) -> None:
 
 def test_what_fits_is_a_grid(opened: Opened) -> None:
     """Each batch of each length is a cell with its answer in words."""
+    (grid,) = REPORT.grids
+    words = {"kept": "✓ all kept", "fits": "✓ recomputing", "too large": "✗ too large"}
+    cells = {(cell.length, cell.batch): words[cell.state] for cell in grid.cells}
     text = opened.page.locator("#fits .fitgrid td").all_inner_texts()
-    assert [words.split("\n")[0] for words in text] == ["✓ all kept", "✓ recomputing", "✓ recomputing", "✗ too large"]
+    assert [one.split("\n")[0] for one in text] == [cells[n, b] for n in grid.lengths for b in grid.batches]
+    assert set(cells.values()) == set(words.values())
 
 
 def test_names_are_shown_as_they_are(browser: Any, tmp_path: Path) -> None:
@@ -316,7 +321,7 @@ def test_a_changed_page_is_seen(browser: Any, tmp_path: Path) -> None:
     """A category more or less in the picture is more than the tolerance."""
     pytest.importorskip("PIL.Image")
     save_report(tmp_path / "a.html", load_report(DOCS / "examples" / "report.json"))
-    found = Opened(browser, tmp_path / "a.html", viewport={"width": 1280, "height": 960}, color_scheme="light")
+    found = Opened(browser, tmp_path / "a.html", viewport={"width": 1280, "height": 1120}, color_scheme="light")
     if letters_of(found.page) != shoot(browser, tmp_path / "a.html", "report-light")[1]:
         pytest.skip("letters change between two pages")
     before = found.page.screenshot()

@@ -64,10 +64,6 @@ class Checked(Protocol):
     @property
     def measured_peak(self) -> int: ...
     @property
-    def seconds(self) -> float: ...
-    @property
-    def reference_seconds(self) -> float: ...
-    @property
     def tolerance(self) -> float: ...
     @property
     def deviation(self) -> float | None: ...
@@ -115,7 +111,7 @@ def report_data(
     return cleaned(
         ReportData(
             title=title or str(plan.signature.get("model", "")) or "A training step",
-            verdict=_verdict(plan, checked),
+            verdict=_verdict(plan),
             timeline=timeline_data(plan, measured, most_levels),
             peak=_peak(plan),
             steps=tuple(
@@ -149,10 +145,9 @@ def _measured_peak(plan: Plan, account: MeasuredAccount | None, checked: Checked
     return max(known) or None
 
 
-def _verdict(plan: Plan, checked: Checked | None) -> Verdict:
+def _verdict(plan: Plan) -> Verdict:
     claim = plan.certificate
     gap = plan.predicted_seconds / claim.bound_seconds - 1 if claim.bound_seconds > 0 else None
-    timed = checked is not None and checked.reference_seconds > 0
     return Verdict(
         line=verdict(plan),
         fits=fits(plan),
@@ -163,7 +158,6 @@ def _verdict(plan: Plan, checked: Checked | None) -> Verdict:
         predicted_seconds=plan.predicted_seconds,
         baseline_seconds=plan.baseline_seconds,
         overhead=plan.overhead,
-        measured_overhead=checked.seconds / checked.reference_seconds - 1 if checked is not None and timed else None,
         smallest_budget=plan.smallest_budget,
         smallest_bound=plan.smallest_bound,
         kept_nbytes=plan.kept_nbytes,

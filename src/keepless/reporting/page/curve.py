@@ -17,7 +17,7 @@ def curve_data(curve: Curve, plan: Plan, budget_of: Callable[[int], int] = int) 
     """A curve over budgets.
 
     Arguments:
-        plan: the report's; where it is on the curve's picture.
+        plan: the report's. Its overhead says where it is: its costs may have been measured at another time.
         budget_of: the smallest budget for a peak, where budgets have a reserve.
     """
     met = sorted({*(point.peak for point in curve.points), *(woven.peak for woven in curve.between)})
@@ -50,6 +50,6 @@ def curve_data(curve: Curve, plan: Plan, budget_of: Callable[[int], int] = int) 
         floor_op=curve.blocking,
         baseline_budget=budget_of(curve.baseline_peak),
         baseline_seconds=curve.baseline_seconds,
-        chosen=(plan.budget.limits["device"], plan.predicted_seconds),
+        chosen=(plan.budget.limits["device"], curve.baseline_seconds * (1 + plan.overhead)),
         is_ended_early=curve.is_ended_early,
     )

@@ -32,7 +32,6 @@ class Verdict:
         measured_peak: of the whole step, the optimizer's part of it predicted; None where nothing was run.
         baseline_peak, baseline_seconds: predicted, with everything kept.
         overhead: of the predicted step over everything kept.
-        measured_overhead: of forward and backward over the reference's; None where nothing was run.
         smallest_budget: for which a plan was found; 0 where it is not known.
         smallest_bound: bytes that every plan needs (proven).
         gap: at most so much slower than any plan of its kind; None without a bound.
@@ -47,7 +46,6 @@ class Verdict:
     predicted_seconds: float
     baseline_seconds: float
     overhead: float
-    measured_overhead: float | None
     smallest_budget: int
     smallest_bound: int
     kept_nbytes: int
@@ -215,7 +213,7 @@ class CurveData:
         stairs: budgets and seconds of the fastest plan met, ascending; more than the points.
         bound: budgets and seconds: no plan of the planner's kind is faster.
         floor: bytes that every plan needs (proven), and the op that sets them.
-        chosen: budget and seconds of the report's plan.
+        chosen: budget of the report's plan, and its seconds: its own overhead over this `baseline_seconds`.
     """
 
     points: tuple[CurvePoint, ...]

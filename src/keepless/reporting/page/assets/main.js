@@ -15,7 +15,8 @@ const parts = [
   Object.keys(report.missing).length && missingSection(),
 ].filter(Boolean);
 const after = document.getElementById("verdict-line");
-main.append(...report.notes.map((note) => el("p", { class: "note" }, note)), ...parts.map((part) => part.node));
+main.append(...parts.map((part) => part.node));
+main.querySelector("#verdict").after(...report.notes.map((note) => el("p", { class: "note" }, note)));
 main.querySelector("#verdict .head").after(after);
 for (const part of parts) part.start();
 document.getElementById("foot").append("One file, no network: everything that this page shows is in it, and the browser is told to load nothing else. ",

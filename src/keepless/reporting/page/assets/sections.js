@@ -10,8 +10,7 @@ function heroSection() {
     card("Budget", bytes(v.budget), v.smallest_budget ? `smallest possible ${bytes(v.smallest_budget)}` : ""),
     card("Predicted peak", bytes(v.predicted_peak), `${bytes(Math.abs(v.budget - v.predicted_peak))} ${v.predicted_peak <= v.budget ? "below" : "ABOVE"} the budget`),
     card("Measured peak", v.measured_peak ? bytes(v.measured_peak) : "not measured", off === null ? "" : `prediction ${percent(off, 2)} off`),
-    card("Step", percent(v.overhead), `${seconds(v.predicted_seconds)} for ${seconds(v.baseline_seconds)}, predicted` +
-      (v.measured_overhead === null ? "" : `; measured ${percent(v.measured_overhead)}`)),
+    card("Step", percent(v.overhead), `predicted: ${seconds(v.predicted_seconds)}, ${seconds(v.baseline_seconds)} with everything kept`),
     card("Without a plan", bytes(v.baseline_peak), fitsKept ? "would fit, too" : "would not fit"));
   const headline = v.fits ? (saved >= 0.005 ? `${Math.round(100 * (1 - saved))} % of the memory for ${percent(v.overhead)} time` : "Everything kept fits") : "The peak is above the budget";
   const gauge = el("div", { class: "gauge" });
@@ -71,7 +70,7 @@ function peakSection() {
   const categories = el("div", { class: "rows" }, Object.entries(peak.categories).filter(([, n]) => n).sort((a, b) => b[1] - a[1]).map(([name, nbytes]) => el("div", {},
     el("span", { class: "name" }, el("i", { class: "swatch", style: { background: COLOURS[name] } }), ` ${name}`),
     stackedBar({ [name]: nbytes }, all),
-    el("span", { class: "n" }, bytes(nbytes), el("span", { class: "part" }, share(nbytes / all)))));
+    el("span", { class: "n" }, bytes(nbytes), el("span", { class: "part" }, share(nbytes / all))))));
   const totals = Object.entries(peak.modules).map(([name, row]) => [name, row, Object.values(row).reduce((sum, one) => sum + one, 0)]).sort((a, b) => b[2] - a[2]);
   const shownRows = totals.slice(0, 14);
   const rest = totals.slice(14).reduce((sum, row) => sum + row[2], 0);
@@ -112,13 +111,13 @@ function fitsSection() {
 }
 
 function accuracySection() {
-  const rows = report.accuracy.map((row) => el("tr", {}, el("td", {}, row.name, row.note ? el("span", { class: "under" }, row.note) : ""),
-    el("td", { class: "num" }, row.predicted === null ? "\u2013" : shown(row.predicted, row.unit)), el("td", { class: "num" }, shown(row.measured, row.unit)),
-    el("td", { class: "num" }, row.error === null ? "\u2013" : percent(row.error, 2))));
+  const rows = report.accuracy.map((row) => el("tr", {}, el("td", { class: "name" }, row.name, row.note ? el("span", { class: "under" }, row.note) : ""),
+    el("td", { class: "num", "data-label": "predicted" }, row.predicted === null ? "\u2013" : shown(row.predicted, row.unit)), el("td", { class: "num", "data-label": "measured" }, shown(row.measured, row.unit)),
+    el("td", { class: "num", "data-label": "off by" }, row.error === null ? "\u2013" : percent(row.error, 2))));
   const bits = report.bits;
   const words = bits ? el("p", {}, bits.equal ? "Loss, gradients, buffers and random streams are bit for bit those of " : "Not the same bits as ", el("b", {}, bits.reference),
     ` (two runs of it differ by ${bits.noise}). ${bits.note}`, bits.differences.length ? el("span", { class: "err" }, ` Different: ${bits.differences.join(", ")}.`) : "") : "";
-  const table = rows.length ? el("div", { class: "scroll" }, el("table", {}, el("thead", {}, el("tr", {}, ["what", "predicted", "measured", "off by"].map((name, i) =>
+  const table = rows.length ? el("div", { class: "scroll" }, el("table", { class: "as-cards" }, el("thead", {}, el("tr", {}, ["what", "predicted", "measured", "off by"].map((name, i) =>
     el("th", { class: i ? "num" : null }, name)))), el("tbody", {}, rows))) : "";
   return { node: section("accuracy", "Predicted and measured", "How far predictions are from what a run on this batch showed: predicted over measured, less one.", words, table), start: () => {} };
 }
