@@ -113,7 +113,7 @@ def difference(one: bytes, other: bytes) -> float:
 
 
 def write_screenshots() -> None:
-    """Draws the screenshots of docs/ again, with few colours, so that they are small."""
+    """Draws the screenshots of docs/ again."""
     import tempfile
 
     from PIL import Image
@@ -128,7 +128,7 @@ def write_screenshots() -> None:
             data, letters = shoot(browser, path, name)
             facts = PngInfo()
             facts.add_text(FONTS, letters)
-            image = Image.open(io.BytesIO(data)).convert("RGB").quantize(96, dither=Image.Dither.NONE)
+            image = Image.open(io.BytesIO(data)).convert("RGB")
             image.save(DOCS / f"{name}.png", optimize=True, pnginfo=facts)
             print(name, (DOCS / f"{name}.png").stat().st_size)
 

@@ -71,7 +71,7 @@ function decisionSection() {
       const wide = column.fill && most[column.key] ? (100 * value) / most[column.key] : 0;
       const style = { width: `${wide.toFixed(1)}%` };
       return el("td", { class: `num ${column.fill || ""}`, "data-label": column.title }, value ? column.show(value) : "\u2013",
-        wide >= 1 ? el("i", { class: "fill", style }) : "");
+        wide >= 4 ? el("i", { class: "fill", style }) : "");
     });
   }
   function fill() {
