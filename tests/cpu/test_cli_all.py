@@ -24,6 +24,7 @@ CHEAP = {
     "solve": [GRAPH, "-b", "0.9", "--work-limit", "50"],
     "check": ["step.plan"],
     "show": ["step.plan"],
+    "diff": ["step.plan", "step.plan"],
     "timeline": ["step.plan"],
     "report": ["step.plan"],
 }

@@ -61,6 +61,11 @@ _EXAMPLES: dict[str, tuple[str, str, str]] = {
         "the file was shown",
         "",
     ),
+    "diff": (
+        "keepless diff before.plan after.plan\nkeepless diff before.plan after.plan --values --exit-code",
+        "the plans were compared",
+        "1 they differ and --exit-code asks for it, ",
+    ),
     "demo": ("keepless demo\nkeepless demo --out demo --rounds 12 --json", "every promise was kept", ""),
     "env": ("keepless env\nkeepless env --json", "always", ""),
     "devices": ("keepless devices\nkeepless devices rtx4090 --json", "the device is known", ""),
