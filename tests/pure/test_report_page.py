@@ -298,6 +298,12 @@ def test_it_prints(browser: Any, path: Path) -> None:
     assert not found.page.is_visible("#theme")
     assert not found.page.is_visible("#filter")
     assert found.page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    colours = (
+        "['--ink', '--ghost', '--fit'].map((name) => getComputedStyle(document.documentElement).getPropertyValue(name))"
+    )
+    printed = found.page.evaluate(colours)
+    found.page.emulate_media(media="screen", color_scheme="light")
+    assert printed == found.page.evaluate(colours)
     assert found.page.pdf()[:5] == b"%PDF-"
     found.context.close()
 
