@@ -229,6 +229,8 @@ def test_every_step_is_planned_the_first_included(planned: Any) -> None:
 def test_steps_stay_within_the_budget(plain: Any, planned: Any, floor: int) -> None:
     assert len(planned[0].peaks) == 3
     assert max(planned[0].peaks) <= floor < min(plain[0].peaks)
+    assert planned[3].plan.measured_peak == planned[3].measured_peak
+    assert 0.9 * planned[3].plan.predicted_peak < planned[3].measured_peak <= floor
 
 
 @pytest.mark.slow
@@ -239,6 +241,7 @@ def test_the_plan_is_logged_once(planned: Any, floor: int) -> None:
     assert len(told) == 1
     assert float(told[0]["memory/budget_gb"]) == floor / 1e9
     assert 0 < float(told[0]["memory/peak_predicted_gb"]) <= floor / 1e9
+    assert float(told[0]["memory/peak_measured_gb"]) == planned[3].measured_peak / 1e9
     assert float(told[0]["memory/recompute_overhead_pct"]) == 100 * planned[3].plan.overhead
     assert len([row for row in rows if row["loss"]]) == 5  # planning ran training_step, too, and logged nothing
 

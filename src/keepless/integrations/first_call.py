@@ -137,14 +137,14 @@ def beside(
         footprint = optimizer_footprint(optimizer, trained)
         nbytes += footprint.state_nbytes + footprint.scratch_nbytes
     device = next((t.device for t in (*module.parameters(), *module.buffers())), torch.device("cpu"))
-    inside = {t.untyped_storage().data_ptr() for t in _tensors(given)}
+    inside = {t.untyped_storage().data_ptr() for t in tensors_in(given)}
     others = {
-        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _tensors(batch) if t.device == device
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors_in(batch) if t.device == device
     }
     return nbytes + sum(size for pointer, size in others.items() if pointer not in inside)
 
 
-def _tensors(tree: Any) -> list[torch.Tensor]:
+def tensors_in(tree: Any) -> list[torch.Tensor]:
     """Strided tensors in a pytree, in objects with attributes, too (a batch of a dataclass, say)."""
     leaves, _ = _compat.tree_flatten(tree)
     leaves += [value for leaf in leaves if hasattr(leaf, "__dict__") for value in vars(leaf).values()]
@@ -160,8 +160,8 @@ def put_back(root: torch.nn.Module, batch: Any) -> Iterator[None]:
     """
     gradients = [(p, p.grad) for p in root.parameters()]
     params = {id(p) for p in root.parameters()}
-    held = [t for m in root.modules() for t in _tensors([dict(m._buffers), _plain(m)]) if id(t) not in params]
-    found = {id(t): t for t in (*held, *_tensors(batch)) if not t.is_inference() and not _compat.overlaps_itself(t)}
+    held = [t for m in root.modules() for t in tensors_in([dict(m._buffers), _plain(m)]) if id(t) not in params]
+    found = {id(t): t for t in (*held, *tensors_in(batch)) if not t.is_inference() and not _compat.overlaps_itself(t)}
     tensors = list(found.values())
     versions = _compat.versions(tensors)
     copies = [t.detach().clone() for t in tensors]

@@ -21,10 +21,11 @@ import torch
 from keepless import api, control
 from keepless.capture import Inputs
 from keepless.errors import IntegrationError
-from keepless.integrations.first_call import LossOf, beside, put_back, wait_in
+from keepless.integrations.first_call import LossOf, beside, put_back, tensors_in, wait_in
 from keepless.integrations.loggers import log_plan
 from keepless.ir import parse_bytes
 from keepless.machine import Plan
+from keepless.measure.running import StepMeter, nbytes_of
 from keepless.modules.lazy import LazyForward
 
 _PACKAGES = ("lightning", "pytorch_lightning")
@@ -69,11 +70,13 @@ class KeeplessCallback(_Callback):  # type: ignore[misc]
     Attributes:
         plan: the one that stands in the model, or the last one that did; None before.
         model: the planned module; None while there is none.
+        measured_peak: highest bytes of the measured step; None before it.
 
     Arguments:
         budget: as in `keepless.plan`.
         release_gradients: those of the last step go before the forward. Lightning lets them go after it, so that they
             stand in the budget beside the activations.
+        measure: the peak of one step after the first is measured: on the CPU it runs under torch's profiler.
         log: the plan as metrics `memory/...` to the trainer's loggers, once.
         options: of `keepless.plan` and `keepless.apply`: release_outputs, outside, engine, takeover, on_oom ...
             `release_outputs=True` where training_step returns the loss alone. `eager_ops` is True here.
@@ -85,7 +88,13 @@ class KeeplessCallback(_Callback):  # type: ignore[misc]
     """
 
     def __init__(
-        self, budget: str | int | float, *, release_gradients: bool = False, log: bool = True, **options: Any
+        self,
+        budget: str | int | float,
+        *,
+        release_gradients: bool = False,
+        measure: bool = True,
+        log: bool = True,
+        **options: Any,
     ) -> None:
         super().__init__()
         known = {*inspect.signature(api.plan).parameters, *_APPLY} - {"model", "batch", "budget"}
@@ -96,13 +105,16 @@ class KeeplessCallback(_Callback):  # type: ignore[misc]
                 raise TypeError(f"KeeplessCallback has no option {name!r}; it has those of keepless.plan and apply.")
         self.budget = budget
         self.release_gradients = release_gradients
+        self.measure = measure
         self.log = log
         self.options = options
         self.plan: Plan | None = None
         self.model: torch.nn.Module | None = None
         self._waiting: list[LazyForward] = []
         self._batch: tuple[Any, int] | None = None
-        self._told = False
+        self.measured_peak: int | None = None
+        self._meter: StepMeter | None = None
+        self._is_told = False
 
     # ---- Lightning's hooks
 
@@ -114,28 +126,31 @@ class KeeplessCallback(_Callback):  # type: ignore[misc]
             _check_gradients(trainer, pl_module, self)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Waits for the model's first call."""
+        """Waits for the model's first call; begins to measure a step after it."""
         if self.release_gradients:
             for parameter in pl_module.parameters():
                 parameter.grad = None
-        if self.model is not None or self._waiting:
+        if self.model is not None:
+            if self._meter is not None and (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+                self._meter.begin(self._standing(trainer, pl_module, batch))
             return
         self._batch = batch, batch_idx
-
-        self._waiting = wait_in(pl_module, lambda module, inputs: self._plan(trainer, pl_module, module, inputs))
+        self._waiting = self._waiting or wait_in(
+            pl_module, lambda module, inputs: self._plan(trainer, pl_module, module, inputs)
+        )
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Tells the loggers of a new plan, once its first step is over."""
+        """Reads the meter, if it runs; tells the loggers of a plan that was measured, or is not to be."""
         self._stop_waiting()
-        if self.plan is None or self._told or not self.log:
-            return
-        self._told = True
-        peak = measured_peak(trainer.strategy.root_device)
-        for logger in trainer.loggers:
-            log_plan(logger, self.plan, measured_peak=peak, step=trainer.global_step)
+        if self._meter is not None and self._meter.is_running and self.plan is not None:
+            self.measured_peak = self.plan.measured_peak = self._meter.end()
+            self._meter = None
+        if self._meter is None:
+            self._tell(trainer)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Takes the plan out."""
+        self._tell(trainer)
         self._out()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
@@ -176,7 +191,26 @@ class KeeplessCallback(_Callback):  # type: ignore[misc]
             loss.release()
         control.apply(module, self.plan, **{n: v for n, v in self.options.items() if n in _APPLY})
         self.model = module
-        self._told = False
+        self.measured_peak, self._is_told = None, False
+        self._meter = StepMeter(trainer.strategy.root_device) if self.measure else None
+
+    def _standing(self, trainer: Any, pl_module: Any, batch: Any) -> int:
+        """Bytes on the device between two steps, the batch's among them."""
+        tensors = [*pl_module.parameters(), *pl_module.buffers(), *(p.grad for p in pl_module.parameters())]
+        for optimizer in trainer.optimizers:
+            tensors += [t for entries in optimizer.state.values() for t in tensors_in(entries)]
+        outside = self.options.get("outside", 0)
+        return nbytes_of([*tensors, *tensors_in(batch)], trainer.strategy.root_device) + (
+            outside and parse_bytes(outside)
+        )
+
+    def _tell(self, trainer: Any) -> None:
+        """The loggers get a plan once."""
+        if self.plan is None or self._is_told or not self.log or self.model is None:
+            return
+        self._is_told = True
+        for logger in trainer.loggers:
+            log_plan(logger, self.plan, measured_peak=self.measured_peak, step=trainer.global_step)
 
     def _stop_waiting(self) -> None:
         for one in self._waiting:
@@ -186,6 +220,9 @@ class KeeplessCallback(_Callback):  # type: ignore[misc]
 
     def _out(self) -> None:
         self._stop_waiting()
+        if self._meter is not None:
+            self._meter.abort()
+            self._meter = None
         model, self.model = self.model, None
         if model is not None:
             api.remove(model)
@@ -297,11 +334,6 @@ def _unlogged(trainer: Any, pl_module: Any) -> Iterator[None]:
 
 
 _MISSING = object()
-
-
-def measured_peak(device: torch.device) -> int | None:
-    """Highest bytes that the allocator gave out so far; None where nothing counts them."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
 # ---- Fabric
