@@ -17,12 +17,19 @@ from keepless.errors import PlanError
 class StandingForward:
     """Knows the forward in whose place it stands, and does not travel with copies. It holds no reference to the module,
     which must be free to go.
+
+    Others may have wrapped it since (Accelerate's `prepare`, for one). Then it cannot be taken out, and lets calls
+    through instead.
+
+    Attributes:
+        is_out: calls are to run the module's own forward.
     """
 
-    __slots__ = ("__name__", "__signature__", "__weakref__", "_function", "_instance_forward", "_model")
+    __slots__ = ("__name__", "__signature__", "__weakref__", "_function", "_instance_forward", "_model", "is_out")
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._model = weakref.ref(model)
+        self.is_out = False
         self._instance_forward: Callable[..., Any] | None = model.__dict__.get("forward")
         self._function = type(model).forward
         self.__signature__ = inspect.signature(model.forward)
@@ -46,10 +53,14 @@ class StandingForward:
 
     def put_in(self) -> None:
         """The module runs this one."""
-        self.module.__dict__["forward"] = self
+        self.is_out = False
+        module = self.module
+        if standing_forward(module) is not self:
+            module.__dict__["forward"] = self
 
     def take_out(self) -> None:
         """The module runs its own forward again, where this one stands in it."""
+        self.is_out = True
         model = self._model()
         if model is None or model.__dict__.get("forward") is not self:
             return
@@ -69,3 +80,16 @@ class StandingForward:
 
     def __reduce__(self) -> Any:
         raise PlanError("A planned model cannot be pickled: call keepless.remove(model) first, or save state_dict().")
+
+
+def standing_forward(module: torch.nn.Module) -> StandingForward | None:
+    """What stands in a module in its forward's place, or beneath what others have wrapped around it."""
+    found: Any = module.__dict__.get("forward")
+    for _ in range(_MOST_WRAPPERS):
+        if found is None or isinstance(found, StandingForward):
+            return found
+        found = getattr(found, "__wrapped__", None)
+    return None
+
+
+_MOST_WRAPPERS = 16

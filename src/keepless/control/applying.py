@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch
 
 from keepless import _compat
+from keepless.capture import standing_forward
 from keepless.control.checks import check_module, check_optimizer, check_plan, check_planned_optimizer
 from keepless.control.parts import module_plans, module_steps
 from keepless.control.plan_book.book import Book
@@ -137,5 +138,5 @@ def remove(model: M) -> M:
 
 def planned_forward(model: torch.nn.Module) -> PlannedForward | None:
     """The plan that stands in a model, if any."""
-    found = model.__dict__.get("forward")
-    return found if isinstance(found, PlannedForward) else None
+    found = standing_forward(model)
+    return found if isinstance(found, PlannedForward) and not found.is_out else None

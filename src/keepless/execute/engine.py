@@ -88,7 +88,8 @@ class PlannedForward(StandingForward):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if (
-            not torch.is_grad_enabled()
+            self.is_out
+            or not torch.is_grad_enabled()
             or is_tracing()
             or _compat.transforms_active()
             or _compat.forward_ad_active()
@@ -145,7 +146,7 @@ class PlannedForward(StandingForward):
 
     def put_in(self) -> None:
         """The module runs by its plan."""
-        self.module.__dict__["forward"] = self
+        super().put_in()
         for attached in (self.updater, self.guard):
             if attached is not None:
                 attached.put_in()

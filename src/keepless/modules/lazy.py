@@ -32,7 +32,7 @@ class LazyForward(StandingForward):
         if torch.compiler.is_compiling() and _compat.dynamo_traces() and torch.is_grad_enabled():
             return _outside_compiler(self, args, kwargs)
         model = self.module
-        if not self._trains(model):
+        if self.is_out or not self._trains(model):
             return self.original(*args, **kwargs)
         self.take_out()
         try:

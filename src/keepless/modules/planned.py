@@ -174,7 +174,7 @@ class PlannedModules(StandingForward):
         if torch.compiler.is_compiling():
             return self._compiled(args, kwargs)
         current = self.current
-        if current.is_running:  # the model calls itself: a part of the same forward
+        if self.is_out or current.is_running:  # the model calls itself: a part of the same forward
             return self.original(*args, **kwargs)
         try:
             current.is_running = True

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from keepless import _compat
-from keepless.capture import Inputs
+from keepless.capture import Inputs, standing_forward
 from keepless.capture.checkpointed import checkpointed_places, refuse_checkpointing
 from keepless.errors import CaptureError, ParameterError, PlanError
 from keepless.execute import PlannedForward
@@ -113,14 +113,14 @@ def as_written() -> Iterator[None]:
 
 def planned_modules(model: torch.nn.Module) -> PlannedModules | None:
     """The plan of module calls that stands in a model, if any."""
-    found = uncompiled(model).__dict__.get("forward")
-    return found if isinstance(found, PlannedModules) else None
+    found = standing_forward(uncompiled(model))
+    return found if isinstance(found, PlannedModules) and not found.is_out else None
 
 
 def standing_plan(model: torch.nn.Module) -> PlannedModules | PlannedForward | LazyForward | None:
     """The plan that stands in a model, if any, or waits in it for its first step."""
-    found = planned_modules(model) or model.__dict__.get("forward")
-    return found if isinstance(found, PLANS) else None
+    found = planned_modules(model) or standing_forward(model)
+    return found if isinstance(found, PLANS) and not found.is_out else None
 
 
 @contextlib.contextmanager
@@ -129,14 +129,14 @@ def without_plan(model: torch.nn.Module) -> Iterator[None]:
     place of one that was put in meanwhile.
     """
     homes = dict.fromkeys((model, uncompiled(model)))
-    standing = [plan for home in homes if isinstance(plan := home.__dict__.get("forward"), PLANS)]
+    standing = [plan for home in homes if isinstance(plan := standing_forward(home), PLANS) and not plan.is_out]
     try:
         for plan in standing:
             plan.take_out()
         yield
     finally:
         for home in homes:
-            if isinstance(plan := home.__dict__.get("forward"), PLANS):
+            if isinstance(plan := standing_forward(home), PLANS):
                 plan.take_out()
         for plan in reversed(standing):
             plan.put_in()
