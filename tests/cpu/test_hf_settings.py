@@ -140,6 +140,18 @@ def test_batch_size_is_searched(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_optimizer_in_the_backward(tmp_path: Path) -> None:
+    """A rewrite: the Trainer's own optimizer steps in the backward, and its loop stays as it is."""
+    options: dict[str, Any] = {"data": Rows(), "max_grad_norm": 0, "save_strategy": "no", "eval_strategy": "no"}
+    plain = run(tmp_path, Small(), **options)
+    callback = KeeplessCallback("1GiB", rewrites=("optimizer_in_backward",))
+    ran = run(tmp_path, Small(), [callback], **options)
+    assert differences(plain, ran) == []
+    assert callback.plan is not None
+    assert callback.plan.rewrites == ("optimizer_in_backward",)
+
+
+@pytest.mark.slow
 def test_given_plan_and_given_loss(tmp_path: Path) -> None:
     """A plan that was made before trains without planning; a `compute_loss_func` needs its loss told for planning."""
     saved: list[keepless.Plan] = []

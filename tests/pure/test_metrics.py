@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -57,3 +59,14 @@ def test_a_plan_as_metrics(plan: Plan) -> None:
 def test_a_plan_that_does_not_know_its_model(plan: Plan) -> None:
     """No parameters, no share of them."""
     assert "memory/params_per_gb" not in memory_metrics(replace(plan, signature={}))
+
+
+def test_importing_imports_no_library() -> None:
+    """The package of integrations and its shared part load without any of the tools that they are for."""
+    code = (
+        "import sys, keepless, keepless.integrations, keepless.integrations.metrics\n"
+        "tools = {'torch', 'transformers', 'accelerate', 'peft', 'trl', 'lightning', 'timm', 'diffusers', 'wandb'}\n"
+        "print(sorted(tools & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

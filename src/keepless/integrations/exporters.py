@@ -3,7 +3,7 @@
 ::
 
     contexts = selective_contexts(plan)                       # one region for each layer, in order
-    model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
+    model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
 
     context_fn = selective_context_fn(plan, "model.layers.3")  # of one region
     h = torch.utils.checkpoint.checkpoint(layer, h, use_reentrant=False, context_fn=context_fn)

@@ -70,7 +70,8 @@ class KeeplessCallback(TrainerCallback):
         outside: bytes on the device beside model, batches and optimizer (a reference model, say).
         measure: the peak of one step is measured: on the CPU that step runs under torch's profiler.
         options: others of `keepless.plan` (engine, solver, land, rewrites ...) and of `keepless.apply` (on_oom,
-            black_box, arena, background). `eager_ops` is True here: masks that look at data are planned by blocks.
+            black_box, arena, background). `eager_ops` is True here, but with rewrites: masks that look at data are
+            planned by blocks.
 
     Attributes:
         plan: of the training that runs, or ran last; None before its first step.
@@ -111,7 +112,8 @@ class KeeplessCallback(TrainerCallback):
         self.plan: Plan | None = None
         self.measured_peak: int | None = None
         self._given = plan if plan is None or isinstance(plan, Plan) else keepless.load(plan)
-        self._options: dict[str, Any] = {"eager_ops": True, **{k: v for k, v in options.items() if k in _OF_PLAN}}
+        own = {name: value for name, value in options.items() if name in _OF_PLAN}
+        self._options: dict[str, Any] = {"eager_ops": not own.get("rewrites"), **own}  # rewrites need the whole step
         self._how = {name: value for name, value in options.items() if name in _OF_APPLY}
         self._model: weakref.ref[torch.nn.Module] | None = None
         self._optimizer: weakref.ref[torch.optim.Optimizer] | None = None
