@@ -73,12 +73,15 @@ def test_every_promise_holds(ran: tuple[int, Path, dict[str, object], Outcome]) 
 
 
 @pytest.mark.slow
-def test_plan_and_picture_are_left_behind(ran: tuple[int, Path, dict[str, object], Outcome]) -> None:
-    """The plan file loads, knows what was measured, and the picture is there."""
+def test_plan_picture_and_report_are_left_behind(ran: tuple[int, Path, dict[str, object], Outcome]) -> None:
+    """The plan file loads, knows what was measured, and picture and report are there."""
     _, out, answer, outcome = ran
     plan = load_plan(out / "step.plan")
     assert plan.measured_peak == outcome.row(BUDGET).peak
     assert Path(str(answer["picture"])).stat().st_size > 5000
+    page = Path(str(answer["report"])).read_text()
+    assert page.startswith("<!doctype html>")
+    assert "GPT-2 in" in page
 
 
 @pytest.mark.slow
@@ -98,6 +101,7 @@ def test_a_broken_promise_ends_with_1(
     """A broken promise is said in red words, and the exit code is 1."""
     broken = replace(ran[3], broken=("the peak is above the budget",))
     monkeypatch.setattr(demo_run, "contest", lambda *_, **__: broken)
+    monkeypatch.setattr(demo_run, "write_report", lambda outcome, path, tell: path)
     assert demo_run.run(tmp_path, task=TINY) == 1
     assert "BROKEN: the peak is above the budget" in capsys.readouterr().out
     assert "BROKEN" in verdict(broken)
