@@ -118,7 +118,10 @@ def test_json_and_quiet(invoke: Invoke, plan_file: str, name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(OF_MODELS))
+@pytest.mark.parametrize(
+    "name",
+    ["curve", "train", *(pytest.param(name, marks=pytest.mark.exhaustive) for name in OF_MODELS if name[0] in "epfv")],
+)
 def test_json_and_quiet_of_models(invoke: Invoke, name: str) -> None:
     """The same of commands that take a model."""
     check_output(invoke, name, ["factories:own_loss", *OF_MODELS[name]])

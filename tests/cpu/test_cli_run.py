@@ -77,7 +77,9 @@ def test_a_script_trains_within_its_budget_with_the_same_bits(invoke: Invoke) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("named", ["", "Maker", "judge"])
+@pytest.mark.parametrize(
+    "named", ["", *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("Maker", "judge"))]
+)
 def test_of_several_models_the_first_or_the_named_one_is_planned(invoke: Invoke, named: str) -> None:
     """A generator and its judge: the judge's backward comes first. Losses and weights of both are the same bits."""
     write(adversaries=scripts_text.ADVERSARIES)
