@@ -77,6 +77,29 @@ def test_a_script_trains_within_its_budget_with_the_same_bits(invoke: Invoke) ->
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(
+    "made", ['torch.compile(Net(), backend="eager")', "torch.nn.parallel.DistributedDataParallel(Net())"]
+)
+def test_wrapped_models(invoke: Invoke, made: str) -> None:
+    """What torch.compile or DistributedDataParallel wraps is planned inside it."""
+    group = "torch.distributed.init_process_group('gloo', init_method='file://' + sys.argv[1], rank=0, world_size=1)"
+    text = scripts_text.TRAIN.replace("    model = Net()\n", f"    {group}\n    model = {made}\n")
+    assert made in text
+    text += "    torch.distributed.destroy_process_group()\n"
+    write(wrapped=text)
+    where = Path("plain").absolute(), Path("ours").absolute()
+    expected = plainly("wrapped.py", str(where[0]))
+    done = invoke("run", "wrapped.py", "-b", "1MiB", "--json", "run.json", "--", str(where[1]))
+    assert done.exit_code == 0, done.output
+    assert done.stdout == expected.replace(str(where[0]), str(where[1]))
+    answer = json.loads(Path("run.json").read_text())
+    assert answer["model"] == "Net"
+    assert answer["plan"]["num_replays"] > 0
+    assert answer["measured_peak"] <= 1 << 20
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "named", ["", *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("Maker", "judge"))]
 )
