@@ -324,6 +324,19 @@ def test_a_training_step_that_does_many_things() -> None:
 
 
 @pytest.mark.exhaustive
+def test_a_compiled_model_is_planned_itself() -> None:
+    class Compiled(Measured):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = torch.compile(self.net, backend="eager")
+
+    plain = state_of(*train(None, kind=Compiled))
+    callback = Watching("1GiB", **SMALL)
+    assert differences(plain, state_of(*train(callback, kind=Compiled))) == []
+    assert callback.counters.steps == 5
+
+
+@pytest.mark.exhaustive
 def test_the_packages_other_name() -> None:
     pl = pytest.importorskip("pytorch_lightning", reason="there is no pytorch_lightning")
 

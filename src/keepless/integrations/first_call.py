@@ -29,7 +29,10 @@ def wait_in(model: torch.nn.Module, begin: Begin) -> list[LazyForward]:
     Arguments:
         begin: puts a plan into the module that is called.
     """
-    found = [m for m in model.modules() if any(p.requires_grad for p in m.parameters())]
+    # What torch.compile wraps is planned itself: its wrapper would be asked for Dynamo's frames.
+    found = [
+        m for m in model.modules() if "_orig_mod" not in m._modules and any(p.requires_grad for p in m.parameters())
+    ]
     waiting: list[LazyForward] = []
 
     def begin_one(module: torch.nn.Module, inputs: Inputs) -> None:
