@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import keepless
 from keepless.errors import InfeasibleBudget, IntegrationError
 from keepless.measure.steps import increments
+from keepless.modules.untouched import Before
 
 L = pytest.importorskip("lightning", reason="Lightning is not installed")
 import torchmetrics  # noqa: E402
@@ -321,6 +322,30 @@ def test_a_training_step_that_does_many_things() -> None:
     assert callback.plan.engine == "graph"
     assert (callback.counters.steps, callback.counters.captures) == (10, 0)
     assert max(planned[0].peaks) <= budget < min(plain[0].peaks)
+
+
+class Data(L.LightningDataModule):
+    """Holds its data as people write it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.x = torch.randn(BATCH, WIDTH)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(TensorDataset(self.x, torch.arange(BATCH) % CLASSES), BATCH)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return self.train_dataloader()
+
+
+def test_a_trainers_data_is_no_state_of_the_model() -> None:
+    """Where a LightningModule is measured by running it, what it holds is copied: not the data that its trainer has."""
+    module, data = Lit(), Data()
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = L.Trainer(max_steps=1, accelerator="cpu", devices=1, enable_checkpointing=False, **quiet)
+    trainer.fit(module, datamodule=data)
+    assert module.trainer.datamodule is data
+    assert not any(tensor is data.x for tensor, _ in Before(module, torch.device("cpu"), ()).tensors)
 
 
 @pytest.mark.exhaustive

@@ -209,8 +209,14 @@ def _held(tables: list[dict[str, Any]], others: set[int]) -> list[Any]:
     return list(found.values())
 
 
+_HOSTS = frozenset({"lightning", "pytorch_lightning", "lightning_fabric"})
+"""Packages whose objects have a model, and are no state of it: a trainer leads to the loader, and that to all data."""
+
+
 def _is_object(value: Any) -> bool:
-    return not isinstance(value, torch.nn.Module) and (world.is_plain(value) or type(value) is types.SimpleNamespace)
+    if isinstance(value, torch.nn.Module) or type(value).__module__.partition(".")[0] in _HOSTS:
+        return False
+    return world.is_plain(value) or type(value) is types.SimpleNamespace
 
 
 def _can_be_written(tensor: torch.Tensor) -> bool:
