@@ -85,10 +85,9 @@ function curveSection() {
         for (const other of marks) other.node.classList.toggle("on", other.node === node);
         say(fact(title, at, time, words));
       };
-      node.addEventListener("pointerenter", show);
       node.addEventListener("focus", show);
       node.addEventListener("keydown", (event) => step(event, node));
-      marks.push({ node, at, show });
+      marks.push({ node, at, show, x: x(at), y: y(time) });
       return node;
     };
     curve.points.forEach((point, i) => {
@@ -110,7 +109,16 @@ function curveSection() {
     if (curve.points.length > 2 && Math.abs(x(knee.budget) - x(curve.chosen[0])) + Math.abs(y(knee.seconds) - y(curve.chosen[1])) > 40) {
       add(label(x(knee.budget) + 11, y(knee.seconds) - 9, "start", "knee", "#009E73"));
     }
+    picture.addEventListener("pointermove", (event) => nearest(event, picture, width));
     plot.replaceChildren(picture);
+  }
+  /** Marks stand close together: the nearest one is meant. */
+  function nearest(event, picture, width) {
+    const box = picture.getBoundingClientRect();
+    const scale = width / box.width;
+    const far = (one) => Math.hypot(one.x - (event.clientX - box.left) * scale, one.y - (event.clientY - box.top) * scale);
+    const found = marks.reduce((best, one) => (best === null || far(one) < far(best) ? one : best), null);
+    if (found && far(found) < 28) found.show();
   }
   function step(event, node) {
     const now = marks.findIndex((one) => one.node === node);

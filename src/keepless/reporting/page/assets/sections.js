@@ -9,7 +9,7 @@ function heroSection() {
   const cards = el("dl", { class: "cards" },
     card("Budget", bytes(v.budget), v.smallest_budget ? `smallest possible ${bytes(v.smallest_budget)}` : ""),
     card("Predicted peak", bytes(v.predicted_peak), `${bytes(Math.abs(v.budget - v.predicted_peak))} ${v.predicted_peak <= v.budget ? "below" : "ABOVE"} the budget`),
-    card("Measured peak", v.measured_peak ? bytes(v.measured_peak) : "not measured", off === null ? "" : `prediction ${percent(off, 2)} off`),
+    card("Measured peak", v.measured_peak ? bytes(v.measured_peak) : "not measured", off === null ? "" : `prediction ${percent(off, 2)} off${report.peak.phase === "optimizer" ? "; the optimizer's step is predicted" : ""}`),
     card("Step", percent(v.overhead), `predicted: ${seconds(v.predicted_seconds)}, ${seconds(v.baseline_seconds)} with everything kept`),
     card("Without a plan", bytes(v.baseline_peak), fitsKept ? "would fit, too" : "would not fit"));
   const headline = v.fits ? (saved >= 0.005 ? `${Math.round(100 * (1 - saved))} % of the memory for ${percent(v.overhead)} time` : "Everything kept fits") : "The peak is above the budget";
