@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
-from reports import EXAMPLES, example, plan_of
+from reports import example, plan_of
 from strategies import Case, cases
 
 from keepless.ir import Budget, Graph
 from keepless.machine import Plan, make_plan
 from keepless.passes import from_order, reuse_storage
 from keepless.reporting.decisions import decisions
-from keepless.reporting.plan_diff import ABSENT, blocks_changed, changes_table, facts_table, plan_diff, verdict
+from keepless.reporting.plan_diff import ABSENT, blocks_changed, plan_diff, verdict
 
 
 def everything_kept() -> Plan:
@@ -79,46 +76,3 @@ def test_steps_that_differ_are_matched_by_module_and_op() -> None:
     changes = {(row.module, row.before, row.after) for row in plan_diff(plan, moved).rows}
     assert ("elsewhere", ABSENT, "kept") in changes
     assert (graph.ops[maker].module, "kept", ABSENT) in changes
-
-
-def test_tables_are_drawn() -> None:
-    """Both tables hold what differs, by block and by value."""
-    console = pytest.importorskip("rich.console").Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    found = plan_diff(everything_kept(), example())
-    with console.file:
-        for table in (facts_table(found, "a.plan", "b.plan"), changes_table(found), changes_table(found, values=True)):
-            console.print(table)
-    text = console.export_text()
-    for words in ("a.plan", "points", "recomputed", "layers.0", found.rows[0].op):
-        assert words in text
-
-
-def test_the_command_needs_no_torch(tmp_path: Path) -> None:
-    """`keepless diff` ends with 0 whatever differs, with 1 where that is asked for, and with 2 for what is no plan."""
-    pytest.importorskip("typer")
-    pytest.importorskip("rich")
-    everything_kept().save(tmp_path / "kept.plan")
-    code = """
-import json, sys
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("torch", "matplotlib"):
-            raise ModuleNotFoundError(name)
-sys.meta_path.insert(0, Absent())
-from typer.testing import CliRunner
-from keepless.cli.app import app
-a, b, none = sys.argv[1:]
-def run(*words):
-    done = CliRunner().invoke(app, ["diff", *words])
-    return done.exit_code, done.stdout
-assert run(a, a, "--exit-code")[0] == 0
-code, text = run(a, b)
-assert code == 0 and "alike: NO" in text, text
-assert run(a, b, "--exit-code")[0] == 1
-code, text = run(a, b, "--json", "--exit-code")
-assert code == 1 and json.loads(text)["alike"] is False and json.loads(text)["rows"]
-assert run(a, none)[0] == 2 and run(a, sys.executable)[0] == 2
-"""
-    paths = [str(EXAMPLES / "unfused.plan"), str(tmp_path / "kept.plan"), str(tmp_path / "none.plan")]
-    done = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr

@@ -5,20 +5,15 @@ from __future__ import annotations
 import base64
 import hashlib
 import html
-import json
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
 from reports import example, whole_report
 
-from keepless.reporting.page import ReportData, report_data, report_page, save_report, terminal_page
+from keepless.reporting.page import ReportData, report_data, report_page, save_report
 from keepless.reporting.page.data import DecisionRow
 from keepless.reporting.page.html import MAX_PAGE_NBYTES
-from keepless.reporting.page.terminal import StepChart
 
 HOSTILE = "</script><script>alert(1)</script><!--\"'><img src=x onerror=alert(2)>{{data}}&amp; é"
 
@@ -90,64 +85,3 @@ def test_the_page_is_written_whole(tmp_path: Path) -> None:
     save_report(tmp_path / "a.html", report)
     assert (tmp_path / "a.html").read_text(encoding="utf-8") == report_page(report)
     assert [path.name for path in tmp_path.iterdir()] == ["a.html"]
-
-
-def test_the_terminal_has_the_same_content() -> None:
-    """Every part is printed, nothing that is not there is, and a terminal without Unicode gets plain characters."""
-    console = pytest.importorskip("rich.console").Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    report = whole_report()
-    with console.file:
-        for part in terminal_page(report):
-            console.print(part, markup=False)
-    text = console.export_text()
-    for words in (
-        "fits: yes",
-        "Decisions by block",
-        "The curve",
-        "What fits in 84.00 MiB",
-        "The largest batch",
-        "bit for bit",
-    ):
-        assert words in text
-    assert "not in this report" not in text
-    assert report.missing == {}
-    plain = StepChart(report).lines(60, ascii_only=True)
-    assert all(line.isascii() and len(line) <= 60 for line in plain)
-    assert any(line.strip().startswith("budget") for line in plain)
-    assert "backward" in plain[-1]
-
-
-def test_a_plan_file_is_reported_without_torch(tmp_path: Path) -> None:
-    """`keepless report FILE` runs where there is no torch: page, data, and the page of the data."""
-    pytest.importorskip("typer")
-    pytest.importorskip("rich")
-    code = """
-import sys
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("torch", "matplotlib"):
-            raise ModuleNotFoundError(name)
-sys.meta_path.insert(0, Absent())
-from typer.testing import CliRunner
-from keepless.cli.app import app
-source, folder = sys.argv[1:]
-def run(*words):
-    done = CliRunner().invoke(app, ["report", *words])
-    assert done.exit_code == 0, done.output
-    return done.stdout
-run(source, "-o", folder + "/a.html")
-text = run(source, "--json", "-o", folder + "/b.json")
-open(folder + "/c.json", "w").write(text)
-run(folder + "/b.json", "-o", folder + "/b.html")
-assert "fits: yes" in run(folder + "/c.json")
-assert CliRunner().invoke(app, ["report", source, "--measure"]).exit_code == 2
-assert CliRunner().invoke(app, ["report", source, "-o", folder + "/a.txt"]).exit_code == 2
-"""
-    example_path = Path(__file__).parents[2] / "docs" / "examples" / "unfused.plan"
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(example_path), str(tmp_path)], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "a.html").read_text() == (tmp_path / "b.html").read_text()
-    written, printed = (json.loads((tmp_path / name).read_text()) for name in ("b.json", "c.json"))
-    assert written == printed

@@ -1,6 +1,6 @@
 """A headless Chromium for tests of the page, and the screenshots in docs/.
 
-`python tests/pure/browser.py` writes the screenshots again, from `docs/examples/report.json`.
+`python tests/cpu/browser.py` writes the screenshots again, from `docs/examples/report.json`.
 """
 
 from __future__ import annotations

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 from browser import DOCS, FONTS, SHOTS, NoBrowserError, chromium, difference, letters_of, shoot
-from reports import example
-from test_report_html import HOSTILE
 
+from keepless.machine import load_plan
 from keepless.reporting.page import load_report, report_data, save_report
 
 pytestmark = pytest.mark.slow
+HOSTILE = "</script><script>alert(1)</script><!--\"'><img src=x onerror=alert(2)>{{data}}&amp; é"
 WIDE = {"width": 1280, "height": 900}
 SECTIONS = ["verdict", "step", "decisions", "curve", "peak", "fits", "accuracy", "metrics", "environment"]
 REPORT = load_report(DOCS / "examples" / "report.json")
@@ -259,7 +259,7 @@ def test_what_fits_is_a_grid(opened: Opened) -> None:
 
 def test_names_are_shown_as_they_are(browser: Any, tmp_path: Path) -> None:
     """Markup in a title, a module or a reason is text on the page: it is never run."""
-    report = report_data(example(), title=HOSTILE)
+    report = report_data(load_plan(DOCS / "examples" / "unfused.plan"), title=HOSTILE)
     row = replace(report.decisions.blocks[0], name=HOSTILE, reason=HOSTILE)
     places = tuple(replace(place, module=HOSTILE) for place in report.timeline.places)
     report = replace(
