@@ -133,6 +133,11 @@ def test_the_command_makes_everything(invoke: Callable[..., Any]) -> None:
     assert "fits: yes | budget 4.00 MiB" in done.stdout
     assert "Predicted and measured" in done.stdout
     assert Path("report.html").stat().st_size < 2_000_000
+    far = ("report", "factories:tiny", "--device", "rtx4090", "-b", "1GiB", "--curve", "--points", "2", "--json")
+    answer = json.loads(invoke(*far).stdout)
+    assert answer["curve"]["points"]
+    assert any("ANALYTIC" in note for note in answer["notes"])
+    assert invoke(*far, "--measure").exit_code == 2
     done = invoke(*words[:4], "--json", "-o", "report.json")
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout) == json.loads(Path("report.json").read_text())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,13 +17,13 @@ from keepless.cli.options import (
     BudgetOption,
     Caches,
     Debug,
-    Device,
     Dtype,
     EngineOption,
     Json,
     Optimizer,
     Outside,
     PlanFileOption,
+    PlannedDevice,
     Quiet,
     Releases,
     RewriteOption,
@@ -44,7 +45,7 @@ from keepless.reporting.page import (
 
 if TYPE_CHECKING:
     from keepless.cli.models import Built
-    from keepless.control import FitsGrid
+    from keepless.control import FitsGrid, StepCurve
 
 
 def report_command(
@@ -73,7 +74,7 @@ def report_command(
     seq_len: SeqLen = 128,
     dtype: Dtype = "float32",
     optimizer: Optimizer = "adamw",
-    device: Device = "cpu",
+    device: PlannedDevice = "cpu",
     seed: Seed = 0,
     solver: SolverOption = "keepless",
     engine: EngineOption = "auto",
@@ -109,10 +110,11 @@ def report_command(
         else:
             if (budget is None) == (plan is None):
                 raise UsageError("Of a model, give --budget or --plan.")
-            from keepless.cli.models import Recipe, build
+            from keepless.cli.models import Recipe, build, device_and_target
 
-            if measure and device == "meta":
-                raise UsageError("A step can be measured only where the weights are, and --device meta has none.")
+            device, on = device_and_target(subject, device)
+            if measure and (device == "meta" or on is not None):
+                raise UsageError("A step can be measured only where the device and the weights are.")
             sizes = read_sizes("--batch", batches), read_sizes("--length", lengths)
             recipe = Recipe(subject, batch_size, seq_len, dtype, optimizer, device, 1e-3, seed)
             built = build(recipe)
@@ -123,11 +125,14 @@ def report_command(
                 "cache": cache,
                 "takeover": takeover,
                 "rewrites": rewrite or (),
+                "on": on,
             }
             own = options | {"solver": solver, "engine": engine, "seed": seed}
             made = load_plan(plan) if plan is not None else planned(built, str(budget), own)
             grids = [_grid(recipe, built, made, sizes, options)] if is_grid else []
-            found = _reported(built, made, measure, repeats, curve, points, grids, title, takeover)
+            far = curve and on is not None
+            traced = _curve(built, points, options | {"seed": seed}) if far else curve
+            found = _reported(built, made, measure, repeats, traced, points, grids, title, takeover)
         if out is not None:
             save_report(out, found)
         if as_json:
@@ -143,7 +148,8 @@ def report_command(
 def _from_file(path: Path, title: str) -> ReportData:
     """The report of a plan file, or one that was written as JSON."""
     if path.suffix.lower() == ".json" or is_report(path):
-        return load_report(path)
+        found = load_report(path)
+        return replace(found, title=title) if title else found
     return report_data(load_plan(path), title=title)
 
 
@@ -177,17 +183,34 @@ def _grid(
         )
 
 
+def _curve(built: Built, points: int, options: dict[str, Any]) -> StepCurve:
+    """The curve of the step on a device that is not here."""
+    from keepless import api
+
+    with planning("curve") as progress:
+        return api.curve(
+            built.model,
+            built.batch,
+            optimizer=built.optimizer,
+            loss_fn=built.loss_fn,
+            points=points,
+            progress=progress,
+            **options,
+        )
+
+
 def _reported(
     built: Built,
     plan: Plan,
     measure: bool,
     repeats: int,
-    curve: bool,
+    curve: StepCurve | bool,
     points: int,
     grids: list[FitsGrid],
     title: str,
     takeover: bool,
 ) -> ReportData:
+    """The report; a curve that is asked for is of what the plan was asked for, also where it came from a file."""
     from keepless import api
 
     with planning("report") as progress:
