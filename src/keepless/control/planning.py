@@ -22,6 +22,7 @@ from keepless.control.allocating import allocation_of, within_card
 from keepless.control.captured import Capture, Captures, Measured, Settings, beyond_peak
 from keepless.control.checks import check_module, check_optimizer
 from keepless.control.elsewhere import faking_for, loss_work, step_elsewhere, target_of
+from keepless.control.loss_state import loss_untouched
 from keepless.control.offers import with_offers
 from keepless.control.options import Progress as Progress
 from keepless.control.options import StepOptions, check_rewrites
@@ -96,7 +97,7 @@ def make(
 ) -> Plan:
     """See `keepless.plan`."""
     check_module(model)
-    with turned_off(model, options.takeover):
+    with turned_off(model, options.takeover), loss_untouched(options.loss_fn, model):
         plan = _make(model, batch, budget, optimizer, options, progress, engine, blocks)
     note(plan.signature, options.takeover)
     return plan
