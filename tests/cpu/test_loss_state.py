@@ -64,6 +64,24 @@ def test_a_global_criterion_is_as_it_was() -> None:
     assert same_bits(GLOBAL.running_mean, torch.zeros(8))
 
 
+def test_what_else_calls_it_leaves_it_as_it_was() -> None:
+    model, batch, criterion = nn.Linear(8, 8), torch.randn(16, 8), Criterion()
+    before = {name: value.clone() for name, value in criterion.state_dict().items()}
+    plan = keepless.plan(model, batch, "1GiB", loss_fn=criterion)
+    calls: dict[str, Callable[[], Any]] = {
+        "estimate": lambda: keepless.estimate(model, batch, loss_fn=criterion),
+        "curve": lambda: keepless.curve(model, batch, loss_fn=criterion, points=2, strategies=()),
+        "max_batch": lambda: keepless.max_batch(model, lambda n: batch[:n], "1GiB", loss_fn=criterion, high=4),
+        "verify": lambda: keepless.verify(model, batch, plan, repeats=1),
+        "timeline": lambda: keepless.timeline(model, batch, plan, repeats=1),
+        "land": lambda: keepless.land(model, batch, plan, rounds=1),
+    }
+    for name, call in calls.items():
+        call()
+        assert all(same_bits(before[key], value) for key, value in criterion.state_dict().items()), name
+        assert criterion.calls == 0, name
+
+
 def test_the_model_itself_and_parts_of_others_are_left_out() -> None:
     model, criterion = nn.Sequential(nn.Linear(8, 8)), Criterion()
     found = modules_of(lambda output, _: criterion(output, model[0]) + criterion.norm(output).sum(), model)

@@ -14,6 +14,7 @@ import torch
 from keepless.control.allocating import allocation_of, within_card
 from keepless.control.captured import Captures, Measured, Settings
 from keepless.control.checks import check_module
+from keepless.control.loss_state import loss_untouched
 from keepless.control.options import Progress, StepOptions
 from keepless.control.planning import (
     measure_step,
@@ -258,7 +259,7 @@ def make_curve(
     check_strategies(strategies)
     seed, takeover = options.seed, options.takeover
     settings = read_settings(model, 0, optimizer, options)
-    with turned_off(model, takeover):
+    with turned_off(model, takeover), loss_untouched(options.loss_fn, model):
         measured = measure_step(model, batch, settings, progress)
     note(measured.signature, takeover)
     search = Search()

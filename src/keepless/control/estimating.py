@@ -17,6 +17,7 @@ from keepless.capture import Inputs, flatten_inputs
 from keepless.control.allocating import allocation_of
 from keepless.control.captured import Measured, Settings
 from keepless.control.checks import check_module
+from keepless.control.loss_state import loss_untouched
 from keepless.control.options import Progress, StepOptions
 from keepless.control.planning import capture_call, measure_step, measuring, plan_of, read_settings
 from keepless.control.positions import check_positions
@@ -168,7 +169,7 @@ def make_estimate(
     check_module(model)
     settings = read_settings(model, 0, optimizer, replace(options, cache=False))
     tell = progress or _silent
-    with turned_off(model, options.takeover):
+    with turned_off(model, options.takeover), loss_untouched(options.loss_fn, model):
         look = measure_step if settings.on is not None else _scratched
         measured = look(model, batch, settings, tell)
     note(measured.signature, options.takeover)

@@ -16,6 +16,7 @@ from keepless._compat import ambient_state
 from keepless.capture import Inputs, flatten_inputs, planned_device
 from keepless.control.applying import remove
 from keepless.control.captured import Capture
+from keepless.control.loss_state import loss_untouched
 from keepless.control.parts.module_plans import settings_of
 from keepless.control.parts.module_steps import recording, standing_alone, tensors_of, uncompiled, without_plan
 from keepless.control.plan_book.recapturing import bind, capture_of
@@ -44,6 +45,7 @@ def captured_run(
     inputs = Inputs.of(batch)
     with (
         turned_off(model, is_allowed(plan)),
+        loss_untouched(loss_fn or getattr(getattr(plan.capture, "settings", None), "loss_fn", None), model),
         without_plan(model),
         untouched(model, planned_device(model), tensors_of(batch)) as before,
     ):
@@ -84,6 +86,7 @@ def modules_run(model: torch.nn.Module, batch: Any, plan: Plan, loss_fn: Any, ca
     inputs, batch = standing_alone(batch)
     with (
         turned_off(model, is_allowed(plan)),
+        loss_untouched(loss_fn, model),
         recording(),
         without_plan(model),
         untouched(model, device, tensors_of(inputs)) as before,

@@ -15,6 +15,7 @@ from keepless.control.checks import check_module
 from keepless.control.fits.grid import FitsGrid, find_grid, read_axis
 from keepless.control.fits.result import HIGH, MEMORY, MODEL, SLOWDOWN, Fits
 from keepless.control.fits.sizing import Sizing, Subject
+from keepless.control.loss_state import loss_untouched
 from keepless.control.options import SizeOptions, StepOptions
 from keepless.control.planning import read_budget, read_settings
 from keepless.control.takeover import note, turned_off
@@ -92,7 +93,7 @@ def budgeted(
     options = replace(options, on=on)
     has_params = any(True for _ in model.parameters())
     nbytes = read_budget(budget, planned_device(model) if has_params else torch.device("cpu"), on)
-    with turned_off(model, options.takeover):
+    with turned_off(model, options.takeover), loss_untouched(options.loss_fn, model):
         yield read_settings(model, nbytes, optimizer, options)
 
 
