@@ -25,6 +25,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*:FutureWarn
 @pytest.fixture(autouse=True)
 def _anew() -> Iterator[None]:
     """Accelerate has one state for each process, which each test sets otherwise."""
+    AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
 

@@ -147,7 +147,7 @@ def test_optimizer_in_the_backward(tmp_path: Path) -> None:
     plain = run(tmp_path, Small(), **options)
     callback = KeeplessCallback("1GiB", rewrites=("optimizer_in_backward",))
     ran = run(tmp_path, Small(), [callback], **options)
-    assert differences(plain, ran) == ["losses"]
+    assert set(differences(plain, ran)) <= {"losses"}  # transformers 4 logs no norm
     rows = [[row["loss"] for row in one.trainer.state.log_history if "loss" in row] for one in (plain, ran)]
     assert rows[0] == rows[1]
     assert callback.plan is not None
