@@ -179,6 +179,15 @@ FRESH = (aten.lift_fresh_copy.default, aten.lift_fresh.default)
 
 CHOICES = frozenset({"topk", "sort", "argsort", "argmax", "argmin", "kthvalue", "searchsorted", "bucketize"})
 """Names of ops that pick indices by comparing numbers."""
+WHOLE_LOSSES = frozenset(
+    {
+        aten.mse_loss.default,
+        aten.smooth_l1_loss.default,
+        aten.soft_margin_loss.default,
+        aten.binary_cross_entropy.default,
+    }
+)
+"""Losses whose kernels make room for an element per input's, and then let their mean or sum stand in the first."""
 NORMS = frozenset(
     {
         aten.native_layer_norm.default,

@@ -351,11 +351,15 @@ class Drafting:
         return outputs if fresh[0] else None
 
     def as_computed(self, call: Call, item: int | None, part: torch.Tensor) -> torch.Tensor:
-        """A result as the kernel gives it, where fake tensors are wrong about its dtype.
+        """A result as the kernel gives it, where fake tensors are wrong about its dtype or the bytes behind it.
 
         On the CPU a norm of half precision with weights (or running statistics) in full gives statistics in full, as
         under autocast.
         """
+        if call.target in known.WHOLE_LOSSES and not part.dim():
+            given = [self.examples[arg.slot] for arg in call.args[:2] if isinstance(arg, Ref)]
+            shape = torch.broadcast_shapes(*(example.shape for example in given))
+            return given[0].new_empty(shape, dtype=part.dtype).as_strided((), ())
         if item not in (1, 2) or call.target not in known.NORMS or part.device.type != "cpu":
             return part
         weights = [self.examples[arg.slot] for arg in call.args[1:] if isinstance(arg, Ref)]

@@ -20,7 +20,7 @@ import torch
 from keepless.ir.budget import MAX_NBYTES
 from keepless.measure.device import describe_device
 
-_FORMAT = "v5"
+_FORMAT = "v6"
 _STORED = ("seconds", "scratch", "spread", "n", "launch")
 _MAX_FILE_NBYTES = 64 * 2**20
 """A larger file is not ours, or is mostly duplicates: it is started afresh."""
