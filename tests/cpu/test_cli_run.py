@@ -78,6 +78,22 @@ def test_a_script_trains_within_its_budget_with_the_same_bits(invoke: Invoke) ->
 
 @pytest.mark.slow
 @pytest.mark.exhaustive
+def test_inside_the_scripts_own_profiler(invoke: Invoke) -> None:
+    """Where a profiler runs already, what the loss takes is not watched but bounded; the bits are the same."""
+    begin = "    profile = torch.profiler.profile(profile_memory=True)\n    profile.start()\n    model = Net()\n"
+    text = scripts_text.TRAIN.replace("    model = Net()\n", begin).replace(
+        "    print(digest", "    profile.stop()\n    print(digest"
+    )
+    write(profiled=text)
+    expected = plainly("profiled.py")
+    done = invoke("run", "profiled.py", "-b", "2MiB", "--json", "run.json")
+    assert done.exit_code == 0, done.output
+    assert done.stdout == expected
+    assert json.loads(Path("run.json").read_text())["measured_peak"] is None
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "made", ['torch.compile(Net(), backend="eager")', "torch.nn.parallel.DistributedDataParallel(Net())"]
 )

@@ -24,22 +24,26 @@ from keepless.modules.sites import is_cache, tensors_in
 from keepless.modules.untouched import Before
 
 Forward = Callable[..., Any]
-_state = threading.local()
+_lock = threading.Lock()
+_running = 0
 
 
 def is_rerun() -> bool:
-    """Whether this thread is running a call again."""
-    return getattr(_state, "depth", 0) > 0
+    """Whether a call is being run again, or looked at: on a thread of autograd's, or of a measurement's, too."""
+    return _running > 0
 
 
 @contextlib.contextmanager
 def rerun() -> Iterator[None]:
     """Calls and backwards inside the block are no script's."""
-    _state.depth = getattr(_state, "depth", 0) + 1
+    global _running
+    with _lock:
+        _running += 1
     try:
         yield
     finally:
-        _state.depth -= 1
+        with _lock:
+            _running -= 1
 
 
 class Deferred:
