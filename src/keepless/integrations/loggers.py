@@ -28,13 +28,14 @@ def log_plan(
 ) -> dict[str, float]:
     """Logs what a plan does, once for a run; gives what was logged: `memory/peak_predicted_gb` and so on.
 
-    | logger | metrics | plan | report |
-    |---|---|---|---|
-    | `wandb`, or a run of it | summary | config | artifact |
-    | a `SummaryWriter` | scalars | text | copied into its folder |
-    | `trackio`, or a run of it | a row of the log | not taken | artifact, where it has these |
-    | `mlflow`, a run of it, or a run's id | metrics | tag of the run | artifact |
-    | a logger of Lightning | as its library's, else `log_metrics` | as its library's | as its library's |
+    ::
+
+        logger                      metrics                plan            report
+        wandb, or a run of it       summary                config          artifact
+        a SummaryWriter             scalars                text            copied into its folder
+        trackio, or a run of it     a row of the log       not taken       artifact, where it has these
+        mlflow, a run, a run's id   metrics                tag of the run  artifact
+        a logger of Lightning       as its library's, else by `log_metrics`
 
     Arguments:
         logger: what is in the table.
