@@ -7,7 +7,7 @@ CONSTRAINTS := constraints.txt
 OLDEST ?= .venv-oldest
 NEWEST ?= .venv-newest
 
-.PHONY: help demo test test-all test-fast test-pure test-oldest test-newest test-upstream check lint types imports format bench bench-more bench-check bench-fidelity bench-growth bench-planner bench-gpu clean
+.PHONY: help demo docs test test-all test-fast test-pure test-oldest test-newest test-upstream check lint types imports format bench bench-more bench-check bench-fidelity bench-growth bench-planner bench-gpu clean
 
 help:
 	@echo "make demo       train a small GPT-2 four ways inside and outside a budget (out/)"
@@ -16,6 +16,7 @@ help:
 	@echo "make test-fast  the tests without the slow ones"
 	@echo "make test-oldest, make test-newest  the same on the oldest and the newest torch that is supported"
 	@echo "make test-upstream TORCH_SRC=...  PyTorch's own checkpoint tests, of a source checkout, with ours in its place"
+	@echo "make docs       these pages as a site (build/docs/index.html); no network, warnings are errors"
 	@echo "make bench      beside every peer (docs/benchmarks.md)"
 	@echo "make bench-more the figures of README, checkpoint's costs, lengths"
 	@echo "make bench-check  have a few ratios moved from the committed ones?"
@@ -56,6 +57,10 @@ check: lint types imports
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# The pages of docs/ as a site. Nothing is fetched; a warning is an error.
+docs: $(VENV)/.ready
+	$(BIN)/python -m sphinx --builder html --fail-on-warning --keep-going --quiet --doctree-dir build/doctrees docs build/docs
 
 format: $(VENV)/.ready
 	$(BIN)/ruff format .

@@ -1,0 +1,70 @@
+"""Pages that say they run do: their Python blocks, in order, in one namespace. Sphinx makes a site of all pages.
+
+A block that begins with `# not run: ` and a reason is left out; readers see the reason, too.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+RUN = ("quickstart", "choosing-a-budget", "which-engine", "integrations", "machine", "file-formats", "extending", "faq")
+"""Pages whose every block runs. Those that are not listed show lines of a loop, whose model is the reader's."""
+FENCE = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+NOT_RUN = re.compile(r"# not run: \S.*")
+
+
+def blocks_of(page: Path) -> list[tuple[int, str]]:
+    """The page's Python blocks, each with the number of its first line."""
+    text = page.read_text(encoding="utf-8")
+    found = [(text.count("\n", 0, match.start(1)) + 1, match[1]) for match in FENCE.finditer(text)]
+    return [(line, block) for line, block in found if not NOT_RUN.match(block)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUN)
+def test_blocks_of_a_page_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("KEEPLESS_CACHE_DIR", str(tmp_path / "cache"))
+    blocks = blocks_of(DOCS / f"{name}.md")
+    assert blocks
+    space: dict[str, object] = {"__name__": "__main__"}
+    for line, block in blocks:
+        # The numbers of lines in errors and plans are then the page's.
+        exec(compile("\n" * (line - 1) + block, f"{name}.md", "exec"), space)
+
+
+def test_every_other_block_is_python() -> None:
+    for page in sorted(DOCS.glob("*.md")):
+        for line, block in blocks_of(page):
+            compile("\n" * (line - 1) + block, page.name, "exec")
+
+
+def test_every_page_is_in_the_table_of_contents() -> None:
+    index = (DOCS / "index.md").read_text() + (DOCS / "integrations.md").read_text()
+    for page in DOCS.glob("*.md"):
+        assert page.stem == "index" or re.search(rf"^{page.stem}$", index, re.MULTILINE), page.name
+
+
+@pytest.mark.slow
+def test_the_site_is_made_without_a_warning(tmp_path: Path) -> None:
+    pytest.importorskip("sphinx", reason="Sphinx is not installed")
+    pytest.importorskip("myst_parser", reason="MyST is not installed")
+    pytest.importorskip("furo", reason="the theme is not installed")
+    site = tmp_path / "site"
+    command = [sys.executable, "-m", "sphinx", "--builder", "html", "--fail-on-warning", "--keep-going", "--quiet"]
+    made = subprocess.run(
+        [*command, "--doctree-dir", str(tmp_path / "doctrees"), str(DOCS), str(site)], capture_output=True, text=True
+    )
+    assert made.returncode == 0, made.stderr
+    page = (site / "quickstart.html").read_text()
+    assert 'href="report.html"' in page  # a page that another one names is a link
+    assert "keepless.fit" in (site / "api.html").read_text()
+    remote = re.findall(r'<(?:script|img|link rel="stylesheet")[^>]*(?:src|href)="(https?:[^"]*)"', page)
+    assert not remote  # nothing is loaded from elsewhere
