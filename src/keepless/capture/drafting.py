@@ -358,7 +358,7 @@ class Drafting:
         """
         if call.target in known.WHOLE_LOSSES and not part.dim():
             given = [self.examples[arg.slot] for arg in call.args[:2] if isinstance(arg, Ref)]
-            shape = torch.broadcast_shapes(*(example.shape for example in given))
+            shape = torch.broadcast_shapes(*(example.shape for example in given))  # type: ignore[no-untyped-call]
             return given[0].new_empty(shape, dtype=part.dtype).as_strided((), ())
         if item not in (1, 2) or call.target not in known.NORMS or part.device.type != "cpu":
             return part
