@@ -1,22 +1,34 @@
-"""Pages that say they run do: their Python blocks, in order, in one namespace. Sphinx makes a site of all pages.
+"""Pages that say they run do: their Python blocks, in order, in one namespace. Elsewhere calls and commands are such
+as there are. Sphinx makes a site of all pages.
 
 A block that begins with `# not run: ` and a reason is left out; readers see the reason, too.
 """
 
 from __future__ import annotations
 
+import ast
+import importlib
+import inspect
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import typer
+
+import keepless
+from keepless.cli.app import app
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 RUN = ("quickstart", "choosing-a-budget", "which-engine", "integrations", "machine", "file-formats", "extending", "faq")
 """Pages whose every block runs. Those that are not listed show lines of a loop, whose model is the reader's."""
+PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 FENCE = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+NAME = re.compile(r"keepless(\.\w+)+")
+COMMAND = re.compile(r"^(?:\$ )?keepless ([a-z]+)(.*)$", re.MULTILINE)
+OPTION = re.compile(r"(?<![\w-])(--?[a-z][a-z-]*)")
 NOT_RUN = re.compile(r"# not run: \S.*")
 
 
@@ -40,10 +52,44 @@ def test_blocks_of_a_page_run(name: str, tmp_path: Path, monkeypatch: pytest.Mon
         exec(compile("\n" * (line - 1) + block, f"{name}.md", "exec"), space)
 
 
-def test_every_other_block_is_python() -> None:
-    for page in sorted(DOCS.glob("*.md")):
-        for line, block in blocks_of(page):
-            compile("\n" * (line - 1) + block, page.name, "exec")
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_calls_in_blocks_are_those_of_the_package(page: Path) -> None:
+    for line, block in blocks_of(page):
+        for node in ast.walk(ast.parse("\n" * (line - 1) + block, page.name)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "keepless":
+                if node.module.startswith("keepless.integrations"):
+                    continue  # it may need a library that is not here; its own tests import it
+                home = importlib.import_module(node.module)
+                assert [name.name for name in node.names if not hasattr(home, name.name)] == [], f"line {node.lineno}"
+            elif isinstance(node, ast.Call) and NAME.fullmatch(ast.unparse(node.func)):
+                check_call(node)
+
+
+def check_call(node: ast.Call) -> None:
+    """A call of `keepless.NAME` in a page: there is such a name, and it takes these options."""
+    name = ast.unparse(node.func)
+    found: object = keepless
+    for part in name.split(".")[1:]:
+        found = getattr(found, part)
+    parameters = inspect.signature(found).parameters
+    known = set(parameters)
+    if found is keepless.fit:
+        known |= {*inspect.signature(keepless.plan).parameters, *inspect.signature(keepless.apply).parameters}
+    elif any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values()):
+        return
+    unknown = [word.arg for word in node.keywords if word.arg is not None and word.arg not in known]
+    assert not unknown, f"line {node.lineno}: {name} has no option {unknown}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_commands_in_blocks_are_those_of_the_package(page: Path) -> None:
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    for fence in re.findall(r"^```[a-z]*\n(.*?)^```$", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE):
+        for name, rest in COMMAND.findall(fence):
+            assert name in commands, name
+            known = {option for one in commands[name].params for option in (*one.opts, *one.secondary_opts)}
+            given = OPTION.findall(rest.partition("#")[0].partition(" -- ")[0])
+            assert set(given) <= known | {"--help"}, f"keepless {name}{rest}"
 
 
 def test_every_page_is_in_the_table_of_contents() -> None:
