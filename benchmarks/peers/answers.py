@@ -314,6 +314,52 @@ def saved_memory(rows: Sequence[Row]) -> str:
     return _table((*head, "of the whole peak"), lines)
 
 
+def targets(rows: Sequence[Row]) -> str:
+    """What was aimed at, what was measured, and how much of it is met; a tie within the noise counts as met."""
+    found = index(rows)
+    every = cells(rows)
+    if not every:
+        return NONE
+    mean, above = geometric_mean([cell.ratio for cell in every]), [cell for cell in every if cell.p20 > 1]
+    worst = max(every, key=lambda cell: cell.ratio)
+    lines = [
+        ("(b) geometric mean at most 0.90", f"{mean:.3f} of {len(every)} cells", "yes" if mean <= 0.9 else "no"),
+        (
+            "(b) no cell above 1.00",
+            f"{len(above)} beyond the noise; the highest {worst.ratio:.3f} ({worst.model})",
+            "no" if above else "yes",
+        ),
+    ]
+    wanted = [("transformer", share, slowdown) for share, slowdown in zip((0.5, 0.7, 0.85), SLOWDOWNS, strict=True)]
+    for kind, share, slowdown in (*wanted, ("convolutional", 0.5, 0.1)):
+        told, met, count = [], 0, 0
+        for model, given, plain in _beside_plain(rows):
+            if model not in FAMILIES or FAMILIES[model].kind != kind:
+                continue
+            bound = found.get((model, "graph", "smallest_bound"))
+            most = 1.0 if bound is None else (plain.peak - bound.value) / plain.activations
+            ours = [plain, *(point for point in given if point.is_ours)]
+            mine = saved(ours, slowdown, whole=False) or 0.0
+            # Half a percent under what no plan can save more than is all of it.
+            enough, all_of_it = mine >= share, mine >= most - 0.005
+            met, count = met + (enough or all_of_it), count + 1
+            note = "" if enough or not all_of_it else ", all that can be"
+            told.append(f"{model} {mine:.0%}{note}")
+        if count:
+            target = f"(c) {kind} nets: {share:.0%} of activation bytes saved at +{slowdown:.0%}"
+            lines.append((target, "; ".join(told), f"{met} of {count}"))
+    for engine in OURS:
+        whole = {
+            row.model: row for row in rows if row.contender == f"{engine}, all kept" and row.metric == "step_over_plain"
+        }
+        if whole:
+            high = max(whole.values(), key=lambda row: row.p50)
+            met = sum(row.p20 <= 1 for row in whole.values())
+            target = f"(f) engine {engine}, everything kept: at most 1.00x"
+            lines.append((target, f"the highest {high.p50:.3f} ({high.model})", f"{met} of {len(whole)}"))
+    return _table(("target", "measured", "met"), lines)
+
+
 def ratios(rows: Sequence[Row]) -> str:
     """(e): parameters per GB, percent of the peak saved per percent of time added, recompute overhead; at the lowest
     peak of plain, of the exact peers and of ours.
@@ -456,6 +502,7 @@ def on_card(rows: Sequence[Row]) -> str:
 
 
 QUESTIONS = {
+    "targets": targets,
     "a": time_against_peak,
     "wrong": wrong,
     "b": at_equal_peak,
