@@ -16,7 +16,7 @@ help:
 	@echo "make test-fast  the tests without the slow ones"
 	@echo "make test-oldest, make test-newest  the same on the oldest and the newest torch that is supported"
 	@echo "make test-upstream TORCH_SRC=...  PyTorch's own checkpoint tests, of a source checkout, with ours in its place"
-	@echo "make docs       these pages as a site (build/docs/index.html); no network, warnings are errors"
+	@echo "make docs       the pages of docs/ as a site (build/docs/index.html); no network, warnings are errors"
 	@echo "make bench      beside every peer (docs/benchmarks.md)"
 	@echo "make bench-more the figures of README, checkpoint's costs, lengths"
 	@echo "make bench-check  have a few ratios moved from the committed ones?"

@@ -20,6 +20,7 @@ import typer
 
 import keepless
 from keepless.cli.app import app
+from keepless.machine import RULES
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -108,6 +109,23 @@ def test_every_page_is_in_the_table_of_contents() -> None:
     index = (DOCS / "index.md").read_text() + (DOCS / "integrations.md").read_text()
     for page in DOCS.glob("*.md"):
         assert page.stem == "index" or re.search(rf"^{page.stem}$", index, re.MULTILINE), page.name
+
+
+def test_every_public_name_is_on_its_page() -> None:
+    page = (DOCS / "api.md").read_text()
+    listed = set(re.findall(r"^\.\. auto(?:function|class):: keepless\.(\w+)$", page, re.MULTILINE))
+    errors = {
+        name
+        for name in keepless.__all__
+        if isinstance(found := getattr(keepless, name), type) and issubclass(found, Exception)
+    }
+    assert listed == set(keepless.__all__) - errors
+    assert all(hasattr(keepless.errors, name) for name in errors)  # which is listed as a whole
+
+
+def test_the_rules_on_their_page_are_the_machines() -> None:
+    rows = re.findall(r"^\| (R\d) \| (.*) \|$", (DOCS / "machine.md").read_text(), re.MULTILINE)
+    assert dict(rows) == dict(RULES)
 
 
 @pytest.mark.slow
