@@ -65,7 +65,6 @@ def test_what_is_said_of_a_card_holds_in_its_results() -> None:
 def test_what_is_said_of_peers_holds_in_the_results() -> None:
     """README's words on the best exact peers."""
     from benchmarks import common
-
     from benchmarks.peers import answers
 
     rows = common.read_rows(common.RESULTS / "peers.csv")
