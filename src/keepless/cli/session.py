@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, ConsoleOptions
+from rich.segment import Segment
 
 from keepless.errors import (
     BudgetError,
@@ -32,6 +33,13 @@ from keepless.errors import (
     ReportError,
     RewriteError,
     SolverError,
+)
+
+# Names come from models and from files of anybody's: none may give orders to the terminal, or turn its text around.
+_INERT = dict.fromkeys(
+    [code for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"]
+    + [*range(0x202A, 0x202F), *range(0x2066, 0x206A)],
+    "\ufffd",
 )
 
 _quiet = contextvars.ContextVar("quiet", default=False)
@@ -82,7 +90,21 @@ class Session:
         if not console.is_terminal:
             console = Console(highlight=False, width=140)
         for part in self.parts:
-            console.print(part, soft_wrap=isinstance(part, str), markup=False)
+            if isinstance(part, str):
+                console.print(part.translate(_INERT), soft_wrap=True, markup=False)
+            else:
+                console.print(_Inert(part), markup=False)
+
+
+class _Inert:
+    """A table whose texts hold no control characters."""
+
+    def __init__(self, part: Any) -> None:
+        self.part = part
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Segment]:
+        for text, style, control in console.render(self.part, options):
+            yield Segment(text if control else text.translate(_INERT), style, control)
 
 
 @contextlib.contextmanager
