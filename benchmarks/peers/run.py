@@ -69,7 +69,10 @@ def measure_models(names: list[str], sizes: race.Sizes, path: Path, seed: int, c
             def tell(text: str, name: str = name) -> None:
                 bar.update(task, description=f"{name}: {text}")
 
-            race.Race(name, table, sizes, seed, tell).run()
+            try:
+                race.Race(name, table, sizes, seed, tell).run()
+            except race.NoReference as error:  # the other models go on
+                console.print(f"{error}", markup=False)
             table.write(path)
             race.forget_compiled()
             bar.advance(task)
