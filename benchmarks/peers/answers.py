@@ -307,7 +307,7 @@ def saved_memory(rows: Sequence[Row]) -> str:
     head = (
         "model",
         "activations of plain's peak",
-        "can be saved at most",
+        "the most that can be saved",
         f"activation bytes saved at {times}",
         "best peer",
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -63,3 +64,20 @@ def _few_objects() -> None:
     """What a collection of garbage looks through, here and in a failed step: not what other files imported and left."""
     gc.collect()
     gc.freeze()
+
+
+RANKS = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "NODE_RANK", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_ranks_left() -> Iterator[None]:
+    """Trainers leave ranks in the environment, and a process group: the next one would take itself for one of many."""
+    before = {name: os.environ.get(name) for name in RANKS}
+    yield
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
