@@ -20,6 +20,7 @@ import torch
 import keepless
 from benchmarks.common import Table
 from benchmarks.peers import contenders, models, nursery
+from benchmarks.peers.answers import SAVINGS
 from benchmarks.peers.contenders import OURS, PLAIN, Contender
 from benchmarks.peers.ours import PLENTY, Planned, Planner
 from benchmarks.peers.steps import METERED, Difference, Stand, save
@@ -29,8 +30,6 @@ from keepless.measure import optimizer_footprint
 
 ALIKE = 1.002
 """Peaks that are nearer to each other than this are met by one budget."""
-SAVINGS = (0.5, 0.7, 0.85)
-"""Shares of plain's activation bytes that are to be saved within 2, 9 and 20 % more time; ours is planned for them."""
 DOMINATED = 1.1
 """A point of a compiled sweep is timed only in its own process where another of its sweep has no higher peak and took
 a step there that was shorter by this factor: each that is timed is compiled again."""

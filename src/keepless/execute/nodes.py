@@ -343,7 +343,7 @@ class Step:
         edges = graphs.graph_behind(out for out, _ in pairs) if several else {}
         noted = {key: graphs.parts_of_gradient(edges, tensor) for key, tensor in several.items()}
         try:
-            found: tuple[torch.Tensor | None, ...] = torch.autograd.grad(
+            gradients = torch.autograd.grad(
                 [out for out, _ in pairs],
                 inside,
                 [t for _, t in pairs],
@@ -355,12 +355,15 @@ class Step:
             for _, handles in noted.values():
                 for handle in handles:
                     handle.remove()
+        found: list[torch.Tensor | None] = list(gradients)
         for key, (parts, _) in noted.items():
             places = [place for place, tensor in enumerate(inside) if id(tensor) == key]
-            whole = [found[places[0]], *[None] * (len(places) - 1)]
-            given = dict(zip(places, parts if len(parts) == len(places) else whole, strict=True))
-            found = tuple(given.get(place, gradient) for place, gradient in enumerate(found))
-        return found
+            for number, place in enumerate(places):
+                if len(parts) == len(places):
+                    found[place] = parts[number]
+                elif number:
+                    found[place] = None
+        return tuple(found)
 
     def take(self, index: int, last: bool) -> list[Any]:
         """The gradients of one segment, planned or replayed."""

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
-
 from keepless.ir.program import DEVICE
 from keepless.machine import Plan
+from keepless.reporting.page.build import num_parameters
 
 GB = 1e9
 """Bytes of what metrics call gb: 10**9, as loggers and cards count."""
@@ -39,10 +38,3 @@ def memory_metrics(plan: Plan, measured_peak: int | None = None) -> dict[str, fl
     if num and peak:
         found[PARAMS] = num / (peak / GB)
     return found
-
-
-def num_parameters(plan: Plan) -> int:
-    """How many numbers the parameters of the planned model hold; 0 where the plan does not say."""
-    table = plan.signature.get("parameters")
-    shapes = [row[1] for row in table.values()] if isinstance(table, dict) else []
-    return sum(math.prod(shape) for shape in shapes)
