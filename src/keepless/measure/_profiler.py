@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any
 
@@ -57,6 +57,15 @@ def run_traced(call: Callable[[], object]) -> tuple[object, list[int]]:
     if failed:
         raise failed[0]
     return done[0]
+
+
+def levels_of(events: Iterable[int | None]) -> tuple[int, int]:
+    """The bytes that allocations and frees come to, and the most on the way, at least 0; marks are passed over."""
+    level = highest = 0
+    for nbytes in events:
+        level += nbytes or 0
+        highest = max(highest, level)
+    return level, highest
 
 
 class AllocationWatch:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import torch
 
-from keepless.measure._profiler import AllocationWatch
+from keepless.measure._profiler import AllocationWatch, levels_of
 
 
 class StepMeter:
@@ -49,13 +49,7 @@ class StepMeter:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         events = self._watch.stop()
-        if events is None:
-            return None
-        level = highest = 0
-        for nbytes in events:
-            level += nbytes or 0
-            highest = max(highest, level)
-        return self._standing + highest
+        return None if events is None else self._standing + levels_of(events)[1]
 
     def abort(self) -> None:
         """Ends without an answer, if it has begun."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from keepless.measure._profiler import run_traced
+from keepless.measure._profiler import levels_of, run_traced
 
 
 @contextlib.contextmanager
@@ -45,8 +45,4 @@ def increments(call: Callable[[], object], device: torch.device) -> int:
         return max(0, torch.cuda.max_memory_allocated(device) - before)
     with uncollected():
         _, events = run_traced(call)
-    level = highest = 0
-    for nbytes in events:
-        level += nbytes
-        highest = max(highest, level)
-    return highest
+    return levels_of(events)[1]

@@ -16,7 +16,7 @@ import torch
 from keepless._compat import tree_flatten
 from keepless.capture.ordering import order_of
 from keepless.measure import OpCost
-from keepless.measure._profiler import AllocationWatch
+from keepless.measure._profiler import AllocationWatch, levels_of
 from keepless.measure.steps import increments
 
 UNKNOWN = 4
@@ -47,10 +47,7 @@ class Watch:
         events = self._allocations.stop()
         if events is None:
             return None
-        level = highest = 0
-        for nbytes in events:
-            level += nbytes or 0
-            highest = max(highest, level)
+        level, highest = levels_of(events)
         return max(0, level), highest
 
 
