@@ -98,7 +98,7 @@ def metered_peak(recipe: Recipe, plan: Plan | None, steps: int, device: str, con
     """
     from keepless.measure import measure_peak
 
-    with temporary_folder("meter") as folder:
+    with temporary_folder("verify") as folder:
         path = str(folder / "step.plan") if plan is not None else ""
         if plan is not None:
             plan.save(path)
