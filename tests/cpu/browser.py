@@ -1,6 +1,6 @@
 """A headless Chromium for tests of the page, and the screenshots in docs/.
 
-`python tests/cpu/browser.py` writes the screenshots again, from `docs/examples/report.json`.
+`python tests/cpu/browser.py` writes the screenshots again, from `docs/report-example.json`.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def write_screenshots() -> None:
 
     with tempfile.TemporaryDirectory() as folder, chromium() as browser:
         path = Path(folder) / "report.html"
-        save_report(path, load_report(DOCS / "examples" / "report.json"))
+        save_report(path, load_report(DOCS / "report-example.json"))
         for name in SHOTS:
             data, letters = shoot(browser, path, name)
             facts = PngInfo()

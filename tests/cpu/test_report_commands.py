@@ -31,7 +31,7 @@ def everything_kept() -> Plan:
 def test_the_terminal_has_the_same_content() -> None:
     """Every part is printed, nothing that is not there is, and a terminal without Unicode gets plain characters."""
     console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    report = load_report(EXAMPLES / "report.json")
+    report = load_report(DOCS / "report-example.json")
     with console.file:
         for part in terminal_page(report):
             console.print(part, markup=False)

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 HOSTILE = "</script><script>alert(1)</script><!--\"'><img src=x onerror=alert(2)>{{data}}&amp; é"
 WIDE = {"width": 1280, "height": 900}
 SECTIONS = ["verdict", "step", "decisions", "curve", "peak", "fits", "accuracy", "metrics", "environment"]
-REPORT = load_report(DOCS / "examples" / "report.json")
+REPORT = load_report(DOCS / "report-example.json")
 TRACK = REPORT.timeline.predicted
 PEAK = max(range(len(TRACK.peaks)), key=lambda i: (TRACK.peaks[i], -i))
 
@@ -318,7 +318,7 @@ def test_it_looks_as_its_screenshot(browser: Any, tmp_path: Path, name: str) -> 
     image = pytest.importorskip("PIL.Image")
     reference = DOCS / f"{name}.png"
     assert reference.stat().st_size < 200_000
-    save_report(tmp_path / "a.html", load_report(DOCS / "examples" / "report.json"))
+    save_report(tmp_path / "a.html", load_report(DOCS / "report-example.json"))
     data, letters = shoot(browser, tmp_path / "a.html", name)
     with image.open(reference) as known:
         assert known.size == SHOTS[name][:2]
@@ -332,7 +332,7 @@ def test_it_looks_as_its_screenshot(browser: Any, tmp_path: Path, name: str) -> 
 def test_a_changed_page_is_seen(browser: Any, tmp_path: Path) -> None:
     """A category more or less in the picture is more than the tolerance."""
     pytest.importorskip("PIL.Image")
-    save_report(tmp_path / "a.html", load_report(DOCS / "examples" / "report.json"))
+    save_report(tmp_path / "a.html", load_report(DOCS / "report-example.json"))
     found = Opened(browser, tmp_path / "a.html", viewport={"width": 1280, "height": 1120}, color_scheme="light")
     if letters_of(found.page) != shoot(browser, tmp_path / "a.html", "report-light")[1]:
         pytest.skip("letters change between two pages")
