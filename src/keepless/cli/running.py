@@ -56,6 +56,10 @@ EPILOG = "\n\n".join(
 )
 
 
+_MOST_NAMED = 12
+"""Modules that are listed where none was the named one."""
+
+
 class ScriptCommand(TyperCommand):
     """Says where a script's own options stand."""
 
@@ -191,7 +195,8 @@ def _conclude(watched: Watched, ended: Ended, json_file: Path | None) -> int:
     code = ended.code
     if plan is not None and model is not None:
         plan.measured_peak = watched.measured
-        line = f"{verdict(plan)} | {calls} steps planned | {type(model).__name__}, {plan.engine} engine"
+        assert first is not None
+        line = f"{verdict(plan)} | {calls} steps planned | {first.name.short}, {plan.engine} engine"
         if strict and not fits(plan):
             code = code or FAILED
     elif failure is not None:
@@ -200,7 +205,7 @@ def _conclude(watched: Watched, ended: Ended, json_file: Path | None) -> int:
             code = code or code_of(failure)
     else:
         line = "NO training step was seen: no backward reached a module that was called in training mode"
-        line += f" and is {watched.wish.model_path!r}." if watched.wish.model_path else "."
+        line += f" and is {watched.wish.model_path!r}. {_met(first)}" if watched.wish.model_path else "."
         if strict and not ended.by_exit:
             code = code or FAILED
     if ended.error is not None:
@@ -212,6 +217,9 @@ def _conclude(watched: Watched, ended: Ended, json_file: Path | None) -> int:
             "exit_code": code,
             "script_exit_code": ended.code,
             "model": None if model is None else type(model).__name__,
+            "model_name": "" if first is None else first.name.name,
+            "model_place": "" if first is None else first.name.place,
+            "left_alone": [] if first is None else _left_alone(first),
             "optimizer": None if optimizer is None else type(optimizer).__name__,
             "steps_planned": calls,
             "measured_peak": watched.measured,
@@ -221,3 +229,18 @@ def _conclude(watched: Watched, ended: Ended, json_file: Path | None) -> int:
         }
         write_whole(json_file, (json.dumps(answer, indent=1, allow_nan=False) + "\n").encode())
     return code
+
+
+def _left_alone(first: FirstStep) -> list[dict[str, object]]:
+    """The modules that the script trains beside the planned one."""
+    return [
+        {"name": name.name, "class": name.kind, "place": name.place, "kept_nbytes": nbytes}
+        for name, nbytes in first.others.values()
+    ]
+
+
+def _met(first: FirstStep | None) -> str:
+    """What --model-path could name."""
+    if first is None or not first.met:
+        return "No module with parameters was called in training mode."
+    return f"Called in training mode were: {'; '.join(map(str, first.met[:_MOST_NAMED]))}."

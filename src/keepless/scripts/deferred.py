@@ -20,8 +20,10 @@ from keepless._compat.backwards import number_of
 from keepless.capture import Inputs, planned_device
 from keepless.control.parts.module_steps import standing_alone, tensors_of
 from keepless.errors import CaptureError
+from keepless.measure import nbytes_of
 from keepless.modules.sites import is_cache, tensors_in
 from keepless.modules.untouched import Before
+from keepless.scripts.others import Kept
 
 Forward = Callable[..., Any]
 _lock = threading.Lock()
@@ -59,6 +61,8 @@ class Deferred:
             holds no output: they hold it, by the graph.
         like: tensors on the meta device like these outputs, by number.
         is_last: the backward that comes is the last one; what the call holds is let go then.
+        kept_nbytes: what its ops would have kept for the backward, beside what it was given and what it returned.
+        edge_nbytes: what it was given and returned.
     """
 
     def __init__(self, module: torch.nn.Module, forward: Forward) -> None:
@@ -69,6 +73,7 @@ class Deferred:
         self.places: dict[int, int] = {}
         self.like: list[torch.Tensor] = []
         self.is_last = False
+        self.kept_nbytes = self.edge_nbytes = 0
         self._tensors: list[torch.Tensor] = []
         self._sources: list[torch.Tensor] = []
         self._autocast = _autocast_now(self.device)
@@ -88,9 +93,13 @@ class Deferred:
         )
         self._before = Before(self.module, self.device, self._tensors)
         first = number_of(_some_node())
-        with torch.autograd.graph.saved_tensors_hooks(_let_go, _refuse):
+        kept = Kept()
+        with torch.autograd.graph.saved_tensors_hooks(kept.add, _refuse):
             output = self.forward(*args, **kwargs)
         leaves, structure = _compat.tree_flatten(output)
+        edges = (*self._tensors, *(leaf for leaf in leaves if isinstance(leaf, torch.Tensor)))
+        self.kept_nbytes = kept.nbytes((*self.module.parameters(), *self.module.buffers(), *edges))
+        self.edge_nbytes = nbytes_of(edges, self.device)
         for position, leaf in enumerate(leaves):
             if is_cache(leaf):
                 leaves[position] = None
@@ -260,10 +269,6 @@ def calls_reached(roots: Iterable[Any]) -> list[tuple[Any, Deferred]]:
 def _some_node() -> Any:
     with torch.enable_grad():
         return torch.zeros((), requires_grad=True).view_as(torch.zeros(())).grad_fn
-
-
-def _let_go(tensor: torch.Tensor) -> None:
-    return None
 
 
 def _refuse(nothing: Any) -> Any:

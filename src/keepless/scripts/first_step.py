@@ -7,7 +7,6 @@ for the optimizer that steps it and for all that stands beside it on the device.
 
 from __future__ import annotations
 
-import sys
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -22,12 +21,14 @@ from keepless._compat.backwards import watch_begins
 from keepless.capture import is_tracing
 from keepless.control.parts.module_steps import standing_plan, tensors_of, uncompiled
 from keepless.control.signature import check_signature, model_signature
-from keepless.errors import KeeplessError, PlanError
+from keepless.errors import InfeasibleBudget, KeeplessError, PlanError
 from keepless.ir import format_bytes
 from keepless.machine import Plan
 from keepless.reporting.account import phase_instructions
 from keepless.scripts.deferred import Deferred, calls_reached, is_rerun, rerun
 from keepless.scripts.losses import StandIn, Watch, see
+from keepless.scripts.naming import Called, called, stands_at
+from keepless.scripts.others import Unforeseen, modules_beside
 from keepless.scripts.surroundings import Standing, coming_nbytes, optimizers_of
 from keepless.scripts.wish import Wish
 
@@ -38,8 +39,11 @@ _WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "DataParalle
 """Names of classes that call the model within them, which is planned in their place."""
 
 
-_ROUNDS = 3
-"""Plans that are made until one has room for the outputs of the step before in its forward."""
+_MOST_MET = 24
+"""Modules whose names are looked for, for a message that lists them."""
+_ROUNDS = 5
+"""Plans that are made until one has room for the outputs of the step before in its forward, and for what the model's
+other calls keep."""
 
 
 class FirstStep:
@@ -55,6 +59,10 @@ class FirstStep:
         optimizer: that steps it.
         failure: why there is no plan, where there was a call to plan.
         notes: what was told.
+        name: the model's in the script.
+        others: modules that the script trains beside it, and the bytes that each keeps for its backward: None before
+            its first call.
+        met: outermost modules that were called in training, by their names.
     """
 
     def __init__(self, wish: Wish, tell: Tell, progress: Progress) -> None:
@@ -64,6 +72,13 @@ class FirstStep:
         self.optimizer: torch.optim.Optimizer | None = None
         self.failure: Exception | None = None
         self.notes: list[str] = []
+        self.name = Called("", "")
+        self.others: dict[int, tuple[Called, int | None]] = {}
+        self.met: list[Called] = []
+        self._names: dict[int, Called] = {}
+        self._unforeseen: Unforeseen | None = None
+        self._later: list[torch.nn.Module] = []
+        self._beside_plan = 0
         self.on_planned: Callable[[], None] = lambda: None
         self._tell_people, self._progress = tell, progress
         self._own = torch.nn.Module.__call__
@@ -95,6 +110,8 @@ class FirstStep:
             self._watch = None
         self._calls.clear()
         self._standing.clear()
+        if self._unforeseen is not None:
+            self._unforeseen.end()
 
     def tell(self, note: str) -> None:
         """Something that people should know."""
@@ -106,6 +123,8 @@ class FirstStep:
         if self._unwatch is None or is_tracing() or (depth and not self.wish.model_path):
             return own(module, *args, **kwargs)
         inner = uncompiled(module)
+        if not depth and torch.is_grad_enabled() and module.training and not is_rerun():
+            self._meet(inner)
         if not torch.is_grad_enabled() or torch.compiler.is_compiling() or not self._is_wanted(inner, depth):
             return own(module, *args, **kwargs)
         self._inside.depth = depth + 1
@@ -126,6 +145,23 @@ class FirstStep:
         if self.wish.model_path:
             return _is_named(module, self.wish.model_path)
         return not depth and module.training
+
+    def _meet(self, module: torch.nn.Module) -> None:
+        """Notes the name of an outermost module that is called for the first time."""
+        if (
+            id(module) in self._names
+            or len(self.met) == _MOST_MET
+            or not any(parameter.requires_grad for parameter in module.parameters())
+        ):
+            return
+        self._names[id(module)] = name = called(module)
+        self.met.append(name)
+
+    def _name(self, module: torch.nn.Module) -> Called:
+        """A module's name, looked for once; of one that is not outermost, without the place of its call."""
+        if id(module) not in self._names:
+            self._names[id(module)] = called(module, now=False)
+        return self._names[id(module)]
 
     def _put_saved(self, module: torch.nn.Module) -> None:
         """Puts the plan of the file into a module that it was made for."""
@@ -159,6 +195,8 @@ class FirstStep:
 
         call = Deferred(inner, forward)
         key = id(inner)
+        if key not in self._names:  # a named one that stands inside another
+            self._names[key] = called(inner)
         if key not in self._standing:
             self._standing[key] = Standing(call.device)
         if self._watch is not None and self._watched == key:
@@ -213,21 +251,14 @@ class FirstStep:
         chosen = calls[0].module
         own = [call for call in calls if call.module is chosen]
         standing = self._standing[id(chosen)]
-        others = {id(call.module): call.module for call in calls if call.module is not chosen}
-        if others:
-            names = ", ".join(type(module).__name__ for module in others.values())
-            self.tell(
-                f"the model is {type(chosen).__name__}, which was called first; {names} trains as it is. To plan "
-                "another one, name its class: --model-path CLASS."
-            )
         if len(own) > 1:
             self.tell(
-                f"{type(chosen).__name__} is called {len(own)} times before its backward: each call is planned by "
-                "itself, and the others' activations are not in the budget."
+                f"{self._name(chosen)} is called {len(own)} times before its backward: what the other calls keep "
+                "counts."
             )
         try:
             seen = self._see(own[-1], nodes[own[-1]], roots, gradients, allocated)
-            self._plan(own[-1], seen, standing)
+            self._plan(own, seen, standing)
         except KeeplessError as error:
             self._fail(error)
 
@@ -256,35 +287,98 @@ class FirstStep:
             seen,
         )
 
-    def _plan(self, call: Deferred, loss: StandIn, standing: Standing) -> None:
-        """Plans the model of a call for the step that the call begins, and puts the plan in."""
+    def _plan(self, own: list[Deferred], loss: StandIn, standing: Standing) -> None:
+        """Plans a model for the step that its last call begins, and puts the plan in.
+
+        Arguments:
+            own: its calls that stand before the backward.
+        """
+        call = own[-1]
         model = call.module
         inputs = call.inputs
         optimizer, others = optimizers_of(model)
         if optimizer is None:
-            self.tell(f"no optimizer steps {type(model).__name__} yet: none is counted in the plan.")
+            self.tell(f"no optimizer steps {self._name(model)} yet: none is counted in the plan.")
         outside = self.wish.outside + standing.beside(model, tensors_of(inputs), optimizer) + call.held_nbytes
         outside += coming_nbytes(model, others, call.device)
+        outside += self._kept_beside(own, modules_beside(model, others if optimizer is None else [optimizer, *others]))
         if outside:
             self.tell(f"{format_bytes(outside)} on the device are not the model's, and count.")
-        assert self.wish.budget is not None
+        budget = self.wish.budget
+        assert budget is not None
         with self._progress() as progress, call.as_called():
-            for _ in range(_ROUNDS):
+
+            def planned(more: int) -> tuple[Plan, int]:
+                """A plan with room for more bytes outside, and the bytes that it needs there."""
                 plan = api.plan(
                     model,
                     inputs,
-                    self.wish.budget,
+                    budget,
                     optimizer=optimizer,
                     loss_fn=loss,
-                    outside=outside,
+                    outside=outside + more,
                     progress=progress,
                     **self.wish.options,
                 )
                 over = _forward_peak(plan) + call.output_nbytes - plan.budget.limits["device"]
-                if over <= 0:
-                    break
-                outside += over
+                return plan, max(more + over, (len(own) - 1) * _held_between(plan))
+
+            plan = self._with_room(planned)
         self._apply(model, plan, optimizer)
+
+    def _with_room(self, planned: Callable[[int], tuple[Plan, int]]) -> Plan:
+        """The first plan that has as much room outside as it needs, which is less where the plan keeps less.
+
+        Arguments:
+            planned: a plan with so many bytes outside, and the bytes that it needs there.
+
+        Raises:
+            InfeasibleBudget: there is none.
+        """
+        room = low = 0
+        most, failed = None, None
+        for _ in range(_ROUNDS):
+            try:
+                plan, needed = planned(room)
+            except InfeasibleBudget as error:
+                if not room:
+                    raise
+                most, failed = room, error
+            else:
+                if needed <= room:
+                    return plan
+                low = room
+            room = needed if most is None else (low + most) // 2
+        if failed is None:
+            return plan
+        assert most is not None
+        self.tell(f"{format_bytes(most)} of the bytes outside are for what other calls keep, and the step before.")
+        raise failed
+
+    def _kept_beside(self, own: list[Deferred], modules: Sequence[torch.nn.Module]) -> int:
+        """Bytes that the script's other models keep for their backward, of those that were called; all are named."""
+        alive = [call for ref in self._calls if (call := ref()) is not None]
+        first = alive.index(own[0])
+        modules = list(modules)
+        kept: dict[int, int] = {}
+        for number, call in enumerate(alive):
+            if call.module is not own[0].module:
+                nbytes = call.kept_nbytes + (call.edge_nbytes if number > first else 0)
+                kept[id(call.module)] = kept.get(id(call.module), 0) + nbytes
+                if not any(part is call.module for module in modules for part in module.modules()):
+                    modules.append(call.module)
+        for module in modules:
+            nbytes = sum(kept.get(id(part), 0) for part in module.modules())
+            self.others[id(module)] = self._name(module), nbytes or None
+        self._later = [module for module in modules if not self._name(module).place]
+        for name, known in self.others.values():
+            what = "what it will keep for its backward is not known yet, and does not count"
+            if known:
+                what = f"the {format_bytes(known)} that it keeps for its backward count"
+            elif name.place:
+                what = "what it kept when this backward began counts as the loss's"
+            self.tell(f"{name} trains as it is; {what}. --model-path {name.path} plans it instead.")
+        return sum(kept.values())
 
     def _apply(self, model: torch.nn.Module, plan: Plan, optimizer: torch.optim.Optimizer | None) -> None:
         api.apply(
@@ -295,12 +389,28 @@ class FirstStep:
             on_oom=self.wish.on_oom,
         )
         self.model, self.plan, self.optimizer = model, plan, optimizer
+        self.name = self._name(model)
         self.tell(
-            f"{type(model).__name__} is planned ({plan.engine} engine): predicted peak "
+            f"{self.name} is planned ({plan.engine} engine): predicted peak "
             f"{format_bytes(plan.predicted_peak)}, {format_bytes(plan.baseline_peak)} with everything kept."
         )
         self.end()
+        self._unforeseen = Unforeseen(self._later, self._not_foreseen)
         self.on_planned()
+
+    def _not_foreseen(self, module: torch.nn.Module, name: Called, nbytes: int) -> None:
+        """Another model of the script has been called for the first time, after the plan was made."""
+        self.others[id(module)] = name, nbytes
+        assert self.plan is not None
+        self._beside_plan += nbytes
+        limit, peak = self.plan.budget.limits["device"], self.plan.predicted_peak + self._beside_plan
+        more = format_bytes(self.wish.outside + self._beside_plan).replace(" ", "")
+        self.tell(
+            f"{name} trains as it is, and keeps {format_bytes(nbytes)} for its backward, which the plan could not "
+            f"foresee: where they stand at the peak it is {format_bytes(peak)}, "
+            + (f"MORE than the budget of {format_bytes(limit)}" if peak > limit else f"within {format_bytes(limit)}")
+            + f". --outside {more} counts them from the start; --model-path {name.path} plans it instead."
+        )
 
     def _fail(self, error: Exception) -> None:
         """There is no plan.
@@ -321,6 +431,16 @@ def _forward_peak(plan: Plan) -> int:
     return max((event.peak for event in plan.predicted.events[first : last + 1]), default=0)
 
 
+def _held_between(plan: Plan) -> int:
+    """Bytes that a planned call holds from its end to its backward."""
+    spans = phase_instructions(plan)
+    if "forward" not in spans:
+        return 0
+    events = plan.predicted.events
+    before = sum(plan.graph.values[value].nbytes for value in plan.graph.inputs)
+    return max(0, events[spans["forward"][1]].resident - before)
+
+
 def _put_back(module: torch.nn.Module, forward: Any) -> None:
     if forward is None:
         module.__dict__.pop("forward", None)
@@ -333,8 +453,4 @@ def _is_named(module: torch.nn.Module, path: str) -> bool:
     kind = type(module)
     if path in (kind.__name__, kind.__qualname__, f"{kind.__module__}.{kind.__qualname__}"):
         return True
-    first, *rest = path.split(".")
-    found = vars(sys.modules["__main__"]).get(first)
-    for name in rest:
-        found = getattr(found, name, None)
-    return found is module
+    return stands_at(path, module)
