@@ -14,7 +14,7 @@ from keepless.errors import PlanError
 from keepless.ir import Graph
 from keepless.ir.text import fingerprint
 from keepless.measure import describe_device
-from keepless.modules.planned import autocast_now
+from keepless.modules.kinds import autocast_now
 from keepless.reporting.account import block_of
 
 

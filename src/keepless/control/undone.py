@@ -26,7 +26,7 @@ from keepless.control.takeover import is_allowed, turned_off
 from keepless.errors import LossError, PlanError
 from keepless.execute import PlannedForward, make_entry
 from keepless.machine import Plan
-from keepless.modules.planned import autocast_now
+from keepless.modules.kinds import autocast_now
 from keepless.modules.untouched import untouched
 
 

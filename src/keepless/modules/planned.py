@@ -19,7 +19,6 @@ import torch
 import torch.utils.checkpoint
 
 from keepless import _compat
-from keepless._compat import tree_flatten
 from keepless.capture import StandingForward, is_tracing
 from keepless.eager import forward as regions
 from keepless.eager.determinism import CHECKS
@@ -30,6 +29,7 @@ from keepless.execute import Attached, Counters
 from keepless.execute.recovery import LATER, OutOfMemoryHere, cannot_go_on, covers, make_room, tell
 from keepless.ir import Program
 from keepless.machine import Plan
+from keepless.modules.kinds import LEAVES, Key, KindReader, without_constants
 from keepless.modules.recovery import (
     CHANGES,
     Beginning,
@@ -43,11 +43,6 @@ from keepless.modules.recovery import (
 from keepless.modules.segments import Segment
 from keepless.modules.sites import Calls, Site
 
-Key = tuple[Any, ...]
-"""What steps of one plan have in common; see `step_key`."""
-
-STRUCTURE, CONSTANT = 2000, 200
-"""Characters of a call's structure, and of what is no tensor in it, that tell kinds of steps apart."""
 _MOST_ENTRIES = 64
 """Kinds of steps whose regions are remembered; the oldest goes first."""
 _turn = threading.RLock()
@@ -107,39 +102,6 @@ class _Current(threading.local):
 
 _LEAST = "as little is kept already as the plan knows how"
 _IN_BACKWARD = "its backward cannot run again, as it has let go of what the forward saved"
-_LEAVES = 5
-"""Place in a key of the first of the call's leaves."""
-
-
-def step_key(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Key:
-    """The kind of step that a call begins: what the model is like, whether gradients stand, and the call."""
-    leaves, spec = tree_flatten((args, kwargs))
-    stand = any(p.grad is not None for p in model.parameters())
-    return (*model_key(model), autocast_now(model), stand, str(spec)[:STRUCTURE], *map(_leaf_key, leaves))
-
-
-def model_key(model: torch.nn.Module) -> Key:
-    """Modes of the modules, dtypes of the parameters and which of them are trained."""
-    modules = list(model.modules())
-    rows = {id(p): (p.dtype, p.requires_grad) for m in modules for p in m._parameters.values() if p is not None}
-    return tuple(module.training for module in modules), tuple(rows.values())
-
-
-def autocast_now(model: torch.nn.Module) -> str:
-    """The dtype that autocast gives ops on the model's device; empty where it is off."""
-    kind = next((p.device.type for p in model.parameters()), "cpu")
-    return str(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else ""
-
-
-def _without_constants(key: Key) -> Key:
-    return (*key[:_LEAVES], *("constant" if isinstance(leaf, str) else leaf for leaf in key[_LEAVES:]))
-
-
-def _leaf_key(leaf: Any) -> Any:
-    """A number may say how often a loop runs. A float does so rarely, and often changes with each step."""
-    if isinstance(leaf, torch.Tensor):
-        return tuple(leaf.shape), str(leaf.dtype), leaf.requires_grad
-    return "float" if isinstance(leaf, float) else repr(leaf)[:CONSTANT]
 
 
 class PlannedModules(StandingForward):
@@ -147,6 +109,7 @@ class PlannedModules(StandingForward):
 
     Attributes:
         entries: kind of step -> the calls that it recomputes.
+        kind_of: gives the kind of step that a call begins.
         planned_on_the_spot: how many kinds of steps were planned when they came.
         survivor: how it goes on where there is no memory.
         counters: `ooms` and `tightened` outside of captured calls, which have their own.
@@ -158,6 +121,7 @@ class PlannedModules(StandingForward):
         self.__doc__ = model.forward.__doc__
         self.on_miss = on_miss
         self.entries: dict[Key, Chosen] = {}
+        self.kind_of = KindReader(model)
         self.planned_on_the_spot = 0
         self.current = _Current()
         self._for_training = model.training
@@ -209,7 +173,7 @@ class PlannedModules(StandingForward):
                     continue
                 if not covers(error):
                     raise
-                failure = failure_of(error, self.module, key, _LEAVES, "forward")
+                failure = failure_of(error, self.module, key, LEAVES, "forward")
                 if not survivor.survives:
                     tell(error, survivor.record_call(failure, chosen, "raised the error, as asked for", None))
                     raise
@@ -309,7 +273,7 @@ class PlannedModules(StandingForward):
             return None
         if not covers(error) or not reaches(roots, model):
             return None
-        failure = failure_of(error, model, key, _LEAVES, "backward")
+        failure = failure_of(error, model, key, LEAVES, "backward")
         self.counters.ooms += 1
         if not survivor.survives:
             tell(error, survivor.record_call(failure, chosen, "raised the error, as asked for", None))
@@ -331,7 +295,7 @@ class PlannedModules(StandingForward):
     def _chosen(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Chosen:
         model = self._model()
         assert model is not None, "the model is gone"
-        key = step_key(model, args, kwargs)
+        key = self.kind_of(model, args, kwargs)
         found = self.entries.get(key)
         if found is None and self._for_training and not model.training:  # evaluation
             return _NONE
@@ -346,8 +310,8 @@ class PlannedModules(StandingForward):
 
     def _alike(self, key: Key) -> Chosen | None:
         """What kinds of steps recompute that differ from this one in constants alone, where these do not matter."""
-        mine = _without_constants(key)
-        found = [chosen for other, chosen in self.entries.items() if _without_constants(other) == mine]
+        mine = without_constants(key)
+        found = [chosen for other, chosen in self.entries.items() if without_constants(other) == mine]
         sizes = [chosen.baseline for chosen in found]
         matters = len(found) < _ALIKE or not min(sizes) or max(sizes) > _SAME_MEMORY * min(sizes)
         return None if matters else found[-1]
@@ -410,6 +374,7 @@ class PlannedModules(StandingForward):
     def take_out(self) -> None:
         """The model and its modules run their own forwards again."""
         super().take_out()
+        self.kind_of.forget()
         if self.guard is not None:
             self.guard.take_out()
         if self._unwatch is not None:

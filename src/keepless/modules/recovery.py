@@ -23,7 +23,8 @@ from keepless.eager.hooks import global_hooks
 from keepless.execute import Note, Survivor
 
 if TYPE_CHECKING:
-    from keepless.modules.planned import Chosen, Key
+    from keepless.modules.kinds import Key
+    from keepless.modules.planned import Chosen
 
 CHANGES = "forward_changes"
 """Under this name a plan's signature says what the forward was seen to change; empty for nothing but random numbers."""
