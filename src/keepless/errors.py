@@ -12,6 +12,7 @@
     |   |-- DataDependentError  the forward needs a tensor's data in Python
     |   |-- LossError        the loss is not a scalar, or has no gradient
     |   `-- ParameterError   nothing to train, or parameters that cannot be planned for
+    |       `-- ArgumentError  an argument of Keepless that has no such value: engine=, blocks=, on_oom=
     |-- DeviceError          a device that is not in the table, or a file of one that cannot be used
     |-- GraphError           a graph file that cannot be read, or a graph that cannot be run
     |-- GuardError           a planned model was called in a way that its plan does not cover
@@ -108,6 +109,10 @@ class LossError(CaptureError):
 
 class ParameterError(CaptureError):
     """Nothing to train, or parameters that cannot be planned for."""
+
+
+class ArgumentError(ParameterError):
+    """An argument that has no such value, or does not go with another one."""
 
 
 class DeviceError(KeeplessError, ValueError):

@@ -11,6 +11,7 @@ OPTIMIZERS = ("adamw", "adam", "sgd", "rmsprop", "adagrad", "none")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 ENGINES = ("auto", "graph", "blocks", "eager")
 REWRITES = ("optimizer_in_backward", "chunked_loss")
+ON_OOM = ("survive", "raise")
 _MOST = 200
 
 
@@ -31,6 +32,11 @@ def dtypes(incomplete: str) -> list[str]:
 def engines(incomplete: str) -> list[str]:
     """Of `--engine`."""
     return _among(ENGINES, incomplete)
+
+
+def on_oom(incomplete: str) -> list[str]:
+    """Of `--on-oom`."""
+    return _among(ON_OOM, incomplete)
 
 
 def rewrites(incomplete: str) -> list[str]:

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,9 @@ import torch
 
 from keepless.cli.session import UsageError
 from keepless.cost import DeviceSpec, find_device
+from keepless.errors import KeeplessError
+
+_HERE = __file__
 
 OPTIMIZERS = {
     "adamw": torch.optim.AdamW,
@@ -29,6 +33,10 @@ OPTIMIZERS = {
     "adagrad": torch.optim.Adagrad,
 }
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class FactoryError(KeeplessError):
+    """A user's factory, or its module, has raised something."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +139,11 @@ def factory_of(spec: str) -> Callable[..., Any]:
     except ModuleNotFoundError as error:
         if error.name is not None and (name == error.name or name.startswith(error.name + ".")):
             raise UsageError(f"There is no module {error.name!r} (looked for the model {spec!r}).") from None
+        raise FactoryError(f"The module {name!r} of the model {spec!r} cannot be imported: {_said(error)}") from error
+    except KeeplessError:
         raise
+    except Exception as error:
+        raise FactoryError(f"The module {name!r} of the model {spec!r} cannot be imported: {_said(error)}") from error
     for part in attribute.split("."):
         if not hasattr(found, part):
             raise UsageError(f"The module {name!r} has no {attribute!r}.")
@@ -139,6 +151,25 @@ def factory_of(spec: str) -> Callable[..., Any]:
     if not callable(found):
         raise UsageError(f"{spec!r} is a {type(found).__name__}, not a function that returns (model, batch).")
     return found  # type: ignore[no-any-return]
+
+
+def _said(error: Exception) -> str:
+    """What a user's code raised, and the line of it: the innermost one outside of installed packages."""
+    words = f"{type(error).__name__}: {error}".rstrip()
+    if isinstance(error, SyntaxError):
+        return words  # says the place itself
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [
+        frame
+        for frame in frames
+        if not re.search(r"[\\/](site|dist)-packages[\\/]", frame.filename)
+        and not frame.filename.startswith(("<frozen", _HERE, importlib.__file__))
+    ]
+    if not own:
+        return words
+    last = own[-1]
+    name = os.path.relpath(last.filename) if last.filename.startswith(os.path.join(os.getcwd(), "")) else last.filename
+    return f"{words} ({name}:{last.lineno}, in {last.name})"
 
 
 def call_factory(spec: str, device: torch.device, sizes: Mapping[str, int]) -> tuple[torch.nn.Module, Any, Any]:
@@ -149,8 +180,17 @@ def call_factory(spec: str, device: torch.device, sizes: Mapping[str, int]) -> t
 
     Raises:
         UsageError: there is no such factory, or it returns something else.
+        FactoryError: it, or its module, has raised something.
     """
-    made = factory_of(spec)(**sizes)
+    factory = factory_of(spec)
+    try:
+        made = factory(**sizes)
+    except KeeplessError:
+        raise
+    except Exception as error:
+        given = ", ".join(f"{name}={size}" for name, size in sizes.items())
+        called = f", called with {given}" if given else ""
+        raise FactoryError(f"The factory {spec!r} has raised{called}: {_said(error)}") from error
     if not isinstance(made, tuple) or len(made) not in (2, 3) or not isinstance(made[0], torch.nn.Module):
         raise UsageError(f"{spec!r} must return (model, batch) or (model, batch, loss_fn), the model a Module.")
     loss_fn = made[2] if len(made) == 3 else None

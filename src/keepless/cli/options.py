@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from keepless.cli import completing
+
+
+def among(names: Callable[[], Iterable[str]]) -> Callable[[Any], Any]:
+    """Refuses a word, or one of several, that is none of these, before any work; for the callback of an option."""
+
+    def check(value: Any) -> Any:
+        for word in [value] if isinstance(value, str) else value or ():
+            known = tuple(names())
+            if word not in known:
+                raise typer.BadParameter(f"there is no {word!r}; it is one of {', '.join(known)}.")
+        return value
+
+    return check
+
 
 ModelArgument = Annotated[
     str,
@@ -20,10 +35,19 @@ BatchSize = Annotated[int, typer.Option(help="Batch size of an hf: model.")]
 SeqLen = Annotated[int, typer.Option(help="Tokens per row of an hf: model.")]
 Dtype = Annotated[
     str,
-    typer.Option(help="Parameters' dtype of an hf: model: float32, bfloat16, ...", autocompletion=completing.dtypes),
+    typer.Option(
+        help="Parameters' dtype of an hf: model: float32, bfloat16, ...",
+        autocompletion=completing.dtypes,
+        callback=among(lambda: completing.DTYPES),
+    ),
 ]
 Optimizer = Annotated[
-    str, typer.Option(help="adamw, adam, sgd, rmsprop, adagrad, or none.", autocompletion=completing.optimizers)
+    str,
+    typer.Option(
+        help="adamw, adam, sgd, rmsprop, adagrad, or none.",
+        autocompletion=completing.optimizers,
+        callback=among(lambda: completing.OPTIMIZERS),
+    ),
 ]
 Device = Annotated[
     str,
@@ -44,13 +68,19 @@ Seed = Annotated[int, typer.Option(help="Of weights, data and dropout.")]
 BudgetOption = Annotated[
     str | None, typer.Option("--budget", "-b", help='"8GiB" (2**30), "8GB" (10**9), bytes, or 0.5 of the device.')
 ]
-SolverOption = Annotated[str, typer.Option(help="A solver's name.", autocompletion=completing.solvers)]
+SolverOption = Annotated[
+    str,
+    typer.Option(
+        help="A solver's name.", autocompletion=completing.solvers, callback=among(lambda: completing.solvers(""))
+    ),
+]
 EngineOption = Annotated[
     str,
     typer.Option(
         help="graph: single ops of the captured step; blocks: those of captured blocks; eager: module calls; auto: the "
         "first that can.",
         autocompletion=completing.engines,
+        callback=among(lambda: completing.ENGINES),
     ),
 ]
 BlocksOption = Annotated[
@@ -66,7 +96,10 @@ LandOption = Annotated[
 OnOomOption = Annotated[
     str,
     typer.Option(
-        "--on-oom", help="Where the device has less memory than was planned for: survive, or raise the error as it is."
+        "--on-oom",
+        help="Where the device has less memory than was planned for: survive, or raise the error as it is.",
+        autocompletion=completing.on_oom,
+        callback=among(lambda: completing.ON_OOM),
     ),
 ]
 BlackBoxOption = Annotated[
@@ -79,6 +112,7 @@ RewriteOption = Annotated[
         "--rewrite",
         help="Change the step to need less: optimizer_in_backward, chunked_loss; may be repeated.",
         autocompletion=completing.rewrites,
+        callback=among(lambda: completing.REWRITES),
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, and nothing else.")]

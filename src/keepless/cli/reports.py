@@ -32,7 +32,7 @@ from keepless.cli.options import (
     SolverOption,
     TakeoverOption,
 )
-from keepless.cli.session import UsageError, check_target, planning, read_nbytes, session
+from keepless.cli.session import UsageError, check_subject, check_target, planning, read_nbytes, session
 from keepless.machine import Plan, load_plan
 from keepless.reporting.page import (
     ReportData,
@@ -108,6 +108,7 @@ def report_command(
                 )
             found = _from_file(Path(subject), title)
         else:
+            check_subject(subject)
             if (budget is None) == (plan is None):
                 raise UsageError("Of a model, give --budget or --plan.")
             from keepless.cli.models import Recipe, build, device_and_target

@@ -33,6 +33,7 @@ from keepless.cli.session import (
     session,
     words_of,
 )
+from keepless.cli.wording import RUN
 from keepless.files import write_whole
 from keepless.ir.budget import MAX_NBYTES, parse_bytes
 from keepless.machine import load_plan
@@ -111,8 +112,6 @@ def run_command(
             raise UsageError("Give a script, or a module with -m: keepless run train.py --budget 8GiB -- ARGS.")
         if (budget is None) == (plan is None):
             raise UsageError("Give --budget 8GiB, or --plan FILE of a saved plan.")
-        if on_oom not in ("survive", "raise"):
-            raise UsageError(f"--on-oom {on_oom}: survive or raise.")
         script = None if module is not None else Path(words.pop(0))
         if script is not None and not script.is_file():
             raise UsageError(f"There is no script {str(script)!r}.")
@@ -210,7 +209,7 @@ def _conclude(watched: Watched, ended: Ended, json_file: Path | None) -> int:
             code = code or FAILED
     if ended.error is not None:
         code = code_of(ended.error)
-        print(f"Error: {words_of(ended.error)}", file=sys.stderr)
+        print(f"Error: {words_of(ended.error, RUN)}", file=sys.stderr)
     print(f"keepless: {line}", file=sys.stderr, flush=True)
     if json_file is not None:
         answer = {
@@ -224,7 +223,7 @@ def _conclude(watched: Watched, ended: Ended, json_file: Path | None) -> int:
             "steps_planned": calls,
             "measured_peak": watched.measured,
             "plan": None if plan is None else plan_dict(plan),
-            "error": None if error is None else {"type": type(error).__name__, "message": words_of(error)},
+            "error": None if error is None else {"type": type(error).__name__, "message": words_of(error, RUN)},
             "notes": [] if first is None else first.notes,
         }
         write_whole(json_file, (json.dumps(answer, indent=1, allow_nan=False) + "\n").encode())

@@ -14,7 +14,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,9 @@ import typer
 from rich.console import Console, ConsoleOptions
 from rich.segment import Segment
 
+from keepless.cli.wording import in_options
 from keepless.errors import (
+    ArgumentError,
     BudgetError,
     DeviceError,
     GraphError,
@@ -123,7 +125,7 @@ def session(as_json: bool, debug: bool, quiet: bool = False) -> Iterator[Session
         print(words, file=sys.stderr)
         if as_json:
             facts: dict[str, Any] = {"type": "KeyboardInterrupt", "message": words}
-            print(json.dumps({"error": facts, "exit_code": INTERRUPTED}, indent=1))
+            print_error(facts, INTERRUPTED)
         raise typer.Exit(INTERRUPTED) from None
     except Exception as error:  # the one place where any error becomes text; --debug shows the traceback
         current.code = code_of(error)
@@ -146,7 +148,7 @@ def session(as_json: bool, debug: bool, quiet: bool = False) -> Iterator[Session
                 }
             if isinstance(error, ProgramError):
                 facts |= {"rule": error.rule, "index": error.index}
-            print(json.dumps({"error": facts, "exit_code": current.code}, indent=1))
+            print_error(facts, current.code)
         raise typer.Exit(current.code) from None
     finally:
         _quiet.reset(token)
@@ -155,11 +157,22 @@ def session(as_json: bool, debug: bool, quiet: bool = False) -> Iterator[Session
         raise typer.Exit(current.code)
 
 
-def words_of(error: BaseException) -> str:
-    """What an error says, without the system's numbers."""
+def print_error(facts: dict[str, Any], code: int) -> None:
+    """An error as the JSON document of a command."""
+    print(json.dumps({"error": facts, "exit_code": code}, indent=1))
+
+
+def words_of(error: BaseException, known: Collection[str] | None = None) -> str:
+    """What an error says, without the system's numbers, and with options where the library has arguments.
+
+    Arguments:
+        known: arguments for which the command has an option; None for those of most.
+    """
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"The file {str(error.filename)!r} cannot be used: {error.strerror[0].lower()}{error.strerror[1:]}."
-    return str(error)
+    if not isinstance(error, KeeplessError):
+        return str(error)
+    return in_options(str(error)) if known is None else in_options(str(error), known)
 
 
 def code_of(error: BaseException) -> int:
@@ -170,6 +183,7 @@ def code_of(error: BaseException) -> int:
         error,
         (
             UsageError,
+            ArgumentError,
             BudgetError,
             DeviceError,
             GraphError,
@@ -201,6 +215,18 @@ def read_nbytes(text: str) -> str | int:
     with contextlib.suppress(ValueError):
         return int(text)
     return text
+
+
+def check_subject(subject: str) -> None:
+    """Refuses a name that is neither that of a file nor of a model.
+
+    Raises:
+        UsageError: it has no colon, or an ending of files.
+    """
+    if ":" not in subject or (not subject.startswith("hf:") and Path(subject).suffix in (".plan", ".json")):
+        raise UsageError(
+            f"There is no file {subject!r}; and a model is package.module:factory or hf:PATH_TO_CONFIG.json."
+        )
 
 
 def check_target(target: Path | None, source: Path | None = None) -> None:

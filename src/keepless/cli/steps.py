@@ -77,8 +77,6 @@ def train_command(
     with session(as_json, debug, quiet) as current:
         recipe = recipe_of(model, batch_size, seq_len, dtype, optimizer, device, learning_rate, seed)
         refuse_meta(recipe)
-        if on_oom not in ("survive", "raise"):
-            raise UsageError(f"--on-oom {on_oom}: survive or raise.")
         if plan is not None and land:
             raise UsageError("Give --plan or --land, not both: keepless plan --land --save lands a plan.")
         check_target(save)

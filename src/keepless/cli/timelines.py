@@ -29,7 +29,7 @@ from keepless.cli.options import (
     SolverOption,
     TakeoverOption,
 )
-from keepless.cli.session import UsageError, check_picture, check_target, read_nbytes, session
+from keepless.cli.session import UsageError, check_picture, check_subject, check_target, read_nbytes, session
 from keepless.ir import Timeline, format_bytes
 from keepless.machine import Plan, load_plan
 from keepless.reporting.account import peak_account, phase_instructions
@@ -86,6 +86,7 @@ def timeline_command(
                 )
             found, measured = load_plan(subject), None
         else:
+            check_subject(subject)
             if (budget is None) == (plan is None):
                 raise UsageError("Of a model, give --budget or --plan.")
             from keepless.cli.models import Recipe, build, device_and_target

@@ -21,7 +21,7 @@ from keepless.control.parts.region_plans import EAGER, chosen_again
 from keepless.control.reserve import with_reserve
 from keepless.control.trial_steps import Seen, TrialSteps, captured_steps, module_steps
 from keepless.cost import CostModel, corrected, corrected_scratch
-from keepless.errors import InfeasibleBudget, ParameterError, RewriteError
+from keepless.errors import ArgumentError, InfeasibleBudget, ParameterError, RewriteError
 from keepless.ir import Budget, Certificate, Phase, Program, Run, Status, format_bytes
 from keepless.machine import OPTIMIZER_IN_BACKWARD, Baseline, Landing, Plan, make_plan, simulate
 from keepless.measure import optimizer_footprint
@@ -48,7 +48,7 @@ def land(
     check_module(model)
     check_plan(plan)
     if isinstance(rounds, bool) or not isinstance(rounds, int) or not 1 <= rounds <= MOST_ROUNDS:
-        raise ParameterError(f"rounds={rounds!r} is not a number of rounds from 1 to {MOST_ROUNDS}.")
+        raise ArgumentError(f"rounds={rounds!r} is not a number of rounds from 1 to {MOST_ROUNDS}.")
     if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
         raise ParameterError("Landing runs steps, and the model is on the meta device: give it weights first.")
     check_landing(plan.rewrites)

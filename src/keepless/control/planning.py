@@ -39,13 +39,13 @@ from keepless.control.trials import cost_model, measure_costs, measure_loss, unt
 from keepless.control.works import works_of
 from keepless.cost import DeviceSpec
 from keepless.errors import (
+    ArgumentError,
     BatchError,
     CaptureError,
     CheckpointingError,
     InfeasibleBudget,
     LossError,
     MeasureError,
-    ParameterError,
     PositionError,
     RewriteError,
 )
@@ -118,13 +118,13 @@ def _make(
     options = replace(options, on=elsewhere)  # a file is read once
     if elsewhere is not None:
         if engine not in (AUTO, GRAPH) or blocks is not None:
-            raise ParameterError("on= plans a captured step, op by op: leave engine= and blocks= out.")
+            raise ArgumentError("on= plans a captured step, op by op: leave engine= and blocks= out.")
         engine = GRAPH
     if engine not in ENGINES:
-        raise ParameterError(f"There is no engine {engine!r}. Engines: {', '.join(ENGINES)}.")
+        raise ArgumentError(f"There is no engine {engine!r}. Engines: {', '.join(ENGINES)}.")
     if blocks is not None:
         if engine not in (AUTO, BLOCKS):
-            raise ParameterError(f"blocks= is for the block engine, and engine={engine!r} is asked for.")
+            raise ArgumentError(f"blocks= is for the block engine, and engine={engine!r} is asked for.")
         engine = BLOCKS
     if rewrites and engine in (BLOCKS, EAGER):
         raise RewriteError(

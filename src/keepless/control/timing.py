@@ -25,7 +25,7 @@ from keepless.control.parts.module_plans import apply as apply_modules
 from keepless.control.parts.module_plans import is_by_modules
 from keepless.control.runner import Runner, dropping
 from keepless.control.undone import captured_run, modules_run, with_program
-from keepless.errors import ParameterError
+from keepless.errors import ArgumentError
 from keepless.ir import DEVICE, Event, Phase, Run, Timeline
 from keepless.machine import Plan
 from keepless.measure.parts import Part, memory_parts
@@ -41,7 +41,7 @@ def measure_timeline(model: torch.nn.Module, batch: Any, plan: Plan, *, loss_fn:
     check_module(model)
     check_plan(plan)
     if isinstance(repeats, bool) or not isinstance(repeats, int) or not 1 <= repeats <= MAX_REPEATS:
-        raise ParameterError(f"repeats={repeats!r} is not a number of steps from 1 to {MAX_REPEATS}.")
+        raise ArgumentError(f"repeats={repeats!r} is not a number of steps from 1 to {MAX_REPEATS}.")
     if is_by_modules(plan):
         return _by_phases(model, batch, plan, loss_fn, repeats)
     last = _last_delivery(plan)

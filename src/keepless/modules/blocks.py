@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 
 import torch
 
-from keepless.errors import ParameterError
+from keepless.errors import ArgumentError
 
 BLOCK_CLASSES = frozenset({"GradientCheckpointingLayer"})
 """Names of classes by which libraries mark their repeated blocks."""
@@ -29,7 +29,7 @@ def find_blocks(model: torch.nn.Module, blocks: Blocks | None = None) -> tuple[s
         blocks: the parts by class, class name or path (`"transformer.h.*"`); None to find them.
 
     Raises:
-        ParameterError: `blocks` names nothing in the model.
+        ArgumentError: `blocks` names nothing in the model.
     """
     if blocks is not None:
         return _named(model, blocks)
@@ -54,18 +54,18 @@ def _is_own_layer(module: torch.nn.Module) -> bool:
 
 def _named(model: torch.nn.Module, blocks: Blocks) -> tuple[str, ...]:
     if not isinstance(blocks, (str, type, Iterable)) or not (isinstance(blocks, type) or blocks):
-        raise ParameterError(f"blocks={blocks!r} names no blocks; give classes of modules, their names or paths.")
+        raise ArgumentError(f"blocks={blocks!r} names no blocks; give classes of modules, their names or paths.")
     wanted = [blocks] if isinstance(blocks, (str, type)) else list(blocks)
     found: set[str] = set()
     for item in wanted:
         if not isinstance(item, str) and not (isinstance(item, type) and issubclass(item, torch.nn.Module)):
-            raise ParameterError(
+            raise ArgumentError(
                 f"blocks= holds a {type(item).__name__}; give classes of modules, their names or paths."
             )
         hits = {path for path, module in model.named_modules() if path and _is_called(path, module, item)}
         if not hits:
             name = item if isinstance(item, str) else item.__qualname__
-            raise ParameterError(f"blocks= names {name!r}, and no module of the model has that class or path.")
+            raise ArgumentError(f"blocks= names {name!r}, and no module of the model has that class or path.")
         found |= hits
     return tuple(path for path, _ in model.named_modules() if path in found and not _is_inside(path, found))
 

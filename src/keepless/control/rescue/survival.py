@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from keepless.control.reserve import with_reserve
-from keepless.errors import KeeplessError, ParameterError
+from keepless.errors import ArgumentError, KeeplessError
 from keepless.execute import Failure, Note, Rescue
 from keepless.ir import Program
 from keepless.machine import Plan, simulate
@@ -32,18 +32,18 @@ MOST_NOTCHES = 4
 
 def check_on_oom(on_oom: object) -> None:
     """Raises:
-    ParameterError: it is neither "survive" nor "raise".
+    ArgumentError: it is neither "survive" nor "raise".
     """
     if on_oom not in (SURVIVE, RAISE):
-        raise ParameterError(f'on_oom={on_oom!r} is neither "survive" nor "raise".')
+        raise ArgumentError(f'on_oom={on_oom!r} is neither "survive" nor "raise".')
 
 
 def check_black_box(black_box: object) -> None:
     """Raises:
-    ParameterError: it is no path.
+    ArgumentError: it is no path.
     """
     if black_box is not None and not isinstance(black_box, (str, os.PathLike)):
-        raise ParameterError(f"black_box={black_box!r} is no path of a folder.")
+        raise ArgumentError(f"black_box={black_box!r} is no path of a folder.")
 
 
 class Survival:

@@ -1,0 +1,122 @@
+"""Bad usage: exit code 2, as JSON too; errors of a user's factory name it and the line; remedies name options."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import keepless
+from keepless.cli.wording import RUN, in_options
+
+Invoke = Callable[..., Any]
+PLAN = ("plan", "factories:tiny", "-b", "1MiB")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ((*PLAN, "--engine", "nope"), "graph, blocks, eager"),
+        ((*PLAN, "--solver", "nope"), "rotor"),
+        ((*PLAN, "--rewrite", "nope"), "chunked_loss"),
+        ((*PLAN, "--dtype", "nope"), "bfloat16"),
+        ((*PLAN, "--optimizer", "nope"), "rmsprop"),
+        ((*PLAN, "--blocks", "nope"), "--blocks names 'nope'"),
+        ((*PLAN, "--batch-size", "x"), "--batch-size"),
+        ((*PLAN, "--nope"), "No such option"),
+        (("train", "factories:tiny", "-b", "1MiB", "--on-oom", "pray"), "survive, raise"),
+        (("plan",), "Missing argument"),
+        (("nope",), "No such command"),
+        (("report", "absent.json"), "There is no file 'absent.json'"),
+        (("timeline", "absent.plan"), "There is no file 'absent.plan'"),
+        (("report", "absent"), "There is no file 'absent'"),
+    ],
+)
+def test_bad_choices_end_with_2_and_are_json_where_that_is_asked_for(
+    invoke: Invoke, words: tuple[str, ...], said: str
+) -> None:
+    """One document on stdout, as of other errors; the words on stderr."""
+    done = invoke(*words, "--json")
+    assert done.exit_code == 2, done.output
+    answer = json.loads(done.stdout)
+    assert answer["exit_code"] == 2
+    assert said in answer["error"]["message"]
+    assert answer["error"]["message"] in done.stderr
+
+
+def test_without_json_nothing_is_on_stdout(invoke: Invoke) -> None:
+    """And `run` has a --json of its own, whose stdout is the script's."""
+    Path("script.py").write_text("print('began')")
+    for words in ((*PLAN, "--engine", "nope"), ("run", "script.py", "-b", "1GiB", "--engine", "nope", "--json", "a")):
+        done = invoke(*words)
+        assert (done.exit_code, done.stdout) == (2, "")
+        assert "there is no 'nope'" in " ".join(done.stderr.split())
+
+
+def test_version(invoke: Invoke) -> None:
+    """One line."""
+    assert invoke("--version").stdout == f"keepless {keepless.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("module", "text", "said"),
+    [
+        (
+            "raising",
+            "def make():\n    return other()\n\n\ndef other():\n    return {}['key']\n",
+            "The factory 'raising:make' has raised: KeyError: 'key' (raising.py:6, in other)",
+        ),
+        (
+            "torchy",
+            "import torch\n\n\ndef make():\n    return torch.ones(2) @ torch.ones(3)\n",
+            "(torchy.py:5, in make)",
+        ),
+        ("broken", "x = 1 / 0\n", "The module 'broken' of the model 'broken:make' cannot be imported"),
+        ("absentee", "import nosuchpackage\n", "No module named 'nosuchpackage' (absentee.py:1"),
+        ("syntax", "def make(:\n", "SyntaxError: invalid syntax (syntax.py, line 1)"),
+    ],
+)
+def test_what_a_factory_raises_is_told_with_its_name_and_line(
+    invoke: Invoke, monkeypatch: pytest.MonkeyPatch, module: str, text: str, said: str
+) -> None:
+    """Exit code 1: no usage of ours is wrong."""
+    Path(f"{module}.py").write_text(text)
+    monkeypatch.delitem(sys.modules, module, raising=False)
+    done = invoke("plan", f"{module}:make", "-b", "1MiB", "--json")
+    assert done.exit_code == 1
+    assert json.loads(done.stdout)["error"]["type"] == "FactoryError"
+    assert said in done.stderr
+
+
+def test_remedies_name_options(invoke: Invoke) -> None:
+    """Of an infeasible budget: a rewrite, by its option."""
+    done = invoke("plan", "factories:tiny", "-b", "1KiB")
+    assert done.exit_code == 3
+    assert "--rewrite optimizer_in_backward lowers the smallest budget" in done.stderr
+    assert "rewrites=" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("rewrites=('a', 'b') lowers", "--rewrite a --rewrite b lowers"),
+        ('use rewrites=("a",).', "use --rewrite a."),
+        ('by itself: engine="auto".', "by itself: --engine auto."),
+        ("takeover=True turns, cache=False measures", "--takeover turns, --no-cache measures"),
+        ("give it, as optimizer= (make_optimizer= of others)", "give it, as --optimizer (make_optimizer= of others)"),
+        ("give loss_fn=, or reduce it", "give a loss_fn as the factory's third item, or reduce it"),
+        ("x.engine='a' and --outside=3 stay", "x.engine='a' and --outside=3 stay"),
+    ],
+)
+def test_wording(text: str, expected: str) -> None:
+    """Arguments become options; what only looks like one stays."""
+    assert in_options(text) == expected
+
+
+def test_run_has_fewer_options() -> None:
+    """What it cannot do is keepless.plan's."""
+    assert in_options("rewrites=('a',) or engine='auto'", RUN) == "keepless.plan's rewrites=('a',) or --engine auto"
