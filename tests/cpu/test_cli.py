@@ -136,7 +136,8 @@ def test_other_errors_are_exit_code_1(invoke: Invoke) -> None:
     assert "Traceback" in invoke("plan", "factories:broken", "-b", "1GiB", "--debug").stderr
     assert "no trainable parameter" in invoke("plan", "factories:frozen", "-b", "1GiB").stderr
     answer = json.loads(invoke("plan", "factories:broken", "-b", "1GiB", "--json").stdout)
-    assert answer["error"] == {"type": "RuntimeError", "message": "the factory is broken"}
+    assert answer["error"]["type"] == "FactoryError"
+    assert answer["error"]["message"] in done.stderr
 
 
 @pytest.mark.slow
