@@ -1,4 +1,4 @@
-"""A planned step's graph in a file: `keepless solve` sees the same step, without torch."""
+"""A planned step's graph in a file: `keepless solve` sees the same step, without torch. A plan file for other tools."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ import pytest
 from keepless.control.reserve import with_reserve
 from keepless.cost import read_graph
 from keepless.machine import load_plan
+from keepless.reporting.exports import every_n_layers, layers_of, names_of, saved_calls
 
 Invoke = Callable[..., Any]
+UNFUSED = Path(__file__).parents[2] / "docs" / "examples" / "unfused.plan"
 HF = ("hf:config.json", "--seq-len", "32")
 
 
@@ -57,3 +59,22 @@ def test_people_are_told_where_it_is(invoke: Invoke) -> None:
     assert done.exit_code == 2, done.output
     assert "folder" in done.stderr
     assert "Traceback" not in done.output
+
+
+def test_a_plan_file_is_shown_for_other_tools(invoke: Invoke) -> None:
+    """As the exporters give it; as JSON, and for people."""
+    plan = load_plan(UNFUSED)
+    expected = {
+        "names": names_of(plan).as_dict(),
+        "every-n-layers": every_n_layers(plan).as_dict(),
+        "selective": {"layers": {path: saved_calls(plan, path) for path in layers_of(plan)}},
+    }
+    said = {"names": "save       layers.0.up.addmm_0_0\n", "every-n-layers": "every_n_layers=1 of the 4 layers"}
+    for kind, answer in expected.items():
+        done = invoke("show", str(UNFUSED), "--export", kind, "--json")
+        assert done.exit_code == 0, done.output
+        assert json.loads(done.stdout) == answer
+        text = invoke("show", str(UNFUSED), "--export", kind, "--quiet").stdout
+        assert said.get(kind, "aten.addmm.default") in text
+    for words in (("--export", "nope"), ("--export", "names", "--values")):
+        assert invoke("show", str(UNFUSED), *words).exit_code == 2

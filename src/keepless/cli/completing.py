@@ -11,6 +11,7 @@ OPTIMIZERS = ("adamw", "adam", "sgd", "rmsprop", "adagrad", "none")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 ENGINES = ("auto", "graph", "blocks", "eager")
 REWRITES = ("optimizer_in_backward", "chunked_loss")
+EXPORTS = ("names", "every-n-layers", "selective")
 ON_OOM = ("survive", "raise")
 _MOST = 200
 
@@ -37,6 +38,11 @@ def engines(incomplete: str) -> list[str]:
 def on_oom(incomplete: str) -> list[str]:
     """Of `--on-oom`."""
     return _among(ON_OOM, incomplete)
+
+
+def exports(incomplete: str) -> list[str]:
+    """Of `show --export`."""
+    return _among(EXPORTS, incomplete)
 
 
 def rewrites(incomplete: str) -> list[str]:

@@ -57,7 +57,8 @@ _EXAMPLES: dict[str, tuple[str, str, str]] = {
         _INFEASIBLE,
     ),
     "show": (
-        "keepless show step.plan --values\nkeepless show keepless-oom.json",
+        "keepless show step.plan --values\nkeepless show step.plan --export every-n-layers\n"
+        "keepless show keepless-oom.json",
         "the file was shown",
         "",
     ),

@@ -9,6 +9,7 @@ import typer
 
 from keepless.cli.allocators import AllocatorOption, read_allocator
 from keepless.cli.completing import plan_files
+from keepless.cli.exporting import ExportKindOption, exported
 from keepless.cli.making import built_of, planned, recipe_of, refuse_meta
 from keepless.cli.options import (
     Accumulates,
@@ -112,6 +113,7 @@ def show_command(
     file: Annotated[Path, typer.Argument(help="A plan file, or a black box.", autocompletion=plan_files)],
     picture: PictureOption = None,
     values: Values = False,
+    export: ExportKindOption = None,
     allocator: AllocatorOption = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -120,12 +122,20 @@ def show_command(
     """Show a saved plan: what is kept, what is made again, bytes, time and reasons; or a black box. Needs no torch."""
     with session(as_json, debug, quiet) as current:
         if is_black_box(file):
+            if export is not None:
+                raise UsageError(f"{str(file)!r} is a black box: --export is for plan files.")
             current.answer = read_black_box(file)
             current.tell(black_box_text(current.answer))
             return
         check_picture(picture)
         state = read_allocator(allocator)
         plan = load_plan(file)
+        if export is not None:
+            if picture is not None or values or allocator is not None:
+                raise UsageError("--export shows the plan for another tool: leave --picture, --values and --allocator.")
+            current.answer, parts = exported(plan, export)
+            current.tell(*parts)
+            return
         state(plan)
         describe(current, plan, values=values, save=None, picture=picture)
 
