@@ -97,6 +97,7 @@ def test_options_are_spelled_alike() -> None:
         "--batch-size",  # `fits` can leave it to the factory
         "--seq-len",
         "--budget",  # several of `bench`
+        "--export",  # a file; of `show` the tool that it is for
         "--out",  # a file; of `demo` a folder
         "--json",  # a flag; of `run` a file
         "--save",  # of `solve` beside --output, which is -o there

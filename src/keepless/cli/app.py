@@ -11,6 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from keepless import __version__
+from keepless.cli import shells
 from keepless.cli.benching import bench_command
 from keepless.cli.checking import check_command
 from keepless.cli.curves import curve_command
@@ -87,6 +88,7 @@ app = typer.Typer(
 )
 
 app.callback()(_options)
+shells.use()
 
 _COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo_command,

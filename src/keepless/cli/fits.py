@@ -29,7 +29,6 @@ from keepless.ir import format_bytes
 from keepless.machine.elsewhere import describe_elsewhere, margin_of
 from keepless.reporting.decisions import format_seconds
 from keepless.reporting.tables import plan_dict, verdict
-from keepless.solve.sizes import MAX_SIZE
 
 if TYPE_CHECKING:
     from keepless.cli.sized import Sized
@@ -152,7 +151,11 @@ def _search(subject: Sized, axis: str, budget: str | int | float, options: dict[
 
 def read_sizes(name: str, text: str | None) -> list[int]:
     """Sizes as they stand on a command line, with commas between; none where nothing stands there."""
-    words = [] if text is None else [word.strip() for word in text.split(",")]
+    if text is None:
+        return []
+    from keepless.solve.sizes import MAX_SIZE  # scipy with it: commands that solve nothing start sooner
+
+    words = [word.strip() for word in text.split(",")]
     if not all(word.isascii() and word.isdecimal() and 0 < int(word) < MAX_SIZE for word in words):
         raise UsageError(f"{name} {text}: give whole numbers with commas between, as 1,2,4.")
     return [int(word) for word in words]

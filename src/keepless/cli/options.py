@@ -11,10 +11,16 @@ import typer
 from keepless.cli import completing
 
 
-def among(names: Callable[[], Iterable[str]]) -> Callable[[Any], Any]:
-    """Refuses a word, or one of several, that is none of these, before any work; for the callback of an option."""
+def among(names: Callable[[], Iterable[str]], default: str = "") -> Callable[[Any], Any]:
+    """Refuses a word, or one of several, that is none of these, before any work; for the callback of an option.
+
+    Arguments:
+        default: is not looked for among them.
+    """
 
     def check(value: Any) -> Any:
+        if value == default:
+            return value
         for word in [value] if isinstance(value, str) else value or ():
             known = tuple(names())
             if word not in known:
@@ -71,7 +77,9 @@ BudgetOption = Annotated[
 SolverOption = Annotated[
     str,
     typer.Option(
-        help="A solver's name.", autocompletion=completing.solvers, callback=among(lambda: completing.solvers(""))
+        help="A solver's name.",
+        autocompletion=completing.solvers,
+        callback=among(lambda: completing.solvers(""), default="keepless"),
     ),
 ]
 EngineOption = Annotated[

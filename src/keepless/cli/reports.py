@@ -34,18 +34,11 @@ from keepless.cli.options import (
 )
 from keepless.cli.session import UsageError, check_subject, check_target, planning, read_nbytes, session
 from keepless.machine import Plan, load_plan
-from keepless.reporting.page import (
-    ReportData,
-    check_report_path,
-    load_report,
-    report_data,
-    save_report,
-    terminal_page,
-)
 
 if TYPE_CHECKING:
     from keepless.cli.models import Built
     from keepless.control import FitsGrid, StepCurve
+    from keepless.reporting.page import ReportData
 
 
 def report_command(
@@ -94,6 +87,8 @@ def report_command(
     Of a model everything: keepless report package.module:factory -b 8GiB --measure --curve -o report.html
     """
     with session(as_json, debug, quiet) as current:
+        from keepless.reporting.page import check_report_path, save_report, terminal_page
+
         if out is not None:
             check_report_path(out)
             check_target(out, Path(subject) if Path(subject).is_file() else None)
@@ -148,6 +143,8 @@ def report_command(
 
 def _from_file(path: Path, title: str) -> ReportData:
     """The report of a plan file, or one that was written as JSON."""
+    from keepless.reporting.page import load_report, report_data
+
     if path.suffix.lower() == ".json" or is_report(path):
         found = load_report(path)
         return replace(found, title=title) if title else found
