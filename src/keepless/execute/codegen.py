@@ -17,7 +17,8 @@ The generated function takes one tuple of argument tensors and two lists, and lo
         yield                   # autograd takes the gradients in G
         ...
 
-Views are made where they are first needed and die with their value. The names `f0`, `c0` are objects of a table that
+Views are made where they are first needed and die with their value; one that looks at what a name that stands looks at,
+in the same way, is that name again. The names `f0`, `c0` are objects of a table that
 becomes the function's globals; nothing of a plan file is ever compiled: the text is made from the captured graph, and
 the program adds only the order.
 """
@@ -38,6 +39,7 @@ from keepless.capture.outs import OutForm, Overload
 from keepless.errors import StaleTensorError
 from keepless.execute.direct import direct
 from keepless.execute.drill import drill_of
+from keepless.execute.looks import Looks
 from keepless.ir import DEVICE, Drop, Effect, Op, Phase, Program, Run
 from keepless.machine import reuse_pairs
 from keepless.measure import is_out_of_memory
@@ -139,6 +141,7 @@ class _Writer:
         self.held: dict[int, tuple[int, int]] = {}
         self.handed: dict[int, str] = {}
         self.checked: set[int] = set()
+        self.looks = Looks(binding)
         self.grad_of_value = {binding.slot_value[slot]: i for i, (_, slot) in enumerate(binding.grads)}
         if binding.device.type == "cuda":
             device = binding.device
@@ -183,6 +186,11 @@ class _Writer:
     def ensure_slot(self, slot: int) -> None:
         chain = []
         while slot not in self.known:
+            twin = next((t for t in self.live.get(self.binding.slot_value[slot], ()) if self.looks.same(slot, t)), None)
+            if twin is not None:
+                self.lines.append(f"t{slot} = t{twin}")
+                self.bind(slot)
+                break
             chain.append(slot)
             slot = self.binding.views[slot].source
         self.note_read(slot)
