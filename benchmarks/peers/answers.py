@@ -355,9 +355,8 @@ def targets(rows: Sequence[Row]) -> str:
             target = f"(c) {kind} nets: {share:.0%} of activation bytes saved at +{slowdown:.0%}"
             lines.append((target, "; ".join(told), f"{met} of {count}"))
     for engine in OURS:
-        whole = {
-            row.model: row for row in rows if row.contender == f"{engine}, all kept" and row.metric == "step_over_plain"
-        }
+        each = ((model, kept(found, model, engine, "step_over_plain")) for model in models_of(rows))
+        whole = {model: row for model, row in each if row is not None}
         if whole:
             high = max(whole.values(), key=lambda row: row.p50)
             met = sum(row.p20 <= 1 for row in whole.values())
@@ -403,6 +402,12 @@ def ratios(rows: Sequence[Row]) -> str:
     return _table((*head, "recompute overhead"), lines)
 
 
+def kept(found: Found, model: str, engine: str, metric: str) -> Row | None:
+    """A ratio of an engine with everything kept: of rounds between two steps of plain, where there were such."""
+    name = f"{engine}, all kept"
+    return found.get((model, name, f"kept_{metric}"), found.get((model, name, metric)))
+
+
 def everything_kept(rows: Sequence[Row]) -> str:
     """(f): each engine with everything kept against eager: the step, and forward and backward alone."""
     found = index(rows)
@@ -410,8 +415,8 @@ def everything_kept(rows: Sequence[Row]) -> str:
     for model in models_of(rows):
         texts = [model]
         for engine in OURS:
-            whole = found.get((model, f"{engine}, all kept", "step_over_plain"))
-            part = found.get((model, f"{engine}, all kept", "forward_backward_over_plain"))
+            whole = kept(found, model, engine, "step_over_plain")
+            part = kept(found, model, engine, "forward_backward_over_plain")
             texts.append("" if whole is None or part is None else f"{whole.p50:.3f}, {part.p50:.3f}")
         lines.append(texts)
     return _table(("model", *(f"{engine}: step, forward and backward" for engine in OURS)), lines)

@@ -76,7 +76,7 @@ def kept(rows: Sequence[Row]) -> Bars:
         model: {
             engine: row.p50
             for engine in OURS
-            if (row := index.get((model, f"{engine}, all kept", "step_over_plain"))) is not None
+            if (row := answers.kept(index, model, engine, "step_over_plain")) is not None
         }
         for model in answers.models_of(rows)
     }

@@ -34,6 +34,9 @@ DOMINATED = 1.1
 """A point of a compiled sweep is timed only in its own process where another of its sweep has no higher peak and took
 a step there that was shorter by this factor: each that is timed is compiled again."""
 
+KEPT_ROUNDS, KEPT_SECONDS = (3, 9), 20.0
+"""Rounds, least and most, of ours with everything kept between two steps of plain; none begins after these seconds."""
+
 Tell = Callable[[str], None]
 
 
@@ -362,12 +365,43 @@ class Race:
                     assert entrant.way is not None
                     entrant.samples.append(self.stand.timed(entrant.way, number))
                 gc.collect()
+            self._time_kept(draw)
         finally:
             gc.enable()
             gc.unfreeze()
         plain = self.entrants[PLAIN].samples
         for entrant in self.entrants.values():
             self._say_seconds(entrant, plain)
+
+    def _time_kept(self, draw: random.Random) -> None:
+        """Each of ours with everything kept, in rounds that begin and end with plain's step: what is looked for is less
+        than what a machine drifts by in a round of all contenders.
+        """
+        plain = self.entrants[PLAIN].way
+        kept = [
+            e for e in self.entrants.values() if e.is_timed and e.plan is not None and e.name.endswith(", all kept")
+        ]
+        assert plain is not None
+        found: dict[str, list[tuple[float, float]]] = {entrant.name: [] for entrant in kept}
+        start = time.perf_counter()
+        least, most = KEPT_ROUNDS
+        for number in range(most if kept else 0):
+            if number >= least and time.perf_counter() - start > KEPT_SECONDS:
+                break
+            self.tell(f"everything kept, round {number + 1}")
+            first = self.stand.timed(plain, number)
+            ours = {}
+            for entrant in draw.sample(kept, len(kept)):
+                assert entrant.way is not None
+                ours[entrant.name] = self.stand.timed(entrant.way, number)
+            last = self.stand.timed(plain, number)
+            for name, mine in ours.items():
+                part, whole = (2 * m / (a + b) for m, a, b in zip(mine, first, last, strict=True))
+                found[name].append((part, whole))
+            gc.collect()
+        for name, ratios in found.items():
+            self.add(name, "kept_step_over_plain", "ratio", [whole for _, whole in ratios])
+            self.add(name, "kept_forward_backward_over_plain", "ratio", [part for part, _ in ratios])
 
     def _begin(self, entrant: Entrant) -> None:
         """Makes it, and takes two steps that are not counted."""

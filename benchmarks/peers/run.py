@@ -8,7 +8,8 @@
 
 Per model: the peak of whole AdamW steps of every contender, each in a process of its own, counted from before the model
 exists; then bits of a seeded step beside plain eager's; then seconds, all contenders a step each per round, in an order
-drawn per round, on one model and with one optimizer, ratios taken within the round. Ours is planned between its
+drawn per round, on one model and with one optimizer, ratios taken within the round; then ours with everything kept in
+rounds of their own, each between two steps of plain. Ours is planned between its
 smallest budget and everything kept, and at every peak that a peer reaches. A contender that is missing, refuses, fails
 or is left out has a row that says why.
 

@@ -267,6 +267,9 @@ def test_a_race_has_a_row_for_everyone(monkeypatch: pytest.MonkeyPatch) -> None:
     metrics = {(row.contender, row.metric) for row in rows}
     assert ("sac_ilp", "missing: it is not installed") in metrics
     assert ("save_on_cpu", "failed: ValueError: it cannot") in metrics
+    assert {"kept_step_over_plain", "kept_forward_backward_over_plain"} <= {
+        metric for name, metric in metrics if name == "graph, all kept"
+    }
     points = {point.name: point for point in answers.points(rows, "gpt2")}
     ours = [point for point in points.values() if point.is_ours]
     assert len(ours) >= 4
@@ -356,6 +359,9 @@ def test_answers_are_what_the_rows_say(made_up: list[Any]) -> None:
     assert "| gpt2 | checkpoint every block | 41.7 | 0.60 | 1.00 | +40.0% |" in ratios
     assert "| gpt2 | graph 0.02 MiB | 45.5 | 0.55 | 2.37 | +19.0% |" in ratios
     assert "| gpt2 | 0.950, 0.930 |  |  |" in answers.everything_kept(made_up)
+    own = [*made_up, row("gpt2", "graph, all kept", "kept_step_over_plain", 0.97)]  # of rounds of their own
+    assert "| gpt2 | 0.970, 0.930 |  |  |" in answers.everything_kept(own)
+    assert "everything kept: at most 1.00x | the highest 0.970 (gpt2) | 1 of 1 |" in answers.targets(own)
     assert "| gpt2 | 2.0 | 2.0 | 4.0, 5.0 |" in answers.planning(made_up)
     assert "| graph | 2 | 1 | 3.00%, 2.00% | 10.0%, 10.0% |" in answers.predictions(made_up)
     assert "| ckptplan | gpt2 | missing: ckptplan is not installed |" in answers.without_figures(made_up)
