@@ -18,6 +18,8 @@ import pytest
 import scripts_text
 import torch
 
+from keepless.ir import format_bytes
+
 Invoke = Callable[..., Any]
 
 
@@ -148,6 +150,30 @@ def test_of_several_models_the_first_or_the_named_one_is_planned(invoke: Invoke,
         assert alone["kept_nbytes"] >= 3 * 4 * rows * width * 4
         # Measured 8 % above the prediction: on the CPU frees of what stood before a metered step are not seen.
         assert answer["measured_peak"] < 1.1 * answer["plan"]["predicted_peak"]
+
+
+@pytest.mark.slow
+def test_a_model_that_is_called_after_the_plan_was_made_is_told(invoke: Invoke) -> None:
+    """What the maker keeps stands beside the judge's later calls: in words, with the --outside that counts it."""
+    text = scripts_text.ADVERSARIES.replace("    made = maker(noise)\n", "").replace(
+        "    loss = (judge(real).sigmoid() - 1).square().mean() + judge",
+        "    (judge(real).sigmoid() - 1).square().mean().backward()\n    made = maker(noise)\n    loss = judge",
+    )
+    write(later=text)
+    place = f"later.py:{1 + text.splitlines().index('    made = maker(noise)')}"
+    expected = plainly("later.py")
+    gc.collect()
+    done = invoke("run", "later.py", "-b", "64MiB", "--json", "run.json")
+    assert done.exit_code == 0, done.output
+    assert done.stdout == expected
+    answer = json.loads(Path("run.json").read_text())
+    (alone,) = answer["left_alone"]
+    assert (alone["name"], alone["place"]) == ("maker", place)
+    assert alone["kept_nbytes"] == answer["unforeseen_nbytes"] >= 3 * 4 * 64 * 32 * 4
+    assert "maker (Maker, not called yet) trains as it is" in done.stderr
+    assert f"--outside {-(-alone['kept_nbytes'] // 1024)}KiB counts them from the start" in done.stderr
+    peak = answer["plan"]["predicted_peak"] + alone["kept_nbytes"]
+    assert f"the peak it is {format_bytes(peak)}, within 64.00 MiB" in done.stderr
 
 
 @pytest.mark.slow

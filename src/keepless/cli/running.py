@@ -35,7 +35,7 @@ from keepless.cli.session import (
 )
 from keepless.cli.wording import RUN
 from keepless.files import write_whole
-from keepless.ir.budget import MAX_NBYTES, parse_bytes
+from keepless.ir.budget import MAX_NBYTES, format_bytes, parse_bytes
 from keepless.machine import load_plan
 from keepless.reporting.tables import fits, plan_dict, verdict
 from keepless.scripts.process import Ended, run_module, run_script, when_imported
@@ -198,6 +198,11 @@ def _conclude(watched: Watched, ended: Ended, json_file: Path | None) -> int:
         line = f"{verdict(plan)} | {calls} steps planned | {first.name.short}, {plan.engine} engine"
         if strict and not fits(plan):
             code = code or FAILED
+        if not fits(plan) and first.unforeseen:
+            watched.tell(
+                f"{format_bytes(first.unforeseen)} are kept by models that were called after the plan was made: run "
+                f"again with --outside {first.outside_option}."
+            )
     elif failure is not None:
         line = "the model was NOT planned."
         if strict:
@@ -219,6 +224,7 @@ def _conclude(watched: Watched, ended: Ended, json_file: Path | None) -> int:
             "model_name": "" if first is None else first.name.name,
             "model_place": "" if first is None else first.name.place,
             "left_alone": [] if first is None else _left_alone(first),
+            "unforeseen_nbytes": 0 if first is None else first.unforeseen,
             "optimizer": None if optimizer is None else type(optimizer).__name__,
             "steps_planned": calls,
             "measured_peak": watched.measured,

@@ -63,6 +63,7 @@ class FirstStep:
         others: modules that the script trains beside it, and the bytes that each keeps for its backward: None before
             its first call.
         met: outermost modules that were called in training, by their names.
+        unforeseen: bytes that others keep for their backward, and that the plan does not count.
     """
 
     def __init__(self, wish: Wish, tell: Tell, progress: Progress) -> None:
@@ -75,10 +76,10 @@ class FirstStep:
         self.name = Called("", "")
         self.others: dict[int, tuple[Called, int | None]] = {}
         self.met: list[Called] = []
+        self.unforeseen = 0
         self._names: dict[int, Called] = {}
         self._unforeseen: Unforeseen | None = None
         self._later: list[torch.nn.Module] = []
-        self._beside_plan = 0
         self.on_planned: Callable[[], None] = lambda: None
         self._tell_people, self._progress = tell, progress
         self._own = torch.nn.Module.__call__
@@ -398,18 +399,23 @@ class FirstStep:
         self._unforeseen = Unforeseen(self._later, self._not_foreseen)
         self.on_planned()
 
+    @property
+    def outside_option(self) -> str:
+        """What `--outside` takes so that the next run counts what was not foreseen in this one."""
+        more = self.wish.outside + self.unforeseen
+        return f"{-(-more // 1024)}KiB"
+
     def _not_foreseen(self, module: torch.nn.Module, name: Called, nbytes: int) -> None:
         """Another model of the script has been called for the first time, after the plan was made."""
         self.others[id(module)] = name, nbytes
         assert self.plan is not None
-        self._beside_plan += nbytes
-        limit, peak = self.plan.budget.limits["device"], self.plan.predicted_peak + self._beside_plan
-        more = format_bytes(self.wish.outside + self._beside_plan).replace(" ", "")
+        self.unforeseen += nbytes
+        limit, peak = self.plan.budget.limits["device"], self.plan.predicted_peak + self.unforeseen
         self.tell(
             f"{name} trains as it is, and keeps {format_bytes(nbytes)} for its backward, which the plan could not "
             f"foresee: where they stand at the peak it is {format_bytes(peak)}, "
             + (f"MORE than the budget of {format_bytes(limit)}" if peak > limit else f"within {format_bytes(limit)}")
-            + f". --outside {more} counts them from the start; --model-path {name.path} plans it instead."
+            + f". --outside {self.outside_option} counts them from the start; --model-path {name.path} plans it instead."
         )
 
     def _fail(self, error: Exception) -> None:
