@@ -415,7 +415,8 @@ class FirstStep:
             f"{name} trains as it is, and keeps {format_bytes(nbytes)} for its backward, which the plan could not "
             f"foresee: where they stand at the peak it is {format_bytes(peak)}, "
             + (f"MORE than the budget of {format_bytes(limit)}" if peak > limit else f"within {format_bytes(limit)}")
-            + f". --outside {self.outside_option} counts them from the start; --model-path {name.path} plans it instead."
+            + f". --outside {self.outside_option} counts them from the start; --model-path {name.path} plans it "
+            "instead."
         )
 
     def _fail(self, error: Exception) -> None:
