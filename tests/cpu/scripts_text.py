@@ -85,7 +85,7 @@ torch.manual_seed(0)
 maker, judge = Maker(32), Judge(1)
 first = torch.optim.Adam(maker.parameters(), lr=1e-3)
 second = torch.optim.SGD(judge.parameters(), lr=1e-3)
-for step in range(3):
+for step in range(5):
     noise, real = torch.randn(64, 32), torch.randn(64, 32)
     made = maker(noise)
     second.zero_grad()

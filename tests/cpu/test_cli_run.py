@@ -148,8 +148,8 @@ def test_of_several_models_the_first_or_the_named_one_is_planned(invoke: Invoke,
     if not named:  # what the maker keeps, and the judge's other call
         width, rows = 32, 64
         assert alone["kept_nbytes"] >= 3 * 4 * rows * width * 4
-        # Measured 8 % above the prediction: on the CPU frees of what stood before a metered step are not seen.
-        assert answer["measured_peak"] < 1.1 * answer["plan"]["predicted_peak"]
+        # 7 % below the prediction: what the maker keeps counts all the time.
+        assert 0.9 < answer["measured_peak"] / answer["plan"]["predicted_peak"] <= 1
 
 
 @pytest.mark.slow

@@ -16,7 +16,8 @@ from keepless.reporting.page import load_report, terminal_page
 from keepless.reporting.page.terminal import StepChart
 from keepless.reporting.plan_diff import changes_table, facts_table, plan_diff
 
-EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
+DOCS = Path(__file__).parents[2] / "docs"
+EXAMPLES = DOCS / "examples"
 
 
 def everything_kept() -> Plan:

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from keepless import api
 from keepless.capture import Inputs
 from keepless.cli.models import Built, Recipe, build
-from keepless.measure import StepMeter, nbytes_of
+from keepless.measure import StepMeter
 from keepless.modules.blocks import find_blocks
 
 CHECKPOINT = "checkpoint"
@@ -60,9 +60,9 @@ def metered_step(built: Built, accumulate: int, *, is_metered: bool) -> tuple[fl
     """One step; its loss, its seconds, and its highest bytes where they are measured: those of the model, its
     optimizer and the batch, and what the step allocates."""
     device = next(built.model.parameters()).device
-    meter = StepMeter(device)
+    meter = StepMeter(device, is_alone=True)
     if is_metered:
-        built.model.zero_grad()  # the step does so too, and frees of what stands before are not seen
+        built.model.zero_grad()  # the step does so too: what it would free is not told
         optimizer = built.optimizer
         state = [] if optimizer is None else [item for held in optimizer.state.values() for item in held.values()]
         inputs = Inputs.of(built.batch)
@@ -71,7 +71,7 @@ def metered_step(built: Built, accumulate: int, *, is_metered: bool) -> tuple[fl
             *built.model.buffers(),
             *(item for item in (*state, *inputs.args, *inputs.kwargs.values()) if isinstance(item, torch.Tensor)),
         )
-        meter.begin(nbytes_of(standing, device))
+        meter.begin(standing)
     loss, seconds = train_step(built, accumulate)
     return loss, seconds, meter.end() if meter.is_running else None
 

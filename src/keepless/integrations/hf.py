@@ -154,15 +154,15 @@ class KeeplessCallback(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         """One step after the first is measured."""
-        if self._meter is not None and self.plan is not None and self.measured_peak is None:
-            self._meter.begin(self._standing())
+        if self._meter is not None and self.plan is not None:
+            self._meter.begin(*self._standing())
 
     def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         """Reads the meter, if it runs."""
         if self._meter is not None and self._meter.is_running:
-            self.measured_peak = self._meter.end()
-            if self.plan is not None:
-                self.plan.measured_peak = self.measured_peak
+            peak = self._meter.end()
+            if self.plan is not None and peak is not None:
+                self.plan.measured_peak = self.measured_peak = peak
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **others: Any) -> None:
         """`memory/*` stand in the first logs after the plan is made, and what has changed in later ones."""
@@ -174,6 +174,11 @@ class KeeplessCallback(TrainerCallback):
         logs.update(news)
         if state.log_history:  # the Trainer has written its row before it asks callbacks
             state.log_history[-1].update(news)
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        """What an evaluation does is not watched."""
+        if self._meter is not None:
+            self._meter.abort()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         """The model is as it was."""
@@ -214,20 +219,20 @@ class KeeplessCallback(TrainerCallback):
             keepless.remove(model)
         self._model = None
 
-    def _standing(self) -> int:
-        """Bytes on the device between two steps."""
+    def _standing(self) -> tuple[list[torch.Tensor | None], int]:
+        """What stands on the device between two steps, as tensors and as bytes of others."""
         model = self._model() if self._model is not None else None
         optimizer = self._optimizer() if self._optimizer is not None else None
-        plan, meter = self.plan, self._meter
-        if model is None or plan is None or meter is None:
-            return 0
+        plan = self.plan
+        if model is None or plan is None:
+            return [], 0
         tensors: list[torch.Tensor | None] = [*model.parameters(), *model.buffers()]
         tensors += [p.grad for p in model.parameters()]
         for entries in optimizer.state.values() if optimizer is not None else ():
             tensors += [entry for entry in entries.values() if isinstance(entry, torch.Tensor)]
         # The batches of the step are the Trainer's; what is outside is an input of the graph, too.
         inputs = sum(value.nbytes for value in plan.graph.values if value.kind is Kind.INPUT)
-        return nbytes_of(tensors, meter.device) + inputs
+        return tensors, inputs
 
 
 def _tensors(inputs: Inputs) -> list[torch.Tensor]:

@@ -25,7 +25,7 @@ from keepless.integrations.first_call import LossOf, beside, put_back, tensors_i
 from keepless.integrations.loggers import log_plan
 from keepless.ir import parse_bytes
 from keepless.machine import Plan
-from keepless.measure.running import StepMeter, nbytes_of
+from keepless.measure.running import StepMeter
 from keepless.modules.lazy import LazyForward
 
 _PACKAGES = ("lightning", "pytorch_lightning")
@@ -132,7 +132,7 @@ class KeeplessCallback(_Callback):  # type: ignore[misc]
                 parameter.grad = None
         if self.model is not None:
             if self._meter is not None and (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
-                self._meter.begin(self._standing(trainer, pl_module, batch))
+                self._meter.begin(*self._standing(trainer, pl_module, batch))
             return
         self._batch = batch, batch_idx
         self._waiting = self._waiting or wait_in(
@@ -143,10 +143,18 @@ class KeeplessCallback(_Callback):  # type: ignore[misc]
         """Reads the meter, if it runs; tells the loggers of a plan that was measured, or is not to be."""
         self._stop_waiting()
         if self._meter is not None and self._meter.is_running and self.plan is not None:
-            self.measured_peak = self.plan.measured_peak = self._meter.end()
-            self._meter = None
+            peak = self._meter.end()
+            if peak is not None:
+                self.measured_peak = self.plan.measured_peak = peak
+            if self._meter.is_over:
+                self._meter = None
         if self._meter is None:
             self._tell(trainer)
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        """What an evaluation does is not watched."""
+        if self._meter is not None:
+            self._meter.abort()
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Takes the plan out."""
@@ -194,15 +202,13 @@ class KeeplessCallback(_Callback):  # type: ignore[misc]
         self.measured_peak, self._is_told = None, False
         self._meter = StepMeter(trainer.strategy.root_device) if self.measure else None
 
-    def _standing(self, trainer: Any, pl_module: Any, batch: Any) -> int:
-        """Bytes on the device between two steps, the batch's among them."""
+    def _standing(self, trainer: Any, pl_module: Any, batch: Any) -> tuple[list[torch.Tensor | None], int]:
+        """What stands on the device between two steps, the batch among it; bytes beside it."""
         tensors = [*pl_module.parameters(), *pl_module.buffers(), *(p.grad for p in pl_module.parameters())]
         for optimizer in trainer.optimizers:
             tensors += [t for entries in optimizer.state.values() for t in tensors_in(entries)]
         outside = self.options.get("outside", 0)
-        return nbytes_of([*tensors, *tensors_in(batch)], trainer.strategy.root_device) + (
-            outside and parse_bytes(outside)
-        )
+        return [*tensors, *tensors_in(batch)], parse_bytes(outside) if outside else 0
 
     def _tell(self, trainer: Any) -> None:
         """The loggers get a plan once."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 from collections.abc import Iterable
 from typing import Any
@@ -12,8 +11,7 @@ import torch
 from keepless._compat import storage_key
 from keepless.errors import MeasureError
 from keepless.measure import innermost, optimizer_footprint
-
-_PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+from keepless.measure.running import is_own, reachable_tensors
 
 
 def optimizers_of(model: torch.nn.Module) -> tuple[torch.optim.Optimizer | None, list[torch.optim.Optimizer]]:
@@ -40,22 +38,16 @@ class Standing:
 
     Attributes:
         nbytes: all of them.
-        outputs: of tensors that ops with a gradient made: what a script holds of the step before. 0 on CUDA.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         if device.type == "cuda":
             self.nbytes = torch.cuda.memory_allocated(device)
-            self.outputs = 0
             self._storages: dict[int, int] = {}
             return
-        things = [thing for thing in gc.get_objects() if type(thing) in _PLAIN]
-        made = [thing for thing in things if thing.grad_fn is not None]
-        self._storages = _storages(things, device)
+        self._storages = _storages(reachable_tensors(device), device)
         self.nbytes = sum(self._storages.values())
-        others = _storages((thing for thing in things if thing.grad_fn is None), device)
-        self.outputs = sum(nbytes for key, nbytes in _storages(made, device).items() if key not in others)
 
     def beside(
         self, model: torch.nn.Module, inputs: Iterable[torch.Tensor], optimizer: torch.optim.Optimizer | None
@@ -71,20 +63,8 @@ class Standing:
 
 def _storages(things: Iterable[Any], device: torch.device) -> dict[int, int]:
     """Bytes of each storage on a device, once; what is no tensor is left out."""
-    found: dict[int, int] = {}
-    for thing in things:
-        if isinstance(thing, torch.Tensor):
-            with contextlib.suppress(RuntimeError, NotImplementedError):  # a wrapper without memory of its own
-                if _is_on(thing, device):
-                    found[storage_key(thing)] = thing.untyped_storage().nbytes()
-    return found
-
-
-def _is_on(tensor: Any, device: torch.device) -> bool:
-    """Whether a tensor stands on a device in memory of torch's own: not in a mapped file, say."""
-    if tensor.device.type != device.type or tensor.layout is not torch.strided:
-        return False
-    return device.type != "cpu" or bool(tensor.untyped_storage().resizable())
+    own = (thing for thing in things if isinstance(thing, torch.Tensor) and is_own(thing, device))
+    return {storage_key(thing): thing.untyped_storage().nbytes() for thing in own}
 
 
 def coming_nbytes(model: torch.nn.Module, others: Iterable[torch.optim.Optimizer], device: torch.device) -> int:
