@@ -45,6 +45,18 @@ CASES: dict[Any, tuple[tuple[Any, ...], dict[str, Any]]] = {
     aten.select.int: ((A, 0, 1), {}),
     aten.copy_.default: ((A, B), {}),
     aten.split.Tensor: ((A, 2, 1), {}),
+    **{op: ((A, B), {"out": torch.zeros(3, 4)}) for op in (aten.add.out, aten.sub.out, aten.mul.out, aten.div.out)},
+    aten.pow.Tensor_Scalar: ((A, 3), {}),
+    aten.pow_.Scalar: ((A, 3), {}),
+    aten.where.self: ((A > 0, A, B), {}),
+    aten.gelu.default: ((A,), {"approximate": "tanh"}),
+    aten.masked_fill.Scalar: ((A, A > 0, -1.5), {}),
+    aten.native_group_norm.default: ((X4, M[:3, 0], M[:3, 1], 2, 3, 25, 3, 1e-5), {}),
+    aten.baddbmm.default: ((M[None, :3], A[None], M[None]), {"beta": 0.5, "alpha": 2}),
+    aten._softmax.default: ((A, -1, False), {}),
+    aten._log_softmax.default: ((A, 1, False), {}),
+    aten._softmax_backward_data.default: ((A, B, -1, torch.float32), {}),
+    aten._log_softmax_backward_data.default: ((A, B, -1, torch.float32), {}),
 }
 
 

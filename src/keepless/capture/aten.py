@@ -5,8 +5,8 @@ Every form here gives the same bits as the op that it stands for; `tests/cpu/tes
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -134,6 +134,23 @@ argument. It saves a copy of the logits, or of the attention scores, where they 
 """
 
 
+@dataclass(frozen=True)
+class Into:
+    """An op that writes its result over one of its arguments, by its out= form.
+
+    Arguments:
+        op: the form; `name` is its out argument's.
+        position: of the argument that is written.
+    """
+
+    op: Any
+    name: str
+    position: int
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.op(*args, **kwargs, **{self.name: args[self.position]})
+
+
 def in_place_forms(target: Any, args: tuple[Any, ...], num_dims: int, device: str) -> dict[int, Callable[..., Any]]:
     """Argument position -> callable with the op's own arguments that writes its result over that argument.
 
@@ -147,18 +164,14 @@ def in_place_forms(target: Any, args: tuple[Any, ...], num_dims: int, device: st
     if target in _ROWWISE and device == "cpu":
         out_op, name, place = _ROWWISE[target]
         if args[place] in (-1, num_dims - 1) and num_dims > 0:
-            forms[0] = functools.partial(_call_out, out_op, name, 0)
+            forms[0] = Into(out_op, name, 0)
     if target in _INPLACE:
         forms[0] = _INPLACE[target]
     if target in _OUT:
         out_op, name, positions = _OUT[target]
         for position in positions:
-            forms.setdefault(position, functools.partial(_call_out, out_op, name, position))
+            forms.setdefault(position, Into(out_op, name, position))
     return forms
-
-
-def _call_out(out_op: Any, name: str, position: int, *args: Any, **kwargs: Any) -> Any:
-    return out_op(*args, **kwargs, **{name: args[position]})
 
 
 def draws_random(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -35,6 +35,7 @@ import torch
 
 from keepless import _compat
 from keepless.binding import Binding, Call, OpCode, Ref, slots_of
+from keepless.capture.aten import Into
 from keepless.capture.outs import OutForm, Overload
 from keepless.errors import StaleTensorError
 from keepless.execute.direct import direct
@@ -173,10 +174,13 @@ class _Writer:
         return self.named(item, "c")
 
     def call(self, call: Call) -> str:
-        target = direct(call.target)
+        target = call.target
         parts = [self.expression(arg) for arg in call.args]
         parts += [f"{key}={self.expression(value)}" for key, value in call.kwargs.items()]
-        return f"{self.named(target, 'f')}({', '.join(parts)})"
+        if isinstance(target, Into):  # without its own call around the op
+            parts.append(f"{target.name}={parts[target.position]}")
+            target = target.op
+        return f"{self.named(direct(target), 'f')}({', '.join(parts)})"
 
     def ensure(self, call: Call) -> None:
         """Emits the views that a call reads and that do not stand yet."""

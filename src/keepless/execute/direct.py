@@ -19,6 +19,14 @@ aten = torch.ops.aten
 _C = _compat.functions
 _T = torch.Tensor
 
+_BY_NAME = {
+    "_softmax": aten._softmax.default,
+    "_log_softmax": aten._log_softmax.default,
+    "_softmax_backward_data": aten._softmax_backward_data.default,
+    "_log_softmax_backward_data": aten._log_softmax_backward_data.default,
+}
+"""Names among torch's bindings, where a release has them."""
+
 DIRECT: dict[Any, Callable[..., Any]] = {
     aten.add.Tensor: torch.add,
     aten.sub.Tensor: torch.sub,
@@ -57,6 +65,21 @@ DIRECT: dict[Any, Callable[..., Any]] = {
     aten.select.int: torch.select,
     aten.detach.default: _T.detach,
     aten.split.Tensor: getattr(_C, "split", aten.split.Tensor),
+    aten.add.out: torch.add,
+    aten.sub.out: torch.sub,
+    aten.mul.out: torch.mul,
+    aten.div.out: torch.div,
+    aten.pow.Tensor_Scalar: torch.pow,
+    aten.pow_.Scalar: _T.pow_,
+    aten.where.self: torch.where,
+    aten.sin.default: torch.sin,
+    aten.cos.default: torch.cos,
+    aten.sqrt.default: torch.sqrt,
+    aten.gelu.default: torch.nn.functional.gelu,
+    aten.masked_fill.Scalar: _T.masked_fill,
+    aten.native_group_norm.default: torch.native_group_norm,
+    aten.baddbmm.default: torch.baddbmm,
+    **{op: getattr(_C, name) for name, op in _BY_NAME.items() if hasattr(_C, name)},
 }
 """Overload -> callable with the same arguments."""
 
