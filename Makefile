@@ -72,10 +72,11 @@ types: $(VENV)/.ready
 imports: $(VENV)/.ready
 	$(BIN)/lint-imports
 
-# Files of tests are handed to so many processes as these become free; each computes with one thread.
+# Files of tests are handed to so many processes as these become free, the long ones first (tests/cpu/conftest.py); each
+# computes with one thread.
 WORKERS ?= 2
 PYTEST := -m pytest -q --durations=10
-SPREAD := --numprocesses $(WORKERS) --dist loadfile
+SPREAD := --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 test test-all test-fast test-pure: export OMP_NUM_THREADS := 1
 
 # The half below the torch line, in an environment that has no torch.

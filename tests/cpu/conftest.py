@@ -30,6 +30,16 @@ CONFIG = {
 }
 
 
+LONG = ("zoo", "demo", "peers", "card_benchmark", "fits", "cli_fits", "gpu_benchmark", "growth", "cli_all", "docs", "chunked_loss")
+"""Files that take a minute or more: handed out first, so that no process is left with one of them at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The long files first."""
+    long = {f"test_{name}.py": place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: long.get(item.path.name, len(LONG)))
+
+
 @pytest.fixture(autouse=True)
 def _alike() -> Iterator[None]:
     threads = torch.get_num_threads()

@@ -132,7 +132,7 @@ def test_what_cannot_be_captured_is_no_answer(invoke: Invoke) -> None:
     "words",
     [
         [],
-        ["--release-outputs", "--rewrite", "optimizer_in_backward"],
+        pytest.param(["--release-outputs", "--rewrite", "optimizer_in_backward"], marks=pytest.mark.exhaustive),
         pytest.param(["--accumulate", "--outside", "100KiB"], marks=pytest.mark.exhaustive),
         pytest.param(["--rewrite", "chunked_loss", "--optimizer", "sgd"], marks=pytest.mark.exhaustive),
     ],
