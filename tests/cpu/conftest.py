@@ -30,7 +30,19 @@ CONFIG = {
 }
 
 
-LONG = ("zoo", "demo", "peers", "card_benchmark", "fits", "cli_fits", "gpu_benchmark", "growth", "cli_all", "docs", "chunked_loss")
+LONG = (
+    "zoo",
+    "demo",
+    "peers",
+    "card_benchmark",
+    "fits",
+    "cli_fits",
+    "gpu_benchmark",
+    "growth",
+    "cli_all",
+    "docs",
+    "chunked_loss",
+)
 """Files that take a minute or more: handed out first, so that no process is left with one of them at the end."""
 
 

@@ -38,7 +38,9 @@ def state_of(model: nn.Module) -> list[torch.Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "budget"), [("gpt2", "6MiB"), pytest.param("convnet", "4MiB", marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize(
+    ("kind", "budget"), [("gpt2", "6MiB"), pytest.param("convnet", "4MiB", marks=pytest.mark.exhaustive)]
+)
 def test_the_largest_batch_trains_within_the_budget(
     kind: str, budget: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
