@@ -133,6 +133,42 @@ def test_a_step_that_ends_half_way_names_what_it_came_to(tmp_path: Path, monkeyp
     assert document["optimizer"]["updated"] == names[:2]  # type: ignore[index]
 
 
+def test_what_a_whole_step_changes_is_looked_at_until_it_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also after many steps, and anew where another parameter gets state: torn steps are told alike."""
+    model, optimizer = make({"foreach": False})
+    names = [name for name, _ in model.named_parameters()]
+    params = list(model.parameters())
+    apply(model, optimizer, tmp_path)
+    looks: list[int] = []
+    own = guarding._changes
+    monkeypatch.setattr(guarding, "_changes", lambda *two: [looks.append(1), own(*two)][1])
+
+    def step(fails_at: int = 0) -> None:
+        optimizer.zero_grad()
+        model(BATCH).backward()
+        params[-1].grad = params[-1].grad if has_last else None
+        with monkeypatch.context() as patch:
+            if fails_at:
+                failing_at("addcdiv_", fails_at, patch)
+            optimizer.step()
+
+    has_last = False
+    for _ in range(5):
+        step()
+    assert len(looks) == 3  # the first makes state, the second is a whole one, the third the same
+    with pytest.raises(keepless.TornStep) as caught:
+        step(2)
+    assert (caught.value.updated, caught.value.half_updated) == ((names[0],), (names[1],))
+    looks.clear()
+    has_last = True
+    for _ in range(5):
+        step()
+    assert len(looks) == 2  # from the step on that finds the new state
+    with pytest.raises(keepless.TornStep) as caught:
+        step(len(names))
+    assert (caught.value.updated, caught.value.half_updated) == (tuple(names[:-1]), (names[-1],))
+
+
 def test_a_first_step_that_ends_half_way_takes_nothing_for_complete(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

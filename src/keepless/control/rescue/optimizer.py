@@ -46,7 +46,8 @@ class OptimizerGuard:
         self.state_nbytes, self.scratch_nbytes = _footprint(innermost(optimizer), survival)
         self._known = -1
         self._missing = 0
-        self._whole: _Versions | None = None
+        self._whole: _Versions | None = None  # what a whole step changes
+        self._settled = False  # the last two whole steps changed the same
         self._handle: Any = None
         self._step: Any = None
         self._before: Any = None
@@ -85,7 +86,7 @@ class OptimizerGuard:
         if not params:
             return
         if len(optimizer.state) != self._known:  # the first step, mostly
-            self._known = len(optimizer.state)
+            self._known, self._settled = len(optimizer.state), False
             self._missing = max(0, self.state_nbytes - _present(optimizer))
         needed = self._missing + self.scratch_nbytes
         sizes = _like_parameters(params, needed)
@@ -135,7 +136,9 @@ class OptimizerGuard:
             error.__traceback__ = None  # it holds the temporaries of the step
             changes = _changes(before, _versions(optimizer, params))
             raise self._torn(optimizer, params, changes, error) from error
-        self._whole = _changes(before, _versions(optimizer, params))
+        if not self._settled or self._whole is None or len(self._whole) != len(before):
+            changes = _changes(before, _versions(optimizer, params))
+            self._settled, self._whole = changes == self._whole, changes
         return result
 
     def _torn(
@@ -240,10 +243,11 @@ def _like_parameters(params: Sequence[torch.Tensor], nbytes: int) -> list[int]:
 
 
 def _versions(optimizer: torch.optim.Optimizer, params: Sequence[torch.Tensor]) -> _Versions:
-    state = optimizer.state
+    state: Any = optimizer.state  # a defaultdict: asked for without making entries
+    own = [state.get(p) or {} for p in params]
     return [
-        (p._version, {k: t._version for k, t in state[p].items() if isinstance(t, torch.Tensor)} if p in state else {})
-        for p in params
+        (p._version, {key: t._version for key, t in items.items() if isinstance(t, torch.Tensor)})
+        for p, items in zip(params, own, strict=True)
     ]
 
 
