@@ -152,6 +152,50 @@ def test_of_several_models_the_first_or_the_named_one_is_planned(invoke: Invoke,
         assert 0.9 < answer["measured_peak"] / answer["plan"]["predicted_peak"] <= 1
 
 
+PAIR = """
+from nets import *
+
+
+def main():
+    torch.manual_seed(0)
+    nets = {"enc": torch.nn.Sequential(Net(8)), "dec": torch.nn.Sequential(torch.nn.Linear(8, 1024), Net(32))}
+    nets["dec"][1].blocks[0].norm = torch.nn.Linear(1024, 32)
+    nets["dec"][1].blocks[0].forward = lambda x, block=nets["dec"][1].blocks[0]: block.inner(block.norm(x))
+    optimizer = torch.optim.Adam([p for net in nets.values() for p in net.parameters()])
+    for step in range(4):
+        x = torch.randn(64, 32)
+        optimizer.zero_grad()
+        loss = (nets["dec"](nets["enc"](x)) - x).square().mean()
+        loss.backward()
+        optimizer.step()
+        print(loss.item().hex())
+    print(digest(*nets.values()))
+
+
+main()
+"""
+
+
+@pytest.mark.slow
+def test_two_models_with_one_optimizer(invoke: Invoke) -> None:
+    """Gradients and state of the second one's parameters count; what it keeps counts once, as the loss's."""
+    write(pair=PAIR)
+    expected = plainly("pair.py")
+    gc.collect()
+    done = invoke("run", "pair.py", "-b", "64MiB", "--json", "run.json")
+    assert done.exit_code == 0, done.output
+    assert done.stdout == expected
+    answer = json.loads(Path("run.json").read_text())
+    assert answer["model_name"] == "nets['enc']"
+    assert [one["name"] for one in answer["left_alone"]] == ["nets['dec']"]
+    assert answer["measured_peak"] == pytest.approx(answer["plan"]["predicted_peak"], rel=0.1)
+    small = answer["plan"]["predicted_peak"] // 4
+    done = invoke("run", "pair.py", "-b", str(small), "--json", "run.json")
+    assert done.exit_code == 3
+    error = json.loads(Path("run.json").read_text())["error"]
+    assert error["type"] == "InfeasibleBudget"
+
+
 @pytest.mark.slow
 def test_a_model_that_is_called_after_the_plan_was_made_is_told(invoke: Invoke) -> None:
     """What the maker keeps stands beside the judge's later calls: in words, with the --outside that counts it."""

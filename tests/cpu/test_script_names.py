@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from keepless.scripts.naming import Called, called, name_of, stands_at
-from keepless.scripts.others import Unforeseen, modules_beside
+from keepless.scripts.others import Unforeseen, modules_beside, rest_of
 
 
 class Trainer:
@@ -68,6 +68,21 @@ def test_modules_beside_a_model() -> None:
     found = modules_beside(model, [torch.optim.SGD(params, lr=1.0)])
     assert {id(module) for module in found} == {id(other), id(listed)}
     assert len(both) == 4
+
+
+def test_what_an_optimizer_needs_for_parameters_of_others() -> None:
+    """Their gradients and state, as far as they are not there, and the temporaries of their step."""
+    model, other = torch.nn.Linear(16, 16), torch.nn.Linear(64, 64, bias=False)
+    adam = torch.optim.Adam([*model.parameters(), *other.parameters()])
+    nbytes = 4 * 64 * 64
+    coming, scratch = rest_of(model, adam, torch.device("cpu"))
+    assert 3 * nbytes <= coming <= 3 * nbytes + 64  # the gradient, two moments and the count of steps
+    assert scratch > 0
+    sum(layer(torch.ones(2, layer.in_features)).sum() for layer in (model, other)).backward()
+    adam.step()
+    assert rest_of(model, adam, torch.device("cpu"))[0] == 0
+    assert rest_of(model, torch.optim.Adam(model.parameters()), torch.device("cpu")) == (0, 0)
+    assert rest_of(model, None, torch.device("cpu")) == (0, 0)
 
 
 def test_what_a_module_keeps_is_told_once_with_its_bytes() -> None:

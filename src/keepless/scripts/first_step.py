@@ -28,7 +28,7 @@ from keepless.reporting.account import phase_instructions
 from keepless.scripts.deferred import Deferred, calls_reached, is_rerun, rerun
 from keepless.scripts.losses import StandIn, Watch, see
 from keepless.scripts.naming import Called, called, stands_at
-from keepless.scripts.others import Unforeseen, modules_beside
+from keepless.scripts.others import Unforeseen, gradients_to_come, modules_beside, rest_of
 from keepless.scripts.surroundings import Standing, coming_nbytes, optimizers_of
 from keepless.scripts.wish import Wish
 
@@ -128,6 +128,8 @@ class FirstStep:
             self._meet(inner)
         if not torch.is_grad_enabled() or torch.compiler.is_compiling() or not self._is_wanted(inner, depth):
             return own(module, *args, **kwargs)
+        if id(inner) not in self._names:  # a named one that stands inside another
+            self._names[id(inner)] = called(inner)
         self._inside.depth = depth + 1
         try:
             if self.wish.plan is not None:
@@ -196,8 +198,6 @@ class FirstStep:
 
         call = Deferred(inner, forward)
         key = id(inner)
-        if key not in self._names:  # a named one that stands inside another
-            self._names[key] = called(inner)
         if key not in self._standing:
             self._standing[key] = Standing(call.device)
         if self._watch is not None and self._watched == key:
@@ -258,8 +258,11 @@ class FirstStep:
                 "counts."
             )
         try:
-            seen = self._see(own[-1], nodes[own[-1]], roots, gradients, allocated)
-            self._plan(own, seen, standing)
+            after = _leading_to(own, nodes)
+            optimizer, rest = optimizers_of(chosen)
+            elsewhere = gradients_to_come({call.module for call in after}, [optimizer, *rest])
+            seen = self._see(own[-1], nodes[own[-1]], roots, gradients, allocated, elsewhere)
+            self._plan(own, seen, standing, after, optimizer, rest)
         except KeeplessError as error:
             self._fail(error)
 
@@ -270,11 +273,18 @@ class FirstStep:
         roots: Sequence[Any],
         gradients: Sequence[Any],
         allocated: tuple[int, int] | None,
+        elsewhere: int,
     ) -> StandIn:
         """The script's loss of a call, as planning needs it."""
         edges = [GradientEdge(node, number) for number in range(len(call.like))]
         seen = see(
-            roots, gradients, edges, call.like, call.device, allocated if self._watched == id(call.module) else None
+            roots,
+            gradients,
+            edges,
+            call.like,
+            call.device,
+            allocated if self._watched == id(call.module) else None,
+            elsewhere,
         )
         reached = [
             (position, call.like[number], grad)
@@ -288,25 +298,37 @@ class FirstStep:
             seen,
         )
 
-    def _plan(self, own: list[Deferred], loss: StandIn, standing: Standing) -> None:
+    def _plan(
+        self,
+        own: list[Deferred],
+        loss: StandIn,
+        standing: Standing,
+        after: set[Deferred],
+        optimizer: torch.optim.Optimizer | None,
+        others: Sequence[torch.optim.Optimizer],
+    ) -> None:
         """Plans a model for the step that its last call begins, and puts the plan in.
 
         Arguments:
             own: its calls that stand before the backward.
+            after: calls of others that took its outputs: what they need was seen as the loss's.
+            optimizer, others: that steps it, and that step others.
         """
         call = own[-1]
         model = call.module
         inputs = call.inputs
-        optimizer, others = optimizers_of(model)
         if optimizer is None:
             self.tell(f"no optimizer steps {self._name(model)} yet: none is counted in the plan.")
         outside = self.wish.outside + standing.beside(model, tensors_of(inputs), optimizer) + call.held_nbytes
-        outside += coming_nbytes(model, others, call.device)
-        outside += self._kept_beside(own, modules_beside(model, others if optimizer is None else [optimizer, *others]))
+        coming, stepping = rest_of(model, optimizer, call.device)
+        outside += coming + coming_nbytes(model, others, call.device)
+        beside = modules_beside(model, others if optimizer is None else [optimizer, *others])
+        outside += self._kept_beside(own, beside, after)
         if outside:
             self.tell(f"{format_bytes(outside)} on the device are not the model's, and count.")
         budget = self.wish.budget
         assert budget is not None
+        stepped_peak = 0
         with self._progress() as progress, call.as_called():
 
             def planned(more: int) -> tuple[Plan, int]:
@@ -321,10 +343,21 @@ class FirstStep:
                     progress=progress,
                     **self.wish.options,
                 )
-                over = _forward_peak(plan) + call.output_nbytes - plan.budget.limits["device"]
+                limit = plan.budget.limits["device"]
+                step_peak = _peak_in(plan, "optimizer") + stepping if stepping else 0
+                if step_peak - more > limit:
+                    raise _step_too_large(optimizer, stepping, step_peak - more, limit)
+                over = _peak_in(plan, "forward") + call.output_nbytes - limit
+                nonlocal stepped_peak
+                stepped_peak = step_peak - more
                 return plan, max(more + over, (len(own) - 1) * _held_between(plan))
 
             plan = self._with_room(planned)
+        if stepped_peak > plan.predicted_peak:
+            self.tell(
+                f"the step of {type(optimizer).__name__}, with the parameters of others, is predicted to reach "
+                f"{format_bytes(stepped_peak)}: above the plan's peak, within the budget."
+            )
         self._apply(model, plan, optimizer)
 
     def _with_room(self, planned: Callable[[int], tuple[Plan, int]]) -> Plan:
@@ -356,16 +389,22 @@ class FirstStep:
         self.tell(f"{format_bytes(most)} of the bytes outside are for what other calls keep, and the step before.")
         raise failed
 
-    def _kept_beside(self, own: list[Deferred], modules: Sequence[torch.nn.Module]) -> int:
-        """Bytes that the script's other models keep for their backward, of those that were called; all are named."""
+    def _kept_beside(self, own: list[Deferred], modules: Sequence[torch.nn.Module], after: set[Deferred]) -> int:
+        """Bytes that the script's other models keep for their backward, of those that were called; all are named.
+
+        Arguments:
+            after: calls whose bytes count elsewhere.
+        """
         alive = [call for ref in self._calls if (call := ref()) is not None]
         first = alive.index(own[0])
         modules = list(modules)
         kept: dict[int, int] = {}
+        total = 0
         for number, call in enumerate(alive):
             if call.module is not own[0].module:
                 nbytes = call.kept_nbytes + (call.edge_nbytes if number > first else 0)
                 kept[id(call.module)] = kept.get(id(call.module), 0) + nbytes
+                total += 0 if call in after else nbytes
                 if not any(part is call.module for module in modules for part in module.modules()):
                     modules.append(call.module)
         for module in modules:
@@ -379,7 +418,7 @@ class FirstStep:
             elif name.place:
                 what = "what it kept when this backward began counts as the loss's"
             self.tell(f"{name} trains as it is; {what}. --model-path {name.path} plans it instead.")
-        return sum(kept.values())
+        return total
 
     def _apply(self, model: torch.nn.Module, plan: Plan, optimizer: torch.optim.Optimizer | None) -> None:
         api.apply(
@@ -432,10 +471,30 @@ class FirstStep:
         self.tell(f"the script goes on WITHOUT a plan: {error}")
 
 
-def _forward_peak(plan: Plan) -> int:
-    """Predicted highest bytes in the forward, in which the script may still hold the outputs of the step before."""
-    first, last = phase_instructions(plan).get("forward", (0, -1))
+def _peak_in(plan: Plan, phase: str) -> int:
+    """Predicted highest bytes in a phase: in the forward the script may still hold the outputs of the step before, and
+    the optimizer may step parameters of others, too."""
+    first, last = phase_instructions(plan).get(phase, (0, -1))
     return max((event.peak for event in plan.predicted.events[first : last + 1]), default=0)
+
+
+def _leading_to(own: Sequence[Deferred], nodes: dict[Deferred, Any]) -> set[Deferred]:
+    """Those calls whose graph leads to one of a model's own."""
+    others = [call for call in nodes if call.module is not own[0].module]
+    return {call for call in others if any(found in own for _, found in calls_reached([GradientEdge(nodes[call], 0)]))}
+
+
+def _step_too_large(optimizer: Any, stepping: int, needed: int, limit: int) -> InfeasibleBudget:
+    """What is said of a budget that an optimizer of several models does not fit."""
+    name = type(optimizer).__name__
+    return InfeasibleBudget(
+        f"The budget {format_bytes(limit)} ({limit} bytes) is too small for the step of {name}, which steps parameters "
+        f"of other modules, too: it needs {format_bytes(needed)} ({needed} bytes), {format_bytes(stepping)} of them "
+        "for theirs. An optimizer for each model, or foreach=False, needs less.",
+        smallest_budget=needed,
+        bound=needed,
+        blocking=f"the step of {name}",
+    )
 
 
 def _held_between(plan: Plan) -> int:

@@ -73,6 +73,7 @@ def see(
     outputs: Sequence[torch.Tensor],
     device: torch.device,
     allocated: tuple[int, int] | None,
+    elsewhere: int = 0,
 ) -> SeenLoss:
     """Runs the loss's backward down to the model's outputs; the graph stays for the script's own.
 
@@ -82,6 +83,7 @@ def see(
         outputs: tensors like those there; on the meta device, say.
         device: of the outputs.
         allocated: what `Watch.stop` gave.
+        elsewhere: bytes that this backward makes, and that are counted already: gradients of other models' parameters.
     """
     found: list[Any] = []
 
@@ -97,7 +99,7 @@ def see(
     size = sum(t.numel() * t.element_size() for t in outputs)
     held, highest = allocated if allocated is not None else (UNKNOWN * size, UNKNOWN * size)
     # The first step has the outputs twice, the script's and those of the call that is run again.
-    return SeenLoss(max(highest, held + max(0, used - sent), size), 2 * seconds, tuple(found))
+    return SeenLoss(max(highest, held + max(0, used - sent - elsewhere), size), 2 * seconds, tuple(found))
 
 
 class StandIn:

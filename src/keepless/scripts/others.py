@@ -11,6 +11,8 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from keepless.control.parts.module_steps import uncompiled
+from keepless.errors import MeasureError
+from keepless.measure import optimizer_footprint
 from keepless.scripts.naming import Called, called
 
 
@@ -64,6 +66,35 @@ def modules_beside(model: torch.nn.Module, optimizers: Iterable[torch.optim.Opti
         for key, module in found.items()
         if key not in inner and not isinstance(module, (torch.nn.ModuleList, torch.nn.ModuleDict))
     ]
+
+
+def rest_of(model: torch.nn.Module, optimizer: torch.optim.Optimizer | None, device: torch.device) -> tuple[int, int]:
+    """Bytes of the parameters of others that a model's own optimizer steps, too: gradients and state that are not there
+    yet, and the temporaries of their step."""
+    own = {id(parameter) for parameter in model.parameters()}
+    groups = [] if optimizer is None else optimizer.param_groups
+    rest = [
+        parameter
+        for group in groups
+        for parameter in group["params"]
+        if parameter.requires_grad and parameter.device.type == device.type and id(parameter) not in own
+    ]
+    if optimizer is None or not rest:
+        return 0, 0
+    coming = sum(p.numel() * p.element_size() for p in rest if p.grad is None)
+    try:
+        footprint = optimizer_footprint(optimizer, rest)
+    except MeasureError:
+        return coming, 0
+    return coming + (footprint.missing_nbytes or 0), footprint.scratch_nbytes
+
+
+def gradients_to_come(modules: Iterable[torch.nn.Module], optimizers: Iterable[torch.optim.Optimizer | None]) -> int:
+    """Bytes of gradients that are not there yet, of parameters of these modules that an optimizer steps."""
+    groups = [group for optimizer in optimizers if optimizer is not None for group in optimizer.param_groups]
+    stepped = {id(parameter) for group in groups for parameter in group["params"]}
+    params = {id(p): p for module in modules for p in module.parameters() if id(p) in stepped}
+    return sum(p.numel() * p.element_size() for p in params.values() if p.requires_grad and p.grad is None)
 
 
 class Unforeseen:
