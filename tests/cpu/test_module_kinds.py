@@ -112,5 +112,6 @@ def test_neither_the_model_nor_what_it_has_lost_is_held() -> None:
     del model
     gc.collect()
     assert root() is None
-    reader.forget()
+    del reader
+    gc.collect()
     assert rest() is None

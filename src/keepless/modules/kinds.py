@@ -116,10 +116,6 @@ class KindReader:
         own_ways = all(getattr(type(model), name, None) is getattr(own, name) for name in _WALKS)
         self._walks = own_ways and model.__dict__.keys().isdisjoint(_WALKS)
 
-    def forget(self) -> None:
-        """Lets go of the model's modules and parameters."""
-        self._build = None
-
     def __call__(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Key:
         """The same as `step_key`."""
         if not self._walks:  # the model tells in its own way what it is made of

@@ -374,7 +374,6 @@ class PlannedModules(StandingForward):
     def take_out(self) -> None:
         """The model and its modules run their own forwards again."""
         super().take_out()
-        self.kind_of.forget()
         if self.guard is not None:
             self.guard.take_out()
         if self._unwatch is not None:
