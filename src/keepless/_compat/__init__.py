@@ -45,6 +45,7 @@ from keepless._compat.kernels import clear_workspaces as clear_workspaces
 from keepless._compat.kernels import host_outputs as host_outputs
 from keepless._compat.kernels import keep_busy as keep_busy
 from keepless._compat.kernels import suggested_memory_format as suggested_memory_format
+from keepless._compat.tensors import quick_look as quick_look
 
 tree_flatten = pytree.tree_flatten
 tree_leaves = pytree.tree_leaves

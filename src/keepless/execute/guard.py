@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,6 +85,8 @@ class Guard:
         ]
         self._state_facts = [tensor_facts(home[key]) for home, key, _ in self._state]
         order = {slot: i for i, slot in enumerate(wanted)}
+        self._are_as_planned: Callable[[list[torch.Tensor]], bool] | None = None
+        self._looks_left = _MOST_LOOKS
         self._fixed: list[torch.Tensor] = []
         self._plan: list[tuple[int, int]] = []
         for slot in arguments:
@@ -95,6 +97,9 @@ class Guard:
             else:
                 self._plan.append((2, len(self._fixed)))
                 self._fixed.append(binding.constants[slot])
+        # Of each argument among state, constants and the call's leaves, one after the other.
+        begins = (0, len(self._state) + len(self._fixed), len(self._state))
+        self._places = [begins[kind] + index for kind, index in self._plan]
         self._facts = binding.facts
         made = {name for name, _ in binding.grads}
         self._gradless = [] if binding.accumulates else [i for i, name in enumerate(wanted.values()) if name in made]
@@ -165,6 +170,17 @@ class Guard:
         for home, key, index in self._twins:
             if home[key] is not state[index]:
                 return f"{self._state[index][2]} is no longer tied to {key}"
+        if self._are_as_planned is None or not self._are_as_planned(state):
+            reason = self._other_state(state)
+            if reason:
+                return reason
+            self._looks_left -= 1  # where the mode around calls changes each time, they only cost
+            self._are_as_planned = _compat.quick_look(state) if self._looks_left > 0 else None
+        arguments = tuple(map([*state, *self._fixed, *leaves].__getitem__, self._places))
+        return Bound(arguments, tuple([leaves[i] for i, _ in self._tensors]))
+
+    def _other_state(self, state: list[torch.Tensor]) -> str:
+        """What is not as planned of parameters and buffers, in words."""
         if len(set(map(id, state))) != len(state):
             return "two parameters or buffers have become one tensor"
         for tensor, facts, (_, _, name) in zip(state, self._state_facts, self._state, strict=True):
@@ -179,10 +195,7 @@ class Guard:
                 if tensor is None:
                     return f"{name} is None"
                 return _difference(name, _TENSOR_NAMES, tensor_facts(tensor), facts)
-        arguments: tuple[torch.Tensor, ...] = tuple(
-            [state[i] if kind == 0 else leaves[i] if kind == 1 else self._fixed[i] for kind, i in self._plan]
-        )
-        return Bound(arguments, tuple([leaves[i] for i, _ in self._tensors]))
+        return ""
 
     def standing_gradient(self) -> str:
         """What is wrong if gradients stand already and the step has no room for them; else empty."""
@@ -230,6 +243,7 @@ class Guard:
                 home[key] = buffer
 
 
+_MOST_LOOKS = 8
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _LEAVES = frozenset({torch.Tensor, torch.nn.Parameter, bool, int, float, str, type(None)})
 
