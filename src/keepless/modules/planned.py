@@ -11,7 +11,6 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
@@ -27,8 +26,7 @@ from keepless.eager.randomness import Stream
 from keepless.errors import PlanError
 from keepless.execute import Attached, Counters
 from keepless.execute.recovery import LATER, OutOfMemoryHere, cannot_go_on, covers, make_room, tell
-from keepless.ir import Program
-from keepless.machine import Plan
+from keepless.modules.chosen import Chosen
 from keepless.modules.kinds import LEAVES, Key, KindReader, without_constants
 from keepless.modules.recovery import (
     CHANGES,
@@ -53,33 +51,6 @@ _SAME_MEMORY = 1.01
 """The same: so many times the smallest of them at most."""
 _MANY = 8
 """So many kinds of steps that are planned when they come are worth a warning."""
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """The calls that one kind of step recomputes.
-
-    Arguments:
-        baseline: bytes of the step with everything kept; 0 where nothing was planned.
-        segments: calls that run by programs of their own.
-        unseen: blocks that the measured step did not call. Where another step does, the call is recomputed as a whole.
-        plan: that it comes from; None where nothing was planned.
-        program: what it runs in the plan's ops, where that is tighter than the plan's.
-        notches: how much tighter, in notches.
-    """
-
-    sites: frozenset[Site]
-    baseline: int = 0
-    segments: Mapping[Site, Segment] = field(default_factory=dict)
-    unseen: frozenset[str] = frozenset()
-    plan: Plan | None = field(default=None, repr=False, compare=False)
-    program: Program | None = field(default=None, repr=False, compare=False)
-    notches: int = 0
-
-    @property
-    def paths(self) -> list[str]:
-        """Modules of which a call is recomputed or captured."""
-        return sorted({*(site.path for site in (*self.sites, *self.segments)), *self.unseen})
 
 
 _NONE = Chosen(frozenset())

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -21,10 +21,8 @@ from keepless import _compat
 from keepless.eager import randomness
 from keepless.eager.hooks import global_hooks
 from keepless.execute import Note, Survivor
-
-if TYPE_CHECKING:
-    from keepless.modules.kinds import Key
-    from keepless.modules.planned import Chosen
+from keepless.modules.chosen import Chosen
+from keepless.modules.kinds import Key
 
 CHANGES = "forward_changes"
 """Under this name a plan's signature says what the forward was seen to change; empty for nothing but random numbers."""

@@ -35,9 +35,9 @@ from keepless.machine import Baseline, Plan, make_plan, verify
 from keepless.measure import OpCost
 from keepless.modules import composite
 from keepless.modules.blocks import Blocks, find_blocks, parts_of
+from keepless.modules.chosen import Chosen
 from keepless.modules.composite import Composer, Composite, Costed
 from keepless.modules.pieces import Cut, cut_at
-from keepless.modules.planned import Chosen
 from keepless.modules.segments import Segment
 from keepless.modules.sites import Site
 from keepless.modules.survey import Call, Noted, Survey, saved_nbytes, shared_inputs

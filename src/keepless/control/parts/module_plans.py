@@ -49,8 +49,9 @@ from keepless.ir import Phase
 from keepless.machine import Plan, managed_share
 from keepless.measure.steps import increments
 from keepless.modules.blocks import Blocks
+from keepless.modules.chosen import Chosen
 from keepless.modules.kinds import CONSTANT, STRUCTURE, Key, autocast_now, model_key
-from keepless.modules.planned import Chosen, PlannedModules
+from keepless.modules.planned import PlannedModules
 from keepless.modules.recovery import CHANGES, CallSurvivor, streams_of
 from keepless.modules.sites import tensors_in
 from keepless.modules.untouched import Before, untouched

@@ -11,7 +11,7 @@ from keepless.errors import KeeplessError
 from keepless.execute import Note
 from keepless.ir import Program
 from keepless.machine import Plan, simulate
-from keepless.modules.planned import Chosen
+from keepless.modules.chosen import Chosen
 from keepless.modules.recovery import CallFailure
 from keepless.reporting.black_box import describe_phases, describe_plan, describe_timeline, program_fingerprint
 from keepless.solve.notches import Notches
