@@ -12,13 +12,18 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import scripts_text
 import torch
 
+from keepless.cli import running
+from keepless.errors import InfeasibleBudget
 from keepless.ir import format_bytes
+from keepless.scripts.process import Ended
+from keepless.scripts.wish import Wish
 
 Invoke = Callable[..., Any]
 
@@ -258,6 +263,23 @@ def test_infeasible_ends_the_script_with_3_or_lets_it_go_on(invoke: Invoke) -> N
     assert done.exit_code == 0, done.output
     assert done.stdout == plainly("train.py")
     assert "goes on WITHOUT a plan" in done.stderr
+
+
+def test_a_later_step_that_does_not_fit_is_not_called_fitting(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The last line says what ended the script, and not first that the plan before it fits."""
+    plan = SimpleNamespace(engine="graph", measured_peak=None)
+    name = SimpleNamespace(short="Net")
+    first = SimpleNamespace(
+        plan=plan, model=torch.nn.Linear(2, 2), optimizer=None, failure=None, name=name, unforeseen=0
+    )
+    watched: Any = SimpleNamespace(first=first, wish=Wish(budget="1MiB"), meter=None, measured=None)
+    monkeypatch.setattr(running, "verdict", lambda plan: "fits: yes")
+    monkeypatch.setattr(running, "fits", lambda plan: True)
+    error = InfeasibleBudget("too small", smallest_budget=2, bound=1)
+    assert running._conclude(watched, Ended(1, error=error), None) == 3
+    assert capsys.readouterr().err.splitlines()[-1].startswith("keepless: ended by InfeasibleBudget")
 
 
 def test_gradients_that_would_be_lost_are_refused(invoke: Invoke) -> None:

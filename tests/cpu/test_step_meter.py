@@ -6,6 +6,7 @@ import torch
 
 from keepless.measure import StepMeter, nbytes_of
 from keepless.measure.running import MOST_STEPS
+from keepless.scripts.meter import Meter
 
 CPU = torch.device("cpu")
 
@@ -53,6 +54,18 @@ def test_what_stood_before_and_is_freed() -> None:
     assert told == [None, 20000 + 20000 + 12000 + 40000]
 
 
+def test_what_python_cannot_reach() -> None:
+    """What a graph or numpy holds over the step's end stands in the next one, listed or not."""
+    weight, held = torch.ones(5000, requires_grad=True), []
+    meter = StepMeter(CPU)
+    assert meter.begin([weight])
+    held.append((weight * torch.ones(5000)).sum())  # its factor is in no Python object
+    held.append((torch.ones(3000) + 1).numpy())
+    assert meter.end() is None
+    assert meter.begin([weight])
+    assert meter.end() == 20000 + 20000 + 4 + 12000
+
+
 def test_it_gives_up() -> None:
     """Where each step frees what was not seen to come, none is told, and no more are metered; a break begins anew."""
     meter = StepMeter(CPU)
@@ -83,3 +96,26 @@ def test_not_inside_a_profiler_of_the_users() -> None:
         torch.ones(3) + 1
     assert any(event.name == "aten::add" for event in profile.function_events)
     assert not meter.is_running
+
+
+def test_a_script_that_evaluates_after_each_step_is_metered() -> None:
+    """The evaluation between two steps is watched, but is no part of either."""
+    model = torch.nn.Linear(100, 50)
+    optimizer = torch.optim.SGD(model.parameters())
+    batch, large = torch.ones(20, 100), torch.ones(2000, 100)
+    peaks = []
+    for evaluates in (False, True):
+        meter = Meter(model, optimizer)
+        for _ in range(4):
+            optimizer.zero_grad()
+            model(batch).sum().backward()
+            optimizer.step()
+            if evaluates:
+                model.eval()
+                with torch.no_grad():
+                    model(large)
+                model.train()
+        peaks.append(meter.end())
+        assert meter.calls == 4
+    assert peaks[0] is not None
+    assert peaks[0] == peaks[1]

@@ -214,6 +214,8 @@ def _conclude(watched: Watched, ended: Ended, json_file: Path | None) -> int:
             code = code or FAILED
     if ended.error is not None:
         code = code_of(ended.error)
+        if plan is not None:  # it fits as far as it went
+            line = f"ended by {type(ended.error).__name__}, above; the plan until then: {line}"
         print(f"Error: {words_of(ended.error, RUN)}", file=sys.stderr)
     print(f"keepless: {line}", file=sys.stderr, flush=True)
     if json_file is not None:

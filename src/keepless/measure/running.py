@@ -42,13 +42,15 @@ class StepMeter:
         self._watch = AllocationWatch()
         self._before: dict[int, tuple[StorageWeakRef, int]] = {}
         self._base = self._tries = 0
+        self._came = 0
         self._is_sure = False
 
     def begin(self, standing: Iterable[torch.Tensor | None], beside: int = 0) -> bool:
         """Begins a step; False where a profiler of the user's is running, or it is over.
 
         Arguments:
-            standing: tensors on the device now. What Python can reach of the step before's is added.
+            standing: tensors on the device now. What is left of the watched steps is added: what Python can reach of
+                it, and what it cannot, as a graph that was not let go, or numpy's view of a tensor.
             beside: bytes of others that stand there all the time. The allocator knows better on CUDA.
         """
         if self.is_over:
@@ -58,17 +60,22 @@ class StepMeter:
             self.is_running = True
             return True
         told = _storages_of(standing, self.device)
-        self._is_sure = self._is_alone or self._watch.is_on
+        events = self._watch.stop()
+        self._is_sure = self._is_alone or events is not None
+        unreached = 0
         if self._is_alone:
             self._before = _references(told)
-        elif not self._watch.is_on:
+        elif events is None:
             self._before = _references(_storages_of(reachable_tensors(self.device), self.device) | told)
+            self._came = 0
         else:
             self._before = {key: known for key, known in self._before.items() if not _is_gone(known)}
             reached = _storages_of(reachable_tensors(self.device), self.device)
             told |= {key: storage for key, storage in reached.items() if key not in self._before}
-        self._watch.stop()
-        self._base = beside + sum(storage.nbytes() for storage in told.values())
+            self._came += levels_of(events)[0]
+            new = sum(storage.nbytes() for key, storage in told.items() if key not in self._before)
+            unreached = max(0, self._came - new)  # frees of older blocks may lower it, and are of no other harm
+        self._base = beside + unreached + sum(storage.nbytes() for storage in told.values())
         self.is_running = self._watch.start()
         return self.is_running
 

@@ -15,7 +15,8 @@ from keepless.measure import StepMeter
 from keepless.measure.running import reachable_tensors
 
 _MOST_CALLS = 64
-"""Calls of a metered step at the most: the optimizer may never step."""
+"""Calls of a metered step at the most: the optimizer may never step. And of evaluations that are watched between two
+steps, so that a script which evaluates after each of its steps has one that is told."""
 
 
 class Meter:
@@ -33,7 +34,7 @@ class Meter:
         self.calls, self.steps = calls, 0
         self._meter = StepMeter(next(model.parameters()).device)
         self._peak: int | None = None
-        self._first_call = self._first_step = 0
+        self._first_call = self._first_step = self._passed = 0
         self._handles: list[Any] = [model.register_forward_pre_hook(self._called)]
         if optimizer is not None:
             self._handles.append(optimizer.register_step_post_hook(self._stepped))
@@ -65,9 +66,13 @@ class Meter:
                 return
             if self._is_whole or is_long:
                 self._peak = self._meter.end()
-        if not is_training:  # what an evaluation does is not watched
-            self._meter.abort()
-        elif self._meter.begin(reachable_tensors(self._meter.device)):
+        if not is_training:  # of a step, an evaluation is no part
+            self._passed += 1
+            if self._meter.is_running or self._passed > _MOST_CALLS:
+                self._meter.abort()
+            return
+        self._passed = 0
+        if self._meter.begin(reachable_tensors(self._meter.device)):
             self._first_call, self._first_step = self.calls, self.steps
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
