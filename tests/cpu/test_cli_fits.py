@@ -57,6 +57,8 @@ def test_too_slow_is_no(invoke: Invoke) -> None:
     assert (done.exit_code, facts["exit_code"], facts["fits"]) == (3, 3, False)
     assert facts["plan"]["num_replays"] > 0
     assert facts["instead"] is None  # the factory takes no batch_size
+    done = invoke("fits", "factories:tiny", "-b", "50KiB")
+    assert "--rewrite optimizer_in_backward" in done.stdout  # a remedy is an option
 
 
 @pytest.mark.slow

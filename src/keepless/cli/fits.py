@@ -23,7 +23,7 @@ from keepless.cli.options import (
     Seed,
     TakeoverOption,
 )
-from keepless.cli.session import INFEASIBLE, Session, UsageError, planning, read_budget, read_nbytes, session
+from keepless.cli.session import INFEASIBLE, Session, UsageError, planning, read_budget, read_nbytes, session, words_of
 from keepless.errors import CaptureError, InfeasibleBudget, SizeError
 from keepless.ir import format_bytes
 from keepless.machine.elsewhere import describe_elsewhere, margin_of
@@ -236,11 +236,11 @@ def _check(
             "smallest_budget": error.smallest_budget,
             "bound": error.bound,
             "blocking": error.blocking,
-            "message": str(error),
+            "message": words_of(error),
             "instead": None,
             "exit_code": INFEASIBLE,
         }
-        current.tell("fits: NO", str(error))
+        current.tell("fits: NO", words_of(error))
     else:
         limit = plan.budget.limits["device"]
         is_slow = max_overhead is not None and plan.overhead > max_overhead
