@@ -162,7 +162,7 @@ class Measured(Lit):
     """The whole of optimizer_step, which runs training_step and the backward in its closure, is measured."""
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, closure: Any = None) -> None:
-        if batch_idx < 4:  # one is planned; of the two after the evaluation one is watched and the next one metered
+        if batch_idx < 3:  # one is planned, the next one watched, and the one after it metered, by one profiler each
             optimizer.step(closure=closure)
             return
         held = sum(t.nbytes for t in (*self.parameters(), *self.buffers()))
@@ -228,7 +228,7 @@ def test_every_step_is_planned_the_first_included(planned: Any) -> None:
 
 @pytest.mark.slow
 def test_steps_stay_within_the_budget(plain: Any, planned: Any, floor: int) -> None:
-    assert len(planned[0].peaks) == 1
+    assert len(planned[0].peaks) == 2
     assert max(planned[0].peaks) <= floor < min(plain[0].peaks)
     assert planned[3].plan.measured_peak == planned[3].measured_peak
     assert 0.9 * planned[3].plan.predicted_peak < planned[3].measured_peak <= floor

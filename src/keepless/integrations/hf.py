@@ -176,9 +176,9 @@ class KeeplessCallback(TrainerCallback):
             state.log_history[-1].update(news)
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        """What an evaluation does is not watched."""
+        """The meter is told of evaluations."""
         if self._meter is not None:
-            self._meter.abort()
+            self._meter.pass_by()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         """The model is as it was."""

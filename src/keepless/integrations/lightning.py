@@ -151,10 +151,10 @@ class KeeplessCallback(_Callback):  # type: ignore[misc]
         if self._meter is None:
             self._tell(trainer)
 
-    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
-        """What an evaluation does is not watched."""
+    def on_validation_batch_start(self, trainer: Any, pl_module: Any, *args: Any, **others: Any) -> None:
+        """The meter is told of evaluations."""
         if self._meter is not None:
-            self._meter.abort()
+            self._meter.pass_by()
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Takes the plan out."""

@@ -13,6 +13,8 @@ from keepless.measure._profiler import AllocationWatch, levels_of
 
 MOST_STEPS = 5
 """Steps that are watched at the most until one can be told."""
+_MOST_CALLS = 64
+"""Calls of an evaluation between two steps that are watched at the most: each leaves events in memory."""
 _SMALL = 1 << 12
 """Bytes of a tensor below which it does not matter whether its free is seen."""
 _PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
@@ -41,8 +43,7 @@ class StepMeter:
         self._is_alone = is_alone
         self._watch = AllocationWatch()
         self._before: dict[int, tuple[StorageWeakRef, int]] = {}
-        self._base = self._tries = 0
-        self._came = 0
+        self._base = self._tries = self._came = self._passed = 0
         self._is_sure = False
 
     def begin(self, standing: Iterable[torch.Tensor | None], beside: int = 0) -> bool:
@@ -59,6 +60,7 @@ class StepMeter:
             torch.cuda.reset_peak_memory_stats(self.device)
             self.is_running = True
             return True
+        self._passed = 0
         told = _storages_of(standing, self.device)
         events = self._watch.stop()
         self._is_sure = self._is_alone or events is not None
@@ -95,6 +97,12 @@ class StepMeter:
         told = self._base + levels_of(events)[1] if is_sure and events is not None else None
         self.is_over = told is not None or is_last
         return told
+
+    def pass_by(self) -> None:
+        """A call of an evaluation: between steps some are watched, too; within one there is no answer."""
+        self._passed += 1
+        if self.is_running or self._passed > _MOST_CALLS:
+            self.abort()
 
     def abort(self) -> None:
         """Ends without an answer; where it begins again, nothing is known of the steps before."""

@@ -65,8 +65,8 @@ class EveryN:
         what = f"every_n_layers={self.n}" if self.n else "no checkpointing"
         over = "" if self.fits else "; no n keeps as little as the plan"
         return (
-            f"{what} of the {self.layers[1]} {self.layers[0]}: {format_bytes(self.kept_nbytes)} kept for the backward, "
-            f"{format_bytes(self.plan_nbytes)} by the plan{over}"
+            f"{what} of the {self.layers[1]} layers {self.layers[0]}.*: {format_bytes(self.kept_nbytes)} kept for the "
+            f"backward, {format_bytes(self.plan_nbytes)} by the plan{over}"
         )
 
 

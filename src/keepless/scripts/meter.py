@@ -34,7 +34,7 @@ class Meter:
         self.calls, self.steps = calls, 0
         self._meter = StepMeter(next(model.parameters()).device)
         self._peak: int | None = None
-        self._first_call = self._first_step = self._passed = 0
+        self._first_call = self._first_step = 0
         self._handles: list[Any] = [model.register_forward_pre_hook(self._called)]
         if optimizer is not None:
             self._handles.append(optimizer.register_step_post_hook(self._stepped))
@@ -66,13 +66,9 @@ class Meter:
                 return
             if self._is_whole or is_long:
                 self._peak = self._meter.end()
-        if not is_training:  # of a step, an evaluation is no part
-            self._passed += 1
-            if self._meter.is_running or self._passed > _MOST_CALLS:
-                self._meter.abort()
-            return
-        self._passed = 0
-        if self._meter.begin(reachable_tensors(self._meter.device)):
+        if not is_training:
+            self._meter.pass_by()
+        elif self._meter.begin(reachable_tensors(self._meter.device)):
             self._first_call, self._first_step = self.calls, self.steps
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
