@@ -108,7 +108,7 @@ def test_at_never_solves(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("at() solved again")
 
     monkeypatch.setattr(planner_module.Planner, "firsts", refuse)
-    monkeypatch.setattr(planner_module.Planner, "_lowest", refuse)
+    monkeypatch.setattr(planner_module.Planner, "lower", refuse)
     monkeypatch.setattr(curve_module, "plan", refuse)
     before = float("inf")
     low, high = curve.points[0].peak, curve.baseline_peak

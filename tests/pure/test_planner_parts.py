@@ -9,6 +9,7 @@ from test_solve_models import Tape, dense, gpt, lstm, unet
 from keepless.ir import Kind
 from keepless.machine import verify
 from keepless.passes import evaluate, from_order
+from keepless.solve import SOLVERS
 from keepless.solve.anytime import plan
 from keepless.solve.fill import Fill, take_out
 from keepless.solve.gaps import Gaps
@@ -94,16 +95,22 @@ def test_equal_steps_take_a_share_of_each_of_two_cuts(steps: int) -> None:
 
 @pytest.mark.slow
 def test_gaps_of_a_long_lstm_are_small() -> None:
-    """From 1.1 times the smallest peak upward: the certified gap is at most 5 %, and 2 % in the median."""
+    """From 1.1 times the peak that single replays lead to: the certified gap is at most 5 %, and 2 % in the median.
+
+    Below it, where recomputation is nested, the bound is further away: 11 % at 1.6 times the smallest peak.
+    """
     graph, cost = lstm(200)
     planner = Planner(graph, cost)
-    low, full = planner.smallest.peak, planner.tables.lives(planner.tables.base).peak
+    low, full = planner.evicted.peak, planner.tables.lives(planner.tables.base).peak
     gaps = []
     for number in range(1, 8):
         found = plan(planner, int(1.1 * low * (full / (1.1 * low)) ** (number / 8)))
         gaps.append(found.seconds / found.certificate.bound_seconds - 1)
     assert max(gaps) <= 0.05
     assert sorted(gaps)[len(gaps) // 2] <= 0.02
+    found = plan(planner, int(1.6 * planner.smallest.peak))
+    assert found.peak < low
+    assert found.seconds / found.certificate.bound_seconds - 1 <= 0.2
 
 
 @pytest.mark.parametrize("model", sorted(MODELS))
@@ -179,3 +186,19 @@ def test_a_bound_of_several_orders_moments_holds(seed: int) -> None:
         alone = planner.bound(limit, orders[:1])
         together = planner.bound(limit, orders, alone)
         assert alone.seconds * (1 - 1e-9) <= together.seconds <= (best - base) * (1 + 1e-9) + 1e-12
+
+
+@pytest.mark.slow
+def test_deep_nets_need_little_beside_what_stands() -> None:
+    """A recurrent net of 150 steps: recomputation within recomputation, which replays of single values miss, holds less
+    than half of what they do, and within limits that they do not keep plans are no slower than the classics'."""
+    graph, cost = lstm(150)
+    planner = Planner(graph, cost)
+    static = planner.tables.static_nbytes
+    assert planner.smallest.peak - static < 0.5 * (planner.evicted.peak - static)
+    verify(graph, from_order(graph, planner.smallest.order), cost=cost)
+    limit = (planner.smallest.peak + planner.evicted.peak) // 2
+    found = min((w for w in planner.firsts(limit, Search()) if w.peak <= limit), key=lambda w: w.seconds)
+    for name in ("revolve", "rotor"):
+        classic = SOLVERS[name].solve(graph, cost, limit)
+        assert classic.peak > limit or found.seconds <= classic.seconds

@@ -215,7 +215,7 @@ class _Course:
         """
         fitting = sorted({w.seconds: w for w in pool if w.peak <= self.limit}.items())
         runs = min(max(self.planner.improvement_work // _RUN_WORK, _RUNS[0]), _RUNS[1])
-        low = self.planner.smallest
+        low = self.planner.low_for(self.limit)
         if low.peak > self.limit or runs == _RUNS[0]:
             return [woven for _, woven in fitting[: _RUNS[0]]]
         return [fitting[0][1], *[low] * (runs - 1)]

@@ -4,8 +4,9 @@
 2. For each family find the prices of memory at which the minimum cut just fits (`lagrange`, `min_cut`).
 3. Where nothing fits, evict over gaps at the peak (`gaps`); where memory is left, take replays out.
 
-The smallest peak starts from the lowest order of step 1 and evicts until nothing helps. Ops keep the captured order
-of their first runs. `anytime` goes on from there: a bound, and better orders until the gap is small.
+The smallest peak starts from the lowest order of step 1, and from binomial schedules, and evicts until nothing helps.
+Ops keep the captured order of their first runs. `anytime` goes on from there: a bound, and better orders until the gap
+is small.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from itertools import zip_longest
 
 from keepless.cost import CostModel
 from keepless.ir import Graph
+from keepless.solve.binomial import binomials
 from keepless.solve.bound import best_bound, candidates
+from keepless.solve.classics.rotor import Rotor
 from keepless.solve.front import front_of
 from keepless.solve.gaps import Gaps
 from keepless.solve.lagrange import PriceSearch, Woven
@@ -31,6 +34,10 @@ from keepless.solve.weave import lazy_order
 
 SPACE = "first runs in the captured order, backward ops once, any number of recomputations of forward ops"
 _SMALLEST_STARTS = 3
+_MOST_RUNS = 3
+"""Runs of a binomial schedule, over the ops: beyond it a step would last a multiple."""
+_NEAR = (1.0, 1.3, 1.55, 1.8)
+"""Bytes above the static ones, over the limit's: schedules so near are evicted down to it."""
 _LOOSENINGS = (1.12, 1.25, 1.04, 1.5, 1.2, 2.0)
 """Limits, over the one that is asked for, for which orders are found and then evicted down."""
 _WORK_OPS = 4_000_000
@@ -148,29 +155,38 @@ class Planner:
 
     @cached_property
     def smallest(self) -> Woven:
-        """The lowest order that was found, also over orders of first runs where they are free."""
-        low = self._smallest()
+        """The lowest order that was found, whatever its time; where first runs are free, over orders of these, too."""
+        nested = self._over_first_runs("nested")
+        return nested if nested.peak < self.evicted.peak else self.evicted
+
+    @cached_property
+    def evicted(self) -> Woven:
+        """The lowest order that single replays lead to; where first runs are free, over orders of these, too."""
+        return self._over_first_runs("_evicted")
+
+    def low_for(self, limit: int) -> Woven:
+        """Of the two low orders the one that a plan within the limit is to start from: the faster, where it fits."""
+        return self.evicted if self.evicted.peak <= limit else self.smallest
+
+    def _over_first_runs(self, name: str) -> Woven:
+        low: Woven = getattr(self, name)
         if self.reordered is None:
             return low
-        other = self.reordered.smallest
+        other: Woven = getattr(self.reordered, name)
         return Woven(self.reordered.own(other.order), other.seconds, other.peak) if other.peak < low.peak else low
 
-    def _smallest(self) -> Woven:
-        """The lowest order that was found.
+    @cached_property
+    def _proxy(self) -> Planner:
+        """Of costs that weigh ops by the bytes that they move, not by measured seconds.
 
-        The search weighs ops by the bytes that they move, not by measured seconds, so that the smallest budget of a
-        graph is the same in every run; replays that its peak does not need are then taken out by measured seconds.
+        So the smallest budget of a graph is the same in every run.
         """
-        if self.is_proxy:
-            return self._lowest()
-        cost = proxy_cost(self.graph, self.cost)
-        low = Planner(self.graph, cost, is_proxy=True, keeps_order=True, like=self).smallest
-        gaps = Gaps(self.tables, low.order, self.work)
-        gaps.fill(low.peak)
-        # An even lower peak would depend on the measured seconds.
-        return gaps.woven if gaps.peak == low.peak else Woven.judged(self.tables, low.order)
+        return Planner(self.graph, proxy_cost(self.graph, self.cost), is_proxy=True, keeps_order=True, like=self)
 
-    def _lowest(self) -> Woven:
+    @cached_property
+    def _evicted(self) -> Woven:
+        if not self.is_proxy:
+            return self._cheaper(self._proxy._evicted)
         tables = self.tables
         starts = [Woven.judged(tables, lazy_order(tables, cut.everything())) for cut in self.cuts]
         starts.sort(key=lambda w: (w.peak, w.seconds))
@@ -179,16 +195,47 @@ class Planner:
             low = self.lower(start)
             if (low.peak, low.seconds) < (best.peak, best.seconds):
                 best = low
-        gaps = Gaps(tables, best.order, self.work)
-        gaps.fill(best.peak)
-        return gaps.woven if (gaps.peak, gaps.woven.seconds) < (best.peak, best.seconds) else best
+        return self._filled(best)
 
-    def lower(self, start: Woven) -> Woven:
-        """Evict until nothing helps, the target falling in ever finer steps."""
-        gaps = Gaps(self.tables, start.order, self.work)
+    @cached_property
+    def nested(self) -> Woven:
+        """The lowest order that a binomial schedule leads to.
+
+        Its recomputation within recomputation takes many replays at a time, which `evicted` does not find in deep nets.
+        """
+        if not self.is_proxy:
+            return self._cheaper(self._proxy.nested)
+        return self._filled(self.lower(self._binomials[0], work=self.work // 2))
+
+    @cached_property
+    def _binomials(self) -> list[Woven]:
+        if not self.is_proxy:
+            return [Woven.judged(self.tables, woven.order) for woven in self._proxy._binomials]
+        return binomials(self.tables, _MOST_RUNS * self.tables.num_ops)
+
+    def _filled(self, low: Woven) -> Woven:
+        gaps = Gaps(self.tables, low.order, self.work)
+        gaps.fill(low.peak)
+        return gaps.woven if (gaps.peak, gaps.woven.seconds) < (low.peak, low.seconds) else low
+
+    def _cheaper(self, low: Woven) -> Woven:
+        """The order without replays that its peak does not need, by measured seconds."""
+        gaps = Gaps(self.tables, low.order, self.work)
+        gaps.fill(low.peak)
+        # An even lower peak would depend on the measured seconds.
+        return gaps.woven if gaps.peak == low.peak else Woven.judged(self.tables, low.order)
+
+    def lower(self, start: Woven, limit: int = 0, work: int = 0, search: Search | None = None) -> Woven:
+        """Evict until nothing helps, or the limit is kept, the target falling in ever finer steps.
+
+        Arguments:
+            work: orders that may be evaluated; 0 for the usual number.
+            search: counts what is evaluated, and may end it.
+        """
+        gaps = Gaps(self.tables, start.order, work or self.work, search=search)
         low = start
         for step in (0.04, 0.01, 0.002):
-            while gaps.work > 0 and low.peak > 0 and gaps.evict(int(low.peak * (1 - step))):
+            while gaps.work > 0 and low.peak > limit and gaps.evict(max(limit, int(low.peak * (1 - step)))):
                 low = gaps.woven
             if gaps.peak < low.peak:
                 low = gaps.woven
@@ -206,9 +253,10 @@ class Planner:
         """
         relaxed = self._relaxed(limit, tell)
         fits = relaxed.peak <= limit
-        starts = [relaxed, self.smallest] if fits else [self.smallest, relaxed]
-        for number, start in enumerate(starts):
-            if number == 1 and not fits and self.tables.num_ops > _HUGE and self.smallest.peak <= limit:
+        low = self.low_for(limit)
+        near = self._nested_near(limit, search) if self.evicted.peak > limit else []
+        for start in [relaxed, *near, low] if fits else [low, *near, relaxed]:
+            if start is relaxed and not fits and self.tables.num_ops > _HUGE and low.peak <= limit:
                 return
             found = self._refined(start, limit, search)
             fits |= found.peak <= limit
@@ -219,6 +267,21 @@ class Planner:
             found = self._refined(self._relaxed(int(limit * loosening)), limit, search)
             fits = found.peak <= limit
             yield found
+
+    def _nested_near(self, limit: int, search: Search) -> list[Woven]:
+        """Schedules of chains within the limit: rotor's, and the fastest binomial ones, evicted down to it where they
+        are a little above."""
+        static, is_huge = self.tables.static_nbytes, self.tables.num_ops > _HUGE
+        found: dict[int, Woven] = {}
+        for near in _NEAR[:2] if is_huge else _NEAR:
+            within = [woven for woven in self._binomials if woven.peak <= static + near * (limit - static)]
+            if within:
+                best = min(within, key=lambda woven: woven.seconds)
+                found.setdefault(id(best), best)
+        lowered = [self.lower(start, limit, search=search) for start in found.values()]
+        if is_huge or search.is_over:
+            return lowered
+        return [Woven.judged(self.tables, list(Rotor().solve(self.graph, self.cost, limit).order)), *lowered]
 
     def others(self, limit: int, search: Search) -> Iterator[Woven]:
         """More orders for the limit: plans for more memory, evicted down.
