@@ -115,7 +115,7 @@ def test_the_command_says_so(invoke: Callable[..., Any]) -> None:
     assert json.loads(done.stdout)["rewrites"] == ["optimizer_in_backward"]
     done = invoke("plan", "factories:tiny", "-b", "4MiB", "--rewrite", "smaller")
     assert done.exit_code == 2
-    assert "no rewrite 'smaller'" in done.stderr
+    assert "there is no 'smaller'" in done.stderr
     done = invoke("plan", "factories:tiny", "-b", "100KiB", "--json")
     answer = json.loads(done.stdout)["error"]
     assert done.exit_code == 3
