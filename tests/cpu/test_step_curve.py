@@ -96,7 +96,7 @@ def test_nothing_is_captured_measured_or_solved_again(
     for name in ("trace_step", "measure_costs", "solve", "smallest"):
         monkeypatch.setattr(planning, name, refuse)
     monkeypatch.setattr("keepless.solve.planner.Planner.firsts", refuse)
-    monkeypatch.setattr("keepless.solve.planner.Planner._lowest", refuse)
+    monkeypatch.setattr("keepless.solve.planner.Planner.lower", refuse)
     assert curve.plan(curve.smallest_budget).predicted_peak <= curve.smallest_budget
     with pytest.raises(InfeasibleBudget, match="The floor is") as caught:
         curve.plan(curve.points[0].peak - 1)
