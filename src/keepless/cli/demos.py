@@ -18,7 +18,7 @@ def demo_command(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Train a small GPT-2 four ways, inside and outside a budget; about three minutes."""
+    """Train a small GPT-2 four ways, inside and outside a budget; about two minutes."""
     with session(as_json, debug, quiet) as current:
         from keepless.demo import not_installed
 

@@ -50,7 +50,7 @@ def run(
     folder = Path(out)
     shown = task or Task()
     if not quiet:
-        print("The demo takes about three minutes on two quiet cores.", file=sys.stderr, flush=True)
+        print("The demo takes about two minutes on two quiet cores.", file=sys.stderr, flush=True)
     with progress(quiet) as tell:
         outcome = contest(shown, folder, share=share, rounds=rounds, tell=tell)
         tell("picture", 0.0, 2.0)
