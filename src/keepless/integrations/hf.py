@@ -24,6 +24,7 @@ import keepless
 from keepless.capture import Inputs
 from keepless.control import batch_of, begin_lazily, read_budget
 from keepless.errors import InfeasibleBudget, IntegrationError, LossError
+from keepless.integrations.first_call import standing_tensors
 from keepless.integrations.hf_losses import loss_of_trainer
 from keepless.integrations.hf_refusals import refuse_checkpointing, refuse_settings
 from keepless.integrations.metrics import memory_metrics
@@ -226,13 +227,9 @@ class KeeplessCallback(TrainerCallback):
         plan = self.plan
         if model is None or plan is None:
             return [], 0
-        tensors: list[torch.Tensor | None] = [*model.parameters(), *model.buffers()]
-        tensors += [p.grad for p in model.parameters()]
-        for entries in optimizer.state.values() if optimizer is not None else ():
-            tensors += [entry for entry in entries.values() if isinstance(entry, torch.Tensor)]
         # The batches of the step are the Trainer's; what is outside is an input of the graph, too.
         inputs = sum(value.nbytes for value in plan.graph.values if value.kind is Kind.INPUT)
-        return tensors, inputs
+        return standing_tensors(model, [] if optimizer is None else [optimizer]), inputs
 
 
 def _tensors(inputs: Inputs) -> list[torch.Tensor]:

@@ -21,7 +21,7 @@ import torch
 from keepless import api, control
 from keepless.capture import Inputs
 from keepless.errors import IntegrationError
-from keepless.integrations.first_call import LossOf, beside, put_back, tensors_in, wait_in
+from keepless.integrations.first_call import LossOf, beside, put_back, standing_tensors, tensors_in, wait_in
 from keepless.integrations.loggers import log_plan
 from keepless.ir import parse_bytes
 from keepless.machine import Plan
@@ -204,11 +204,9 @@ class KeeplessCallback(_Callback):  # type: ignore[misc]
 
     def _standing(self, trainer: Any, pl_module: Any, batch: Any) -> tuple[list[torch.Tensor | None], int]:
         """What stands on the device between two steps, the batch among it; bytes beside it."""
-        tensors = [*pl_module.parameters(), *pl_module.buffers(), *(p.grad for p in pl_module.parameters())]
-        for optimizer in trainer.optimizers:
-            tensors += [t for entries in optimizer.state.values() for t in tensors_in(entries)]
+        tensors = [*standing_tensors(pl_module, trainer.optimizers), *tensors_in(batch)]
         outside = self.options.get("outside", 0)
-        return [*tensors, *tensors_in(batch)], parse_bytes(outside) if outside else 0
+        return tensors, parse_bytes(outside) if outside else 0
 
     def _tell(self, trainer: Any) -> None:
         """The loggers get a plan once."""

@@ -256,8 +256,6 @@ class Planner:
         low = self.low_for(limit)
         near = self._nested_near(limit, search) if self.evicted.peak > limit else []
         for start in [relaxed, *near, low] if fits else [low, *near, relaxed]:
-            if start is relaxed and not fits and self.tables.num_ops > _HUGE and low.peak <= limit:
-                return
             found = self._refined(start, limit, search)
             fits |= found.peak <= limit
             yield found
