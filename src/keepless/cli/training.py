@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from keepless import api
 from keepless.capture import Inputs
 from keepless.cli.models import Built, Recipe, build
-from keepless.measure import StepMeter
+from keepless.measure import StepMeter, standing_tensors
 from keepless.modules.blocks import find_blocks
 
 CHECKPOINT = "checkpoint"
@@ -63,15 +63,10 @@ def metered_step(built: Built, accumulate: int, *, is_metered: bool) -> tuple[fl
     meter = StepMeter(device, is_alone=True)
     if is_metered:
         built.model.zero_grad()  # the step does so too: what it would free is not told
-        optimizer = built.optimizer
-        state = [] if optimizer is None else [item for held in optimizer.state.values() for item in held.values()]
         inputs = Inputs.of(built.batch)
-        standing = (
-            *built.model.parameters(),
-            *built.model.buffers(),
-            *(item for item in (*state, *inputs.args, *inputs.kwargs.values()) if isinstance(item, torch.Tensor)),
-        )
-        meter.begin(standing)
+        given = [item for item in (*inputs.args, *inputs.kwargs.values()) if isinstance(item, torch.Tensor)]
+        optimizers = [] if built.optimizer is None else [built.optimizer]
+        meter.begin([*standing_tensors(built.model, optimizers), *given])
     loss, seconds = train_step(built, accumulate)
     return loss, seconds, meter.end() if meter.is_running else None
 

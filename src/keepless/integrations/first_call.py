@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -145,12 +145,6 @@ def beside(
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors_in(batch) if t.device == device
     }
     return nbytes + sum(size for pointer, size in others.items() if pointer not in inside)
-
-
-def standing_tensors(model: torch.nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> list[torch.Tensor | None]:
-    """What stands of a model between two steps: parameters, buffers, gradients, and its optimizers' state."""
-    tensors = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters())]
-    return [*tensors, *(t for one in optimizers for entries in one.state.values() for t in tensors_in(entries))]
 
 
 def tensors_in(tree: Any) -> list[torch.Tensor]:

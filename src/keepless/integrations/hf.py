@@ -24,13 +24,12 @@ import keepless
 from keepless.capture import Inputs
 from keepless.control import batch_of, begin_lazily, read_budget
 from keepless.errors import InfeasibleBudget, IntegrationError, LossError
-from keepless.integrations.first_call import standing_tensors
 from keepless.integrations.hf_losses import loss_of_trainer
 from keepless.integrations.hf_refusals import refuse_checkpointing, refuse_settings
 from keepless.integrations.metrics import memory_metrics
 from keepless.ir import Kind, parse_bytes
 from keepless.machine import Plan
-from keepless.measure import StepMeter, nbytes_of
+from keepless.measure import StepMeter, nbytes_of, standing_tensors
 
 LossFn = Callable[[Any, Any], torch.Tensor]
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from keepless import _compat
 from keepless.measure._profiler import AllocationWatch, levels_of
 
 MOST_STEPS = 5
@@ -113,6 +114,13 @@ class StepMeter:
 def nbytes_of(tensors: Iterable[torch.Tensor | None], device: torch.device) -> int:
     """Bytes that tensors hold on a device, each storage once."""
     return sum(storage.nbytes() for storage in _storages_of(tensors, device).values())
+
+
+def standing_tensors(model: torch.nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> list[torch.Tensor | None]:
+    """What stands of a model between two steps: parameters, buffers, gradients, and its optimizers' state."""
+    tensors = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters())]
+    states = _compat.tree_leaves([list(one.state.values()) for one in optimizers])
+    return [*tensors, *(t for t in states if isinstance(t, torch.Tensor) and t.layout is torch.strided)]
 
 
 def reachable_tensors(device: torch.device) -> list[torch.Tensor]:
