@@ -118,6 +118,43 @@ def test_a_kept_call_holds_no_input_and_casts_end_with_autocast(is_bf16: bool, s
     assert plan.num_replays == 0 or share < 1.0
 
 
+class CastsInside(nn.Module):
+    """Autocast begins and ends inside the forward, as in what accelerate prepared; weights outweigh activations."""
+
+    def __init__(self, width: int = 192, classes: int = 512) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)) for _ in range(3)
+        )
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The loss of logits in half precision."""
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            for block in self.blocks:
+                x = x + block(x)
+            logits = self.head(x)
+        return {"loss": F.cross_entropy(logits.float(), labels)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["eager", "blocks"])
+@pytest.mark.parametrize("share", [0.0, pytest.param(0.5, marks=pytest.mark.exhaustive), 1.0])
+def test_whoever_holds_the_cast_of_a_weight_sends_it_no_gradient(engine: str, share: float) -> None:
+    """Autocast holds all casts until it ends, behind the last block; their gradients come from the blocks' own
+    backwards, one block at a time."""
+    torch.manual_seed(0)
+    model = CastsInside()
+    batch = {"x": torch.randn(256, 192), "labels": torch.randint(0, 512, (256,))}
+    ends = keepless.plan(model, batch, "1GiB", engine=engine, cache=False)
+    budget = int(ends.smallest_budget + share * (ends.baseline_peak - ends.smallest_budget))
+    plan = keepless.plan(model, batch, budget, engine=engine, cache=False)
+    assert plan.measured_peak is not None
+    assert plan.measured_peak <= budget
+    # Seen: eager +1.2 %, 0.0 and 0.0 % at the three shares, blocks +0.2 %; eager +5 to +12 % without.
+    assert plan.predicted_peak == pytest.approx(plan.measured_peak, rel=0.015)
+
+
 class TiedHead(nn.Module):
     """An embedding whose weight is the head's, too: half of its gradient waits for the other through all blocks."""
 

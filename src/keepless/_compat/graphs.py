@@ -65,6 +65,15 @@ def is_cast_for_several(found: dict[tuple[Any, int], set[Any]], parameter: torch
     return any(node.name().startswith("ToCopyBackward") and len(found.get((node, 0), ())) > 1 for node in casts)
 
 
+def is_cast_of_leaf(tensor: torch.Tensor) -> bool:
+    """Whether a tensor, or what it is a view of, is a leaf in another dtype: what autocast makes of a weight."""
+    base = tensor if tensor._base is None else tensor._base
+    node = base.grad_fn
+    if node is None or not node.name().startswith("ToCopyBackward"):
+        return False
+    return any(before is not None and before.name().endswith("AccumulateGrad") for before, _ in node.next_functions)
+
+
 def readers_of(found: dict[tuple[Any, int], set[Any]], parameter: torch.Tensor) -> tuple[list[int], list[list[int]]]:
     """Numbers of the nodes that read a parameter; and for each of them that casts it for several others, its own number
     and theirs.

@@ -102,6 +102,7 @@ class Survey:
         made: moment at which each storage was first seen. Those of the model's state and the batch have moment -1.
         freed: moment at which a storage was first missed; storages that outlived the forward are not in it.
         flows: storages that gradients flow through -> bytes of the gradient.
+        casts: those of them that hold a weight in another dtype. Autocast holds these until it ends.
         outputs: storages of the model's outputs.
         loss: the storage of its own loss, where it has one.
         end: moment at which the forward ended.
@@ -116,6 +117,7 @@ class Survey:
     made: dict[int, int] = field(default_factory=dict)
     freed: dict[int, int] = field(default_factory=dict)
     flows: dict[int, int] = field(default_factory=dict)
+    casts: set[int] = field(default_factory=set)
     outputs: tuple[int, ...] = ()
     loss: int | None = None
     end: int = 0
@@ -161,6 +163,8 @@ class _Survey:
         if tensor.requires_grad and found.made[number] >= 0:
             nbytes = tensor.numel() * tensor.element_size()
             found.flows[number] = max(nbytes, found.flows.get(number, 0))
+            if graphs.is_cast_of_leaf(tensor):
+                found.casts.add(number)
         return number
 
     def numbers(self, values: Any) -> tuple[int, ...]:
