@@ -46,6 +46,17 @@ def test_bf16_with_accumulation_and_padding(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_measured_as_predicted(tmp_path: Path, accumulate: int) -> None:
+    """The batches of a step, the one that was fetched ahead among them, are counted once, however many these are."""
+    data = Tokens(masked=False, num=8 * BATCH * accumulate)
+    callback = KeeplessCallback("1GiB", eager_ops=True, engine="eager", cache=False)
+    run(tmp_path, llama(), [callback], bf16=True, gradient_accumulation_steps=accumulate, data=data, eval_strategy="no")
+    assert callback.plan is not None
+    assert callback.measured_peak == pytest.approx(callback.plan.predicted_peak, abs=64)
+
+
+@pytest.mark.slow
 @pytest.mark.exhaustive
 def test_whole_step_captured(tmp_path: Path) -> None:
     """Where the code looks at no data the whole step is one graph, smoothed labels and all."""

@@ -27,7 +27,7 @@ from keepless.errors import InfeasibleBudget, IntegrationError, LossError
 from keepless.integrations.hf_losses import loss_of_trainer
 from keepless.integrations.hf_refusals import refuse_checkpointing, refuse_settings
 from keepless.integrations.metrics import memory_metrics
-from keepless.ir import Kind, parse_bytes
+from keepless.ir import parse_bytes
 from keepless.machine import Plan
 from keepless.measure import StepMeter, nbytes_of, standing_tensors
 
@@ -118,7 +118,7 @@ class KeeplessCallback(TrainerCallback):
         self._model: weakref.ref[torch.nn.Module] | None = None
         self._optimizer: weakref.ref[torch.optim.Optimizer] | None = None
         self._meter: StepMeter | None = None
-        self._prefetched = 0
+        self._prefetched = self._batch_nbytes = 0
         self._logged: dict[str, float] = {}
 
     # ---- the Trainer's events
@@ -142,6 +142,7 @@ class KeeplessCallback(TrainerCallback):
         self._meter = StepMeter(device) if self.measure else None
 
         def begin(model: torch.nn.Module, inputs: Inputs) -> None:
+            self._batch_nbytes = nbytes_of(_tensors(inputs), device)
             try:
                 plan = self._given or self._planned(args, model, optimizer, inputs)
                 keepless.apply(model, plan, optimizer=optimizer, takeover=self.takeover, **self._how)
@@ -190,8 +191,6 @@ class KeeplessCallback(TrainerCallback):
         self, args: Any, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None, inputs: Inputs
     ) -> Plan:
         assert self.budget is not None
-        device = next(model.parameters()).device
-        batch_nbytes = nbytes_of(_tensors(inputs), device)
         try:
             return keepless.plan(
                 model,
@@ -201,7 +200,7 @@ class KeeplessCallback(TrainerCallback):
                 loss_fn=self.loss_fn or loss_of_trainer(args, model, inputs),
                 accumulate=args.gradient_accumulation_steps > 1,
                 release_outputs=self.release_outputs,
-                outside=self.outside + self._prefetched * batch_nbytes,
+                outside=self.outside + self._prefetched * self._batch_nbytes,
                 takeover=self.takeover,
                 **self._options,
             )
@@ -223,12 +222,11 @@ class KeeplessCallback(TrainerCallback):
         """What stands on the device between two steps, as tensors and as bytes of others."""
         model = self._model() if self._model is not None else None
         optimizer = self._optimizer() if self._optimizer is not None else None
-        plan = self.plan
-        if model is None or plan is None:
+        if model is None:
             return [], 0
-        # The batches of the step are the Trainer's; what is outside is an input of the graph, too.
-        inputs = sum(value.nbytes for value in plan.graph.values if value.kind is Kind.INPUT)
-        return standing_tensors(model, [] if optimizer is None else [optimizer]), inputs
+        # The meter finds the step's batches, but the first one: that was fetched before the step before this one.
+        beside = self.outside + self._batch_nbytes * bool(self._prefetched)
+        return standing_tensors(model, [] if optimizer is None else [optimizer]), beside
 
 
 def _tensors(inputs: Inputs) -> list[torch.Tensor]:
