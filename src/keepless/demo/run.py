@@ -83,7 +83,8 @@ def write_report(outcome: Outcome, path: Path, tell: Tell) -> Path:
 
     def told(stage: str, done: int, total: int) -> None:
         begin, end = stages.get(stage, (0.0, 1.0))
-        tell("report", begin + (end - begin) * done / max(1, total), REPORT_SECONDS)
+        share = begin + (end - begin) * done / max(1, total)
+        tell("report", min(share, 0.99), REPORT_SECONDS)  # it is done when the page is there
 
     model = build_model(outcome.task)
     optimizer = torch.optim.AdamW(model.parameters(), lr=outcome.task.learning_rate)
