@@ -258,7 +258,7 @@ def section(rows: Sequence[Row]) -> str:
     """The tables with what they are of."""
     if not rows:
         return f"{BEGIN}\nNo results of growth are committed yet.\n{END}"
-    first = rows[0]
+    devices, releases = (", ".join(sorted({getattr(row, key) for row in rows})) for key in ("device", "torch"))
     dates = sorted({row.date[:10] for row in rows})
     found = Found(rows)
     pictures = []
@@ -268,7 +268,7 @@ def section(rows: Sequence[Row]) -> str:
         pictures.append(f"![Seconds of planning over the number of ops]({COST_PICTURE.name})")
     return (
         f"{BEGIN}\n{tables(rows)}\n\n"
-        f"{first.device}, torch {first.torch}, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}.\n\n"
+        f"{devices}, torch {releases}, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}.\n\n"
         + "\n\n".join(pictures)
         + f"\n{END}"
     )
