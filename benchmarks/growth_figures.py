@@ -258,7 +258,12 @@ def section(rows: Sequence[Row]) -> str:
     """The tables with what they are of."""
     if not rows:
         return f"{BEGIN}\nNo results of growth are committed yet.\n{END}"
-    devices, releases = (", ".join(sorted({getattr(row, key) for row in rows})) for key in ("device", "torch"))
+    where: dict[str, list[str]] = {}
+    for row in rows:
+        names = where.setdefault(f"{row.device}, torch {row.torch}", [])
+        if row.model not in names:
+            names.append(row.model)
+    machines = [f"{place}: {'; '.join(names)}" if len(where) > 1 else place for place, names in where.items()]
     dates = sorted({row.date[:10] for row in rows})
     found = Found(rows)
     pictures = []
@@ -268,7 +273,7 @@ def section(rows: Sequence[Row]) -> str:
         pictures.append(f"![Seconds of planning over the number of ops]({COST_PICTURE.name})")
     return (
         f"{BEGIN}\n{tables(rows)}\n\n"
-        f"{devices}, torch {releases}, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}.\n\n"
+        f"{'. '.join(machines)}. {' to '.join(dict.fromkeys((dates[0], dates[-1])))}.\n\n"
         + "\n\n".join(pictures)
         + f"\n{END}"
     )

@@ -168,9 +168,8 @@ def test_optimizer_in_the_backward(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_given_plan_and_given_loss(tmp_path: Path) -> None:
     """A plan that was made before trains without planning; a `compute_loss_func` needs its loss told for planning."""
-    saved: list[keepless.Plan] = []
-    options: dict[str, Any] = {"data": Rows(), "max_steps": 2, "save_strategy": "no", "eval_strategy": "no"}
-    first = KeeplessCallback("1GiB")
+    options: dict[str, Any] = {"data": Rows(), "max_steps": 4, "save_strategy": "no", "eval_strategy": "no"}
+    first = KeeplessCallback("1GiB", outside="1MiB")
     one = run(tmp_path, Small(), [first], **options)
     assert first.plan is not None
     first.plan.save(tmp_path / "step.plan")
@@ -179,7 +178,9 @@ def test_given_plan_and_given_loss(tmp_path: Path) -> None:
     assert differences(one, two) == []
     assert second.plan is not None
     assert second.plan.graph == first.plan.graph
-    assert saved == []
+    assert second.measured_peak is not None
+    assert second.measured_peak == pytest.approx(first.measured_peak, abs=64)
+    assert second.measured_peak > 1 << 20  # the plan's own bytes outside
 
     class NoLoss(Small):
         def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:

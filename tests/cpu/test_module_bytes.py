@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import keepless
+from keepless._compat import graphs
 from keepless.measure.parts import memory_parts
 from keepless.measure.steps import increments
 
@@ -152,7 +153,23 @@ def test_whoever_holds_the_cast_of_a_weight_sends_it_no_gradient(engine: str, sh
     assert plan.measured_peak is not None
     assert plan.measured_peak <= budget
     # Seen: eager +1.2 %, 0.0 and 0.0 % at the three shares, blocks +0.2 %; eager +5 to +12 % without.
-    assert plan.predicted_peak == pytest.approx(plan.measured_peak, rel=0.015)
+    assert 0.999 * plan.measured_peak <= plan.predicted_peak <= 1.015 * plan.measured_peak
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_last_reader_of_a_cast_is_found_through_views(dtype: torch.dtype) -> None:
+    """Whoever reads a parameter's cast, or a view of a view of it, sends it a gradient; what only holds it does not."""
+    weight = nn.Parameter(torch.randn(8, 4))
+    cast = weight.to(dtype)
+    first = torch.randn(2, 4).to(dtype) @ cast.t()
+    other = nn.Parameter(torch.randn(4)).to(dtype) * 2
+    last = first @ cast.unsqueeze(0)[0, :, 2:]
+    loss = (last.sum() + other.sum()) * 3
+    behind = graphs.graph_behind([loss])
+    number = graphs.cast_number(cast[0].t())
+    assert number == graphs.node_number(cast.grad_fn)
+    assert graphs.last_readers(behind, weight) == {number: graphs.node_number(last.grad_fn)}
+    assert graphs.cast_number(first) is None
 
 
 class TiedHead(nn.Module):

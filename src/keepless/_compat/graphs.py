@@ -7,6 +7,18 @@ from typing import Any
 
 import torch
 
+_CAST = "ToCopyBackward"
+_VIEWS = tuple(
+    f"{name}Backward"
+    for name in (
+        *("Alias", "AsStrided", "Diagonal", "Expand", "Permute", "ReshapeAlias", "Select", "Slice", "Split", "Squeeze"),
+        *("T", "Transpose", "Unbind", "Unfold", "UnsafeView", "Unsqueeze", "View"),
+    )
+)
+"""Nodes whose output shares its memory with their input."""
+_MOST_PARTS = range(64)
+"""Parts of a node's output, where a release does not say how many there are."""
+
 
 def graph_behind(tensors: Iterable[torch.Tensor]) -> dict[tuple[Any, int], set[Any]]:
     """Where gradients go in autograd's graph behind these tensors (a node, and which of its gradients) -> the nodes
@@ -62,16 +74,34 @@ def is_cast_for_several(found: dict[tuple[Any, int], set[Any]], parameter: torch
     """
     edge = torch.autograd.graph.get_gradient_edge(parameter)
     casts = found.get((edge.node, edge.output_nr), ())
-    return any(node.name().startswith("ToCopyBackward") and len(found.get((node, 0), ())) > 1 for node in casts)
+    return any(node.name().startswith(_CAST) and len(found.get((node, 0), ())) > 1 for node in casts)
 
 
-def is_cast_of_leaf(tensor: torch.Tensor) -> bool:
-    """Whether a tensor, or what it is a view of, is a leaf in another dtype: what autocast makes of a weight."""
-    base = tensor if tensor._base is None else tensor._base
-    node = base.grad_fn
-    if node is None or not node.name().startswith("ToCopyBackward"):
-        return False
-    return any(before is not None and before.name().endswith("AccumulateGrad") for before, _ in node.next_functions)
+def cast_number(tensor: torch.Tensor) -> int | None:
+    """The number of the node that gave a tensor, or what it is a view of, another dtype; None where none did."""
+    node = (tensor if tensor._base is None else tensor._base).grad_fn
+    return node_number(node) if node is not None and node.name().startswith(_CAST) else None
+
+
+def last_readers(found: dict[tuple[Any, int], set[Any]], parameter: torch.Tensor) -> dict[int, int]:
+    """Numbers of the nodes that cast a parameter -> that of the last node which reads what they made, or a view of it.
+
+    Arguments:
+        found: edges of the graph -> the nodes behind them.
+    """
+    edge = torch.autograd.graph.get_gradient_edge(parameter)
+    last: dict[int, int] = {}
+    for cast in found.get((edge.node, edge.output_nr), ()):
+        if cast.name().startswith(_CAST):
+            seen, left = {cast}, [cast]
+            while left:
+                node = left.pop()
+                parts = range(len(getattr(node, "_input_metadata", _MOST_PARTS)))
+                readers = {reader for part in parts for reader in found.get((node, part), ())}
+                left += [reader for reader in readers - seen if reader.name().startswith(_VIEWS)]
+                seen |= readers
+            last[node_number(cast)] = max(map(node_number, seen))
+    return last
 
 
 def readers_of(found: dict[tuple[Any, int], set[Any]], parameter: torch.Tensor) -> tuple[list[int], list[list[int]]]:
@@ -83,7 +113,7 @@ def readers_of(found: dict[tuple[Any, int], set[Any]], parameter: torch.Tensor) 
     """
     edge = torch.autograd.graph.get_gradient_edge(parameter)
     readers = found.get((edge.node, edge.output_nr), ())
-    casts = [(node, found.get((node, 0), ())) for node in readers if node.name().startswith("ToCopyBackward")]
+    casts = [(node, found.get((node, 0), ())) for node in readers if node.name().startswith(_CAST)]
     shared = [[node_number(cast), *map(node_number, others)] for cast, others in casts if len(others) > 1]
     return [node_number(node) for node in readers], shared
 

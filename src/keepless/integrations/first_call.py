@@ -19,7 +19,7 @@ from keepless import _compat
 from keepless.capture import Inputs
 from keepless.capture.side_effects import python_state, restore_python_state
 from keepless.errors import LossError
-from keepless.measure import optimizer_footprint
+from keepless.measure import optimizer_footprint, tensors_in
 from keepless.modules.lazy import Begin, LazyForward
 
 
@@ -145,13 +145,6 @@ def beside(
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors_in(batch) if t.device == device
     }
     return nbytes + sum(size for pointer, size in others.items() if pointer not in inside)
-
-
-def tensors_in(tree: Any) -> list[torch.Tensor]:
-    """Strided tensors in a pytree, in objects with attributes, too (a batch of a dataclass, say)."""
-    leaves, _ = _compat.tree_flatten(tree)
-    leaves += [value for leaf in leaves if hasattr(leaf, "__dict__") for value in vars(leaf).values()]
-    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided]
 
 
 @contextlib.contextmanager

@@ -224,8 +224,12 @@ class KeeplessCallback(TrainerCallback):
         optimizer = self._optimizer() if self._optimizer is not None else None
         if model is None:
             return [], 0
-        # The meter finds the step's batches, but the first one: that was fetched before the step before this one.
-        beside = self.outside + self._batch_nbytes * bool(self._prefetched)
+        # The meter finds the step's batches, but the first one: that was fetched before the step that was watched.
+        told = self.plan.signature.get("outside_nbytes") if self.plan is not None else 0
+        outside = self.outside
+        if isinstance(told, int):  # a plan that was given has its own
+            outside = max(outside, told - self._prefetched * self._batch_nbytes)
+        beside = outside + self._batch_nbytes * bool(self._prefetched)
         return standing_tensors(model, [] if optimizer is None else [optimizer]), beside
 
 

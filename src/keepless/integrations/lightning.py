@@ -21,11 +21,11 @@ import torch
 from keepless import api, control
 from keepless.capture import Inputs
 from keepless.errors import IntegrationError
-from keepless.integrations.first_call import LossOf, beside, put_back, tensors_in, wait_in
+from keepless.integrations.first_call import LossOf, beside, put_back, wait_in
 from keepless.integrations.loggers import log_plan
 from keepless.ir import parse_bytes
 from keepless.machine import Plan
-from keepless.measure import StepMeter, standing_tensors
+from keepless.measure import StepMeter, standing_tensors, tensors_in
 from keepless.modules.lazy import LazyForward
 
 _PACKAGES = ("lightning", "pytorch_lightning")

@@ -19,5 +19,6 @@ from keepless.measure.probe import probed_device as probed_device
 from keepless.measure.running import StepMeter as StepMeter
 from keepless.measure.running import nbytes_of as nbytes_of
 from keepless.measure.running import standing_tensors as standing_tensors
+from keepless.measure.running import tensors_in as tensors_in
 from keepless.measure.updates import optimizer_updates as optimizer_updates
 from keepless.measure.updates import step_alone as step_alone

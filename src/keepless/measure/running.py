@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -119,8 +120,14 @@ def nbytes_of(tensors: Iterable[torch.Tensor | None], device: torch.device) -> i
 def standing_tensors(model: torch.nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> list[torch.Tensor | None]:
     """What stands of a model between two steps: parameters, buffers, gradients, and its optimizers' state."""
     tensors = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters())]
-    states = _compat.tree_leaves([list(one.state.values()) for one in optimizers])
-    return [*tensors, *(t for t in states if isinstance(t, torch.Tensor) and t.layout is torch.strided)]
+    return [*tensors, *tensors_in([list(one.state.values()) for one in optimizers])]
+
+
+def tensors_in(tree: Any) -> list[torch.Tensor]:
+    """Strided tensors in a pytree, in objects with attributes, too (a batch of a dataclass, say)."""
+    leaves, _ = _compat.tree_flatten(tree)
+    leaves += [value for leaf in leaves if hasattr(leaf, "__dict__") for value in vars(leaf).values()]
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided]
 
 
 def reachable_tensors(device: torch.device) -> list[torch.Tensor]:

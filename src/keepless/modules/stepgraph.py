@@ -183,10 +183,9 @@ class StepGraph:
             value = self.values.of[storage] = self.values.new(name, survey.book.nbytes[storage], kind)
             self.makes[maker].add(value)
             # Code holds what it has read for longer than it reads it: of a reader that is known, a gradient comes; of
-            # whoever holds it, if there is none. Autocast, which holds the cast of a weight, does not read it.
-            is_own_cast = storage in survey.casts and storage not in readers
-            unknown = maker if is_own_cast else last
-            self.maker[storage], self.last[storage] = maker, max((p for p in used if p > maker), default=unknown)
+            # whoever holds it, if there is none. Autocast, which holds the casts of parameters, reads none of them.
+            reader = cut.piece_of(survey.casts[storage]) if storage in survey.casts else last
+            self.maker[storage], self.last[storage] = maker, max((p for p in used if p > maker), default=reader)
             for piece in held:
                 if piece > maker:
                     self.reads[piece].add(value)

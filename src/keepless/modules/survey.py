@@ -102,7 +102,8 @@ class Survey:
         made: moment at which each storage was first seen. Those of the model's state and the batch have moment -1.
         freed: moment at which a storage was first missed; storages that outlived the forward are not in it.
         flows: storages that gradients flow through -> bytes of the gradient.
-        casts: those of them that hold a weight in another dtype. Autocast holds these until it ends.
+        casts: those of them that hold a parameter in another dtype -> the moment of their last reader. Autocast holds
+            them for longer: until it ends.
         outputs: storages of the model's outputs.
         loss: the storage of its own loss, where it has one.
         end: moment at which the forward ended.
@@ -117,7 +118,7 @@ class Survey:
     made: dict[int, int] = field(default_factory=dict)
     freed: dict[int, int] = field(default_factory=dict)
     flows: dict[int, int] = field(default_factory=dict)
-    casts: set[int] = field(default_factory=set)
+    casts: dict[int, int] = field(default_factory=dict)
     outputs: tuple[int, ...] = ()
     loss: int | None = None
     end: int = 0
@@ -155,6 +156,7 @@ class _Survey:
         self.calls = Calls()
         self.kept: list[weakref.ref[_Kept]] = []
         self.nodes: list[tuple[int, int]] = [(0, 0)]
+        self.cast_into: dict[int, int] = {}
 
     def number_of(self, tensor: torch.Tensor) -> int:
         found = self.found
@@ -163,8 +165,9 @@ class _Survey:
         if tensor.requires_grad and found.made[number] >= 0:
             nbytes = tensor.numel() * tensor.element_size()
             found.flows[number] = max(nbytes, found.flows.get(number, 0))
-            if graphs.is_cast_of_leaf(tensor):
-                found.casts.add(number)
+            cast = graphs.cast_number(tensor)
+            if cast is not None:
+                self.cast_into[cast] = number
         return number
 
     def numbers(self, values: Any) -> tuple[int, ...]:
@@ -268,7 +271,10 @@ def _sums(run: _Survey, name: str, parameter: torch.Tensor, readers: dict[tuple[
         moments = sorted(map(run.moment_of, nodes))
         found.append(Sum(name, moments[0], moments[-1]))
     for cast, *others in casts:
+        storage = run.cast_into.get(cast)
         nbytes = parameter.numel() * torch.get_autocast_dtype(run.device).itemsize
+        if storage is not None:
+            nbytes = run.found.book.nbytes[storage]
         found.append(Sum(name, run.moment_of(cast), max(map(run.moment_of, others)), nbytes))
     return found
 
@@ -340,6 +346,9 @@ def _surveyed(
         look.edges.clear()
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     found.sums = [one for name, p in trained for one in _sums(run, name, p, readers)]
+    last_readers = {cast: last for _, p in trained for cast, last in graphs.last_readers(readers, p).items()}
+    for cast in run.cast_into.keys() & last_readers.keys():
+        found.casts[run.cast_into[cast]] = run.moment_of(last_readers[cast])
     if torch.is_autocast_cache_enabled():
         found.cast_once = frozenset(name for name, p in trained if graphs.is_cast_for_several(readers, p))
     run.tick()
