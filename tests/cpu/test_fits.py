@@ -363,7 +363,11 @@ def test_what_cannot_be_answered() -> None:
 
 @pytest.mark.slow
 def test_rewrites_make_larger_steps_fit() -> None:
-    """Searched as `plan` plans: what is found is a plan with the rewrite, and beyond it `plan` finds none either."""
+    """Searched as `plan` plans: what is found is a plan with the rewrite, and far beyond it none is found.
+
+    Just beyond it one may be: the search within a limit goes by measured seconds, and reaches peaks that the search for
+    the smallest one does not (seen: 253 is found; 255 fits in one of two tries, and 254 in none).
+    """
     layers = [part for _ in range(4) for part in (nn.Linear(100, 100), nn.Tanh())]
     model = models.Loss(nn.Sequential(*layers))
     optimizer = torch.optim.AdamW(model.parameters())
@@ -378,7 +382,7 @@ def test_rewrites_make_larger_steps_fit() -> None:
     assert found.plan.rewrites == ("optimizer_in_backward",)
     assert found.next_size is not None
     with pytest.raises(InfeasibleBudget):
-        keepless.plan(model, make_batch(found.next_size), "1MiB", **options)
+        keepless.plan(model, make_batch(2 * found.next_size), "1MiB", **options)
     keepless.apply(model, found.plan, optimizer=optimizer)
     before = state_of(model)
     models.loss_in(model(make_batch(found.size))).backward()

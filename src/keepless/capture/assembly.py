@@ -339,7 +339,9 @@ class Assembly:
         if draft.call is None:
             return op, None
         named = tuple((item, slot, work.slot_value[slot]) for item, slot in draft.outputs)
-        return op, OpCode(draft.call, named, draft.replay, in_place, state)
+        places = known.NEW_STATISTICS if draft.replay is not None else ()
+        first_only = frozenset(value for item, _, value in named if item in places)
+        return op, OpCode(draft.call, named, draft.replay, in_place, state, first_only)
 
     def in_place(
         self, draft: Draft, fixed: set[int]

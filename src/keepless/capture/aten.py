@@ -216,6 +216,8 @@ SAME_RESULTS: dict[Any, dict[int | None, int]] = {aten.mkldnn_rnn_layer_backward
 """Results that are the tensor of another place: an LSTM's two biases have one gradient. Fake tensors tell so only at
 an op's first call; for later ones torch's cache makes two of it."""
 BATCH_NORM_FORWARD = (aten._native_batch_norm_legit_functional.default,)
+NEW_STATISTICS = (3, 4)
+"""Places of the running statistics in its results."""
 BATCH_NORM_ALONE = (aten._native_batch_norm_legit.no_stats,)
 """Without running statistics."""
 BATCH_NORM_INFERENCE = (aten._native_batch_norm_legit_no_training.default,)

@@ -247,7 +247,9 @@ class _Writer:
             self.deliver(index, run)
 
     def compute(self, index: int, run: Run, code: OpCode) -> None:
-        call = code.replay if run.replay and code.replay is not None else code.call
+        call = code.call
+        if run.replay and code.replay is not None and code.first_only.isdisjoint(run.keep):
+            call = code.replay
         if run.reuse:
             pairs = [p for p in reuse_pairs(self.graph, self.graph.ops[run.op]) if p[0] in run.keep]
             assert len(pairs) == 1, "one in-place form per op"
