@@ -49,10 +49,10 @@ class OpCode:
         call: of the first run.
         outputs: (position in the returned tuple, slot, value); position None where one tensor is returned.
         replay: the call of later runs, where it differs (BatchNorm without its statistics).
-        first_only: values that `call` gives and `replay` does not. They are read before what they update is written, so
-            that a run which keeps one is a `call`, whichever it is.
         in_place: (output value, input value) -> the call that writes the output over the input.
         state: the value that holds the generator's state before the draw, for an RNG op.
+        first_only: values that `call` gives and `replay` does not. They are read before what they update is written, so
+            that a run which keeps one is a `call`, whichever it is.
     """
 
     call: Call

@@ -72,9 +72,7 @@ def is_cast_for_several(found: dict[tuple[Any, int], set[Any]], parameter: torch
     Arguments:
         found: edges of the graph -> the nodes behind them.
     """
-    edge = torch.autograd.graph.get_gradient_edge(parameter)
-    casts = found.get((edge.node, edge.output_nr), ())
-    return any(node.name().startswith(_CAST) and len(found.get((node, 0), ())) > 1 for node in casts)
+    return any(len(found.get((cast, 0), ())) > 1 for cast in _casts(_readers(found, parameter)))
 
 
 def cast_number(tensor: torch.Tensor) -> int | None:
@@ -89,18 +87,16 @@ def last_readers(found: dict[tuple[Any, int], set[Any]], parameter: torch.Tensor
     Arguments:
         found: edges of the graph -> the nodes behind them.
     """
-    edge = torch.autograd.graph.get_gradient_edge(parameter)
     last: dict[int, int] = {}
-    for cast in found.get((edge.node, edge.output_nr), ()):
-        if cast.name().startswith(_CAST):
-            seen, left = {cast}, [cast]
-            while left:
-                node = left.pop()
-                parts = range(len(getattr(node, "_input_metadata", _MOST_PARTS)))
-                readers = {reader for part in parts for reader in found.get((node, part), ())}
-                left += [reader for reader in readers - seen if reader.name().startswith(_VIEWS)]
-                seen |= readers
-            last[node_number(cast)] = max(map(node_number, seen))
+    for cast in _casts(_readers(found, parameter)):
+        seen, left = {cast}, [cast]
+        while left:
+            node = left.pop()
+            parts = range(len(getattr(node, "_input_metadata", _MOST_PARTS)))
+            readers = {reader for part in parts for reader in found.get((node, part), ())}
+            left += [reader for reader in readers - seen if reader.name().startswith(_VIEWS)]
+            seen |= readers
+        last[node_number(cast)] = max(map(node_number, seen))
     return last
 
 
@@ -111,11 +107,21 @@ def readers_of(found: dict[tuple[Any, int], set[Any]], parameter: torch.Tensor) 
     Arguments:
         found: edges of the graph -> the nodes behind them.
     """
-    edge = torch.autograd.graph.get_gradient_edge(parameter)
-    readers = found.get((edge.node, edge.output_nr), ())
-    casts = [(node, found.get((node, 0), ())) for node in readers if node.name().startswith(_CAST)]
+    readers = _readers(found, parameter)
+    casts = [(cast, found.get((cast, 0), ())) for cast in _casts(readers)]
     shared = [[node_number(cast), *map(node_number, others)] for cast, others in casts if len(others) > 1]
     return [node_number(node) for node in readers], shared
+
+
+def _readers(found: dict[tuple[Any, int], set[Any]], parameter: torch.Tensor) -> Iterable[Any]:
+    """The nodes that read a parameter."""
+    edge = torch.autograd.graph.get_gradient_edge(parameter)
+    return found.get((edge.node, edge.output_nr), ())
+
+
+def _casts(nodes: Iterable[Any]) -> list[Any]:
+    """Those of some nodes that cast."""
+    return [node for node in nodes if node.name().startswith(_CAST)]
 
 
 def next_node_number() -> int:
