@@ -94,8 +94,9 @@ def plan(
             "optimizer_in_backward" updates each parameter as soon as its gradient is whole, and drops that.
             "chunked_loss" makes the logits and their loss in chunks: not bitwise, and logits are no output.
         eager_ops: the step has the ops that the model's code runs in eager, and so plain training's bits. Code that
-            looks at data and takes another way where it is compiled (masks of transformers) is otherwise captured as
-            it would be compiled; with this its model is planned by blocks, or by module calls.
+            looks at what it computes, and takes another way where it is compiled, is otherwise captured as it would be
+            compiled; with this its model is planned by blocks, or by module calls. What code asks of the batch is
+            answered in any case.
         on: a device that is not here ("rtx4090", a file that describes one; `docs/devices.md`). The step is captured
             on the CPU, or without weights on the meta device, and lowered to that device's ops; its costs are analytic
             (`plan.cost.origin`), and a budget that is a share refers to its memory. No step runs by such a plan:

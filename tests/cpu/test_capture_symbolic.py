@@ -20,8 +20,9 @@ import keepless
 from keepless.capture import FlatInputs, Inputs, StepShape, flatten_inputs, lower, trace_step
 from keepless.capture.compare import difference
 from keepless.capture.sizes import Sizes
-from keepless.capture.symbolic import Template, trace_symbolic, varying_dims
+from keepless.capture.symbolic import Template, trace_symbolic
 from keepless.capture.trace import Traced
+from keepless.capture.varying import varying_dims
 from keepless.control.plan_book import templates
 from keepless.errors import CaptureError
 from keepless.ir.text import fingerprint

@@ -13,6 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental import symbolic_shapes
 from torch.utils._sympy.value_ranges import ValueRanges
 
+from keepless._compat.fakes import WatchedFakes
+
 
 class SymbolicSizes(symbolic_shapes.ShapeEnv):
     """Sizes that stay symbols while a step is traced, and every answer that was given about them."""
@@ -56,7 +58,7 @@ class SymbolicSizes(symbolic_shapes.ShapeEnv):
             home._static_eval_sym_bool, home._sym_node_hint_disproves = known, quick
 
 
-class SymbolicMode(FakeTensorMode):  # type: ignore[no-untyped-call]
+class SymbolicMode(WatchedFakes):  # type: ignore[no-untyped-call]
     """Fake tensors that may have symbolic sizes."""
 
     def dispatch(self, *args: Any, **kwargs: Any) -> Any:

@@ -17,7 +17,7 @@ from keepless.capture.inputs import standing_in as standing_in
 from keepless.capture.lower import lower as lower
 from keepless.capture.standing import StandingForward as StandingForward
 from keepless.capture.standing import standing_forward as standing_forward
-from keepless.capture.trace import forward_of as forward_of
+from keepless.capture.state import forward_of as forward_of
+from keepless.capture.state import planned_device as planned_device
 from keepless.capture.trace import is_tracing as is_tracing
-from keepless.capture.trace import planned_device as planned_device
 from keepless.capture.trace import trace_step as trace_step

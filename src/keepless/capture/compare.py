@@ -55,6 +55,8 @@ def difference(a: Traced, b: Traced) -> str | None:
     for name in _COMPARED:
         if getattr(a, name) != getattr(b, name):
             return f"{name} is {getattr(a, name)}, not {getattr(b, name)}"
+    if a.answers != b.answers:
+        return f"the forward asked of the batch's data and got {a.answers}, not {b.answers}"
     if [where[:2] for where in a.attributes] != [where[:2] for where in b.attributes]:
         return "the attributes that the forward read"
     leaves = [

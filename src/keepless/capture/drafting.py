@@ -20,7 +20,8 @@ from keepless.capture import cudnn
 from keepless.capture.constants import Getter, find_home
 from keepless.capture.inputs import FlatInputs
 from keepless.capture.ordering import MARK
-from keepless.capture.trace import Traced, named_state, planned_device
+from keepless.capture.state import named_state, planned_device
+from keepless.capture.trace import Traced
 from keepless.errors import CaptureError
 from keepless.ir import Effect, Kind, Phase, Value
 

@@ -13,7 +13,7 @@ import gc
 import operator
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,112 +21,16 @@ import torch
 from keepless import _compat
 from keepless._compat import sizes as sizes_compat
 from keepless.capture.compare import difference, results
+from keepless.capture.dry_run import LossFn
+from keepless.capture.faking import fake_like
 from keepless.capture.inputs import FlatInputs
+from keepless.capture.questions import Question
 from keepless.capture.sizes import Sizes
-from keepless.capture.trace import (
-    Faking,
-    Joint,
-    LossFn,
-    Traced,
-    check_model,
-    fake_like,
-    named_state,
-    planned_device,
-    trace_step,
-)
+from keepless.capture.state import named_state, planned_device
+from keepless.capture.trace import Joint, Traced, check_model, trace_step
+from keepless.capture.varying import BOUNDS, Place, SymbolicFaking, other_call
 from keepless.capture.world import World
 from keepless.errors import CaptureError
-
-_BOUNDS = f"templates are for sizes from 2 to {sizes_compat.SymbolicSizes.LARGEST}"
-
-Place = tuple[int, int]
-"""A flat position in a call, and a dimension of the tensor there."""
-
-
-def varying_dims(*calls: FlatInputs) -> dict[Place, int] | str:
-    """The dimensions in which calls differ, with numbers that are equal where the sizes are equal in each call.
-
-    Returns:
-        The reason where the calls differ in more than sizes.
-    """
-    first = calls[0]
-    groups: dict[tuple[int, ...], int] = {}
-    found: dict[Place, int] = {}
-    for call in calls[1:]:
-        reason = other_call(first, call)
-        if reason:
-            return reason
-    for position in first.tensor_positions:
-        for dim, sizes in enumerate(zip(*(call.facts[position][1] for call in calls), strict=True)):
-            if len(set(sizes)) > 1:
-                found[position, dim] = groups.setdefault(sizes, len(groups))
-    return found
-
-
-def other_call(a: FlatInputs, b: FlatInputs) -> str:
-    """What differs between two calls beside sizes and strides; empty where nothing does."""
-    if a.spec != b.spec or a.tensor_positions != b.tensor_positions or a.first != b.first:
-        return "the arguments have another structure"
-    for position, (x, y) in enumerate(zip(a.leaves, b.leaves, strict=True)):
-        if position not in a.first and not (type(x) is type(y) and (x is y or x == y)):
-            return f"argument {position} is {y!r}, and was {x!r}"
-    for position, (dtype, shape, _, *rest) in a.facts.items():
-        other = b.facts[position]
-        if (dtype, len(shape), *rest) != (other[0], len(other[1]), *other[3:]):
-            return f"argument {position} has another dtype, device, class, number of dimensions or requires_grad"
-    return ""
-
-
-class _SymbolicFaking(Faking):
-    """Fakes with symbols for the sizes that vary."""
-
-    def __init__(self, flat: FlatInputs, dynamic: Mapping[Place, int], device: torch.device) -> None:
-        super().__init__(device)
-        self.env = sizes_compat.SymbolicSizes()
-        self.dynamic = dynamic
-        self.hints: list[int] = []
-        sizes: dict[int, Any] = {}
-        for (position, dim), group in dynamic.items():
-            size = flat.facts[position][1][dim]
-            if group not in sizes:
-                if not 2 <= size <= self.env.LARGEST:
-                    raise CaptureError(f"Dimension {dim} of argument {position} is {size}: {_BOUNDS}.")
-                sizes[group] = self.env.new_size(size)
-                self.hints.append(size)
-            elif size != self.hints[list(sizes).index(group)]:
-                raise CaptureError(f"Dimension {dim} of argument {position} is {size}, unlike those that go with it.")
-        self.place_of = [next(place for place, g in dynamic.items() if g == group) for group in sizes]
-        self.shapes: dict[int, tuple[Any, ...]] = {}
-        self.strides: dict[int, tuple[Any, ...]] = {}
-        for position in flat.tensor_positions:
-            shape = flat.facts[position][1]
-            if any((position, dim) in dynamic for dim in range(len(shape))):
-                known = (sizes[dynamic[position, d]] if (position, d) in dynamic else n for d, n in enumerate(shape))
-                self.shapes[position] = tuple(known)
-                self.strides[position] = _symbolic_strides(position, self.shapes[position], *flat.facts[position][1:3])
-        self.created: list[torch.fx.Node] = []
-
-    def mode(self) -> Any:
-        return sizes_compat.SymbolicMode(allow_non_fake_inputs=True, shape_env=self.env)
-
-    def all_around(self) -> contextlib.AbstractContextManager[Any]:
-        return self.env.watched()
-
-    @contextlib.contextmanager
-    def around(self) -> Iterator[None]:
-        with _compat.eagers_own_ops(), sizes_compat.enable_python_dispatcher():
-            yield
-
-    def given(self, mode: Any, position: int, tensor: torch.Tensor) -> torch.Tensor:
-        if position not in self.shapes:
-            return fake_like(mode, tensor, self.device)
-        device = self.device if tensor.is_meta else tensor.device
-        with mode:
-            fake = torch.empty_strided(self.shapes[position], self.strides[position], dtype=tensor.dtype, device=device)
-        return fake.requires_grad_(tensor.requires_grad)
-
-    def made(self, node: torch.fx.Node) -> None:
-        self.created.append(node)
 
 
 @contextlib.contextmanager
@@ -139,22 +43,6 @@ def _no_collection() -> Iterator[None]:
     finally:
         if was:
             gc.enable()
-
-
-def _symbolic_strides(
-    position: int, shape: tuple[Any, ...], sizes: tuple[int, ...], strides: tuple[int, ...]
-) -> tuple[Any, ...]:
-    """The strides of a dense tensor, in terms of its sizes."""
-    inward = range(len(sizes) - 1, -1, -1)
-    for order in (list(inward), sorted(inward, key=lambda d: strides[d])):
-        plain, symbolic = [0] * len(sizes), [0] * len(sizes)
-        length, known = 1, 1
-        for dim in order:
-            plain[dim], symbolic[dim] = length, known
-            length, known = length * sizes[dim], known * shape[dim]
-        if tuple(plain) == tuple(strides):
-            return tuple(symbolic)
-    raise CaptureError(f"Argument {position} has strides {tuple(strides)} at shape {tuple(sizes)}: it is not dense.")
 
 
 @dataclass(frozen=True)
@@ -218,7 +106,7 @@ _READS_SIZES = ("sym_size", "sym_stride", "sym_numel", "sym_storage_offset")
 class Template:
     """A step traced with symbolic sizes."""
 
-    def __init__(self, model: torch.nn.Module, flat: FlatInputs, faking: _SymbolicFaking, traced: Traced) -> None:
+    def __init__(self, model: torch.nn.Module, flat: FlatInputs, faking: SymbolicFaking, traced: Traced) -> None:
         self._flat = flat.without_tensors()
         self._dynamic = dict(faking.dynamic)
         self._place_of = faking.place_of
@@ -252,7 +140,10 @@ class Template:
             traced.aside,
             traced.attributes,
             facts=self._world.facts,
+            questions=traced.questions,
         )
+        for size in (size for question in traced.questions for size in question.sizes):
+            self._sizes.index(size.node.expr)
         reason = self._wrong_answer(self._sizes.values(faking.hints))
         if reason:
             raise CaptureError(f"The symbolic trace went another way than a plain one would: {reason}.")
@@ -380,7 +271,7 @@ class Template:
                 return f"argument {position} has another shape or other strides, and varied in none before"
         sizes = [flat.facts[position][1][dim] for position, dim in self._place_of]
         if any(not 2 <= size <= sizes_compat.SymbolicSizes.LARGEST for size in sizes):
-            return f"the sizes are {sizes}: {_BOUNDS}"
+            return f"the sizes are {sizes}: {BOUNDS}"
         table = self._sizes.values(sizes)
         for position, places in self._shapes.items():
             if tuple(flat.facts[position][1]) != tuple(table[n] for n in places):
@@ -388,11 +279,28 @@ class Template:
                 return f"argument {position} has shape {shape}: sizes that went together do not"
             if tuple(flat.facts[position][2]) != tuple(table[n] for n in self._strides[position]):
                 return f"argument {position} has strides {tuple(flat.facts[position][2])}"
-        reason = self._wrong_answer(table)
+        questions = self._questions(table)
+        reason = self._wrong_answer(table) or self._other_answer(flat, questions)
         if reason:
             return reason
         with _no_collection():
-            return self._plain(model, flat, table)
+            return self._plain(model, flat, table, questions)
+
+    def _questions(self, table: tuple[Any, ...]) -> tuple[Question, ...]:
+        """What the forward asked of data, at these sizes."""
+
+        def size(symbol: Any) -> int:
+            return int(table[self._sizes.index(symbol.node.expr)])
+
+        return tuple(replace(question, size=size) for question in self._traced.questions)
+
+    def _other_answer(self, flat: FlatInputs, questions: tuple[Question, ...]) -> str | None:
+        """What the forward asked of data and has another answer here. Calls without tensors are not asked for it."""
+        for question in questions:
+            given = {i: flat.leaves[i] for i in question.last.inputs}
+            if all(tensor is not None for tensor in given.values()) and question.ask(given) != question.answer:
+                return "the model's code asks of data and gets another answer"
+        return None
 
     def _wrong_answer(self, table: tuple[Any, ...]) -> str | None:
         for place, answer in self._answers:
@@ -400,7 +308,9 @@ class Template:
                 return f"{self._sizes.text(place)} is {table[place]}, traced with {answer}"
         return None
 
-    def _plain(self, model: torch.nn.Module, flat: FlatInputs, table: tuple[Any, ...]) -> Traced | str:
+    def _plain(
+        self, model: torch.nn.Module, flat: FlatInputs, table: tuple[Any, ...], questions: tuple[Question, ...]
+    ) -> Traced | str:
         mode = sizes_compat.uncached_fakes()
         device = planned_device(model)
         arguments = [fake_like(mode, t, device) for _, t in named_state(model)]
@@ -471,6 +381,7 @@ class Template:
             known.aside,
             known.attributes,
             facts=known.facts,
+            questions=questions,
         )
 
     def _other_results(self, mode: Any, values: list[Any], filled: Any) -> str | None:
@@ -548,13 +459,14 @@ def _plain_names(module: Joint, created: list[torch.fx.Node]) -> dict[str, str]:
         by_graph.setdefault(id(node.graph), []).append(node)
     for nodes in by_graph.values():
         if wanted <= {node.name for node in nodes}:
+            bare = {node.name for node in nodes}  # a name of Python's own, as slice, is never given without a number
             counts: dict[str, int] = {}
             names: dict[str, str] = {}
             for node in nodes:
                 if isinstance(node.meta.get("val"), (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)):
                     continue
                 base = re.sub(r"_\d+$", "", node.name)
-                number = counts[base] = counts.get(base, -1) + 1
+                number = counts[base] = counts.get(base, -1 if base in bare else 0) + 1
                 names[node.name] = f"{base}_{number}" if number else base
             return names
     raise CaptureError("The nodes of the symbolic trace are not those that were made.")
@@ -581,7 +493,7 @@ def trace_symbolic(
     Raises:
         CaptureError: as `trace_step`, or the step cannot be traced so.
     """
-    faking = _SymbolicFaking(flat, dynamic, planned_device(model))
+    faking = SymbolicFaking(flat, dynamic, planned_device(model))
     traced = trace_step(model, flat, batch=batch, loss_fn=loss_fn, grad_outputs=grad_outputs, faking=faking)
     template = Template(model, flat, faking, traced)
     found = template.specialise(model, flat)

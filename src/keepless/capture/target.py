@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from keepless._compat.kernels import cudnn_attention_enabled, cudnn_version, replaced_kernels, torch_release
-from keepless.capture.trace import Faking
+from keepless.capture.faking import Faking
 
 WHEEL_CUDNN = {(2, 11): 91900, (2, 14): 92400}
 """torch's release -> the cuDNN that its wheels for CUDA 13 bring, for builds without one; between them the earlier."""

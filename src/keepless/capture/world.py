@@ -11,7 +11,7 @@ from keepless import _compat
 from keepless.capture.constants import find_home
 from keepless.capture.facts import attribute_of, copy_of, equal_constants, find_facts, same_items
 from keepless.capture.inputs import tensor_facts
-from keepless.capture.trace import forward_of, named_state, planned_device
+from keepless.capture.state import forward_of, named_state, planned_device
 
 
 class World:

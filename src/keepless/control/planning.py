@@ -336,6 +336,7 @@ def capture_call(
         "grad_orders": [[position, *order] for position, order in traced.orders.items()],
         "loss_position": traced.loss_position,
         "as_compiled": traced.as_compiled,
+        "answers": list(traced.answers),
         "torch": torch.__version__,
         "device_facts": {key: str(value) for key, value in describe_device(binding.device).items()},
         "fingerprint": fingerprint(binding.graph),

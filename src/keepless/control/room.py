@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from keepless.binding import Binding
-from keepless.capture.trace import named_state
+from keepless.capture.state import named_state
 from keepless.measure import OpCost, Trial, device_nbytes
 
 ALWAYS_NBYTES = 64 * 2**20

@@ -100,7 +100,7 @@ class Guard:
         # Of each argument among state, constants and the call's leaves, one after the other.
         begins = (0, len(self._state) + len(self._fixed), len(self._state))
         self._places = [begins[kind] + index for kind, index in self._plan]
-        self._facts = binding.facts
+        self._facts, self._asked = binding.facts, binding.asked
         made = {name for name, _ in binding.grads}
         self._gradless = [] if binding.accumulates else [i for i, name in enumerate(wanted.values()) if name in made]
         self._homes = [(name, read, binding.constants[slot]) for slot, (name, read) in binding.constant_homes.items()]
@@ -176,6 +176,11 @@ class Guard:
                 return reason
             self._looks_left -= 1  # where the mode around calls changes each time, they only cost
             self._are_as_planned = _compat.quick_look(state) if self._looks_left > 0 else None
+        for asked in self._asked:
+            answer = asked.ask({i: leaves[i] for i in asked.inputs})
+            if answer != asked.answer:
+                where = " and ".join(f"argument {i}" for i in sorted(asked.inputs))
+                return f"the model's code asks of the data of {where}: {answer}, planned for {asked.answer}"
         arguments = tuple(map([*state, *self._fixed, *leaves].__getitem__, self._places))
         return Bound(arguments, tuple([leaves[i] for i, _ in self._tensors]))
 

@@ -70,8 +70,8 @@ class KeeplessCallback(TrainerCallback):
         outside: bytes on the device beside model, batches and optimizer (a reference model, say).
         measure: the peak of one step is measured: on the CPU that step runs under torch's profiler.
         options: others of `keepless.plan` (engine, solver, land, rewrites ...) and of `keepless.apply` (on_oom,
-            black_box, arena, background). `eager_ops` is True here, but with rewrites: masks that look at data are
-            planned by blocks.
+            black_box, arena, background). `eager_ops` is True here, but with rewrites: code that looks at what it
+            computes is planned by blocks.
 
     Attributes:
         plan: of the training that runs, or ran last; None before its first step.

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 
-from keepless.capture.symbolic import other_call
+from keepless.capture.varying import other_call
 from keepless.control.fits.sizing import Sizing
 from keepless.errors import CaptureError, SizeError
 from keepless.ir import format_bytes

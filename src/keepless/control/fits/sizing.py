@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from keepless.capture import FlatInputs, Inputs, flatten_inputs
-from keepless.capture.symbolic import other_call
+from keepless.capture.varying import other_call
 from keepless.control.allocating import allocation_of
 from keepless.control.captured import Capture, Captures, Measured, Settings
 from keepless.control.fits.result import SizeTried

@@ -90,7 +90,9 @@ class Library:
                 if own is not None:
                     return own
         with untouched(module):
-            traced = trace_step(module, flat, batch=None, loss_fn=None, grad_outputs=received, orders=orders)
+            traced = trace_step(
+                module, flat, batch=None, loss_fn=None, grad_outputs=received, orders=orders, asks=False
+            )
             binding = lower(traced, flat, module, replace(self.shape, shared_inputs=shared))
         self.traced += 1
         self.captures.append(BlockCapture(weakref.ref(module), kind, flat.without_tensors(), shared, orders, binding))

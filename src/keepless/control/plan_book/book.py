@@ -75,7 +75,12 @@ class Book:
         inputs = Inputs(*args, **kwargs)
         if not planned.entries:
             capture = bind(model, self.plan, flatten_inputs(inputs))
-            return make_entry(model, capture.flat, capture.binding, self.plan.program, cost=self.plan.cost)
+            entry = make_entry(model, capture.flat, capture.binding, self.plan.program, cost=self.plan.cost)
+            bound = entry.guard.check(args, kwargs)
+            if not isinstance(bound, str):
+                return entry
+            planned.add(entry)  # the model's code asks of data, and this batch has other answers than the plan's
+            reason = bound
         entry = self._captured(planned, model, inputs, reason)
         planned.counters.captures += 1
         self._warn(planned, entry, reason)

@@ -101,7 +101,9 @@ def recapture(model: torch.nn.Module, flat: FlatInputs, plan: Plan) -> Capture:
     chosen = tuple(whole(p) for p in positions) if isinstance(positions, list) else None
     with untouched(model):
         orders = _orders(signature.get("grad_orders"))
-        traced = trace_step(model, flat, batch=None, loss_fn=None, grad_outputs=chosen, orders=orders)
+        told = signature.get("answers")
+        answers = [bool(answer) for answer in told] if isinstance(told, list) else None
+        traced = trace_step(model, flat, batch=None, loss_fn=None, grad_outputs=chosen, orders=orders, answers=answers)
         # Whether an output is the model's own loss, which the caller never releases, only the plan knows.
         own = signature.get("loss_position")
         traced = replace(traced, loss_position=own if type(own) is int else None)

@@ -13,11 +13,16 @@ import torch
 
 from keepless.capture import FlatInputs, trace_step
 from keepless.capture.compare import difference
-from keepless.capture.symbolic import Template, other_call, trace_symbolic, varying_dims
-from keepless.capture.trace import LossFn, Traced
+from keepless.capture.dry_run import LossFn
+from keepless.capture.symbolic import Template, trace_symbolic
+from keepless.capture.trace import Traced
+from keepless.capture.varying import other_call, varying_dims
 
 NUM_WITNESSES = 3
 """Captures made in full, beside the first one, before a template is made, which must agree with them."""
+MAX_WITNESSES = 4 * NUM_WITNESSES
+"""Captures in full that are remembered: those of batches of which the model's code learns something else (padded or
+not, say) go with their own."""
 MAX_TEMPLATES = 3
 """Templates of one model: torch asks about sizes, and other answers need another one."""
 MAX_FAILURES = 2
@@ -69,25 +74,31 @@ class Templates:
             self.reason = found
         traced = trace_step(model, flat, batch=batch, loss_fn=loss_fn, grad_outputs=grad_outputs)
         if len(self._templates) < MAX_TEMPLATES and self._failures < MAX_FAILURES:
-            alike = [(call, known) for call, known in self._witnesses if not other_call(call, flat)]
-            self._witnesses = [*alike, (flat.without_tensors(), traced)][-NUM_WITNESSES:]
-            if len(self._witnesses) == NUM_WITNESSES:
-                self._learn(model, flat, batch, loss_fn, grad_outputs)
+            alike = [one for one in self._witnesses if not other_call(one[0], flat)]
+            self._witnesses = [*alike, (flat.without_tensors(), traced)][-MAX_WITNESSES:]
+            same = [one for one in self._witnesses if one[1].answers == traced.answers][-NUM_WITNESSES:]
+            if len(same) == NUM_WITNESSES and self._learn(same, model, flat, batch, loss_fn, grad_outputs):
+                self._witnesses = [one for one in self._witnesses if one[1].answers != traced.answers]
         return traced
 
     def _learn(
         self,
+        witnesses: list[tuple[FlatInputs, Traced]],
         model: torch.nn.Module,
         flat: FlatInputs,
         batch: Any,
         loss_fn: LossFn | None,
         grad_outputs: tuple[int, ...] | None,
-    ) -> None:
-        """Makes a template of the newest call, and keeps it where it agrees with all that was captured in full."""
-        calls = [call for call, _ in self._witnesses]
+    ) -> bool:
+        """Makes a template of the newest call, and keeps it where it agrees with all that was captured in full.
+
+        Returns:
+            Whether these calls have served; False where another one is needed.
+        """
+        calls = [call for call, _ in witnesses]
         dynamic = varying_dims(*calls, *(() if other_call(self._first, flat) else (self._first,)))
         if isinstance(dynamic, str) or not dynamic or any(flat.facts[p][1][dim] < 2 for p, dim in dynamic):
-            return  # torch takes sizes of 0 and 1 apart: another call may serve
+            return False  # torch takes sizes of 0 and 1 apart: another call may serve
         try:
             template = trace_symbolic(
                 model,
@@ -96,21 +107,19 @@ class Templates:
                 batch=batch,
                 loss_fn=loss_fn,
                 grad_outputs=grad_outputs,
-                plain=self._witnesses[-1][1],
+                plain=witnesses[-1][1],
             )
         except Exception as error:  # of any kind, from torch's inside; what is the model's fault was told already
-            self._failed(f"{type(error).__name__}: {error}")
-            return
-        for call, traced in self._witnesses:
+            return self._failed(f"{type(error).__name__}: {error}")
+        for call, traced in witnesses:
             plain = template.specialise(model, call)
             reason = difference(plain, traced) if isinstance(plain, Traced) else None
             if reason:
-                self._failed(reason)
-                return
-        self._witnesses = []
+                return self._failed(reason)
         self._templates.append(template)
+        return True
 
-    def _failed(self, reason: str) -> None:
+    def _failed(self, reason: str) -> bool:
         self._failures += 1
-        self._witnesses = []
         self.reason = reason
+        return True

@@ -1,0 +1,234 @@
+"""Code that looks at data is captured the eager way where the answer follows from constants, or from the batch."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+import keepless
+from keepless.capture import Inputs, flatten_inputs, trace_step
+from keepless.capture.questions import Questions
+from keepless.capture.trace import Traced
+from keepless.errors import DataDependentError
+
+Ask = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class Asks(nn.Module):
+    """Goes another way where a question about its input and a mask is answered by yes."""
+
+    def __init__(self, ask: Ask) -> None:
+        super().__init__()
+        self.ask = ask
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        y = nn.functional.gelu(self.first(x)) if self.ask(x, mask) else self.second(x).tanh()
+        return (y * mask[:, None]).square().mean()
+
+
+def traced(model: nn.Module, *batch: torch.Tensor, **options: object) -> Traced:
+    flat = flatten_inputs(Inputs.of(batch))
+    return trace_step(model, flat, batch=batch, loss_fn=None, grad_outputs=None, eager_ops=True, **options)
+
+
+def activations(found: Traced) -> set[str]:
+    names = {str(node.target) for node in found.module.graph.nodes}
+    return names & {"aten.gelu.default", "aten.tanh.default"}
+
+
+def written(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    ones = torch.ones(3)
+    ones[1] = 0
+    return ones.all()
+
+
+CONSTANT: dict[str, tuple[Ask, bool]] = {
+    "positions": (lambda x, mask: (torch.diff(torch.arange(x.shape[0])) == 1).all(), True),
+    "literal": (lambda x, mask: torch.tensor([1.0, 2.0]).sum() > 4, False),
+    "number": (lambda x, mask: torch.arange(5)[torch.tensor([3])].item() == 3, True),
+    "two results": (lambda x, mask: torch.eye(3).sort(dim=-1)[1].max(dim=0)[0][0] == 2, False),
+}
+
+
+@pytest.mark.parametrize("name", CONSTANT)
+def test_questions_about_constants(name: str) -> None:
+    """Answered, and no later call has to be asked."""
+    ask, answer = CONSTANT[name]
+    assert bool(ask(torch.ones(4, 8), torch.ones(4))) is answer
+    found = traced(Asks(ask), torch.randn(4, 8), torch.ones(4))
+    assert activations(found) == {"aten.gelu.default" if answer else "aten.tanh.default"}
+    assert not found.as_compiled
+    assert not found.questions
+
+
+OF_BATCH: dict[str, Ask] = {
+    "all": lambda x, mask: mask.bool().all(),
+    "any": lambda x, mask: (mask == 0).any().logical_not(),
+    "beside a constant": lambda x, mask: (mask.cumsum(0) == torch.arange(1, 5)).all(),
+    "equal": lambda x, mask: torch.equal(mask, torch.ones(4)),
+}
+
+
+@pytest.mark.parametrize("name", OF_BATCH)
+def test_questions_about_the_batch(name: str) -> None:
+    """Answered for batches with the same answer: another batch is another step, and both have plain's bits."""
+    torch.manual_seed(0)
+    model = Asks(OF_BATCH[name])
+    plain = copy.deepcopy(model)
+    whole, cut = torch.ones(4), torch.tensor([1.0, 1.0, 0.0, 1.0])
+    assert activations(traced(model, torch.randn(4, 8), whole)) == {"aten.gelu.default"}
+    assert activations(traced(model, torch.randn(4, 8), cut)) == {"aten.tanh.default"}
+    plan = keepless.plan(model, (torch.randn(4, 8), whole), "1MiB")
+    assert plan.engine == "graph"
+    keepless.apply(model, plan)
+    for mask in (whole, cut, whole, cut.clone()):
+        x = torch.randn(4, 8)
+        for one in (model, plain):
+            one.zero_grad()
+            one(x, mask).backward()
+        for a, b in zip(model.parameters(), plain.parameters(), strict=True):
+            assert (a.grad is None) == (b.grad is None)
+            assert a.grad is None or b.grad is None or torch.equal(a.grad, b.grad)
+    counters = model.forward.counters
+    assert (counters.captures, counters.hits) == (1, 3)
+    keepless.remove(model)
+
+
+NOT_ANSWERED: dict[str, Ask] = {
+    "a number of the batch": lambda x, mask: int(mask.sum()) > 3,
+    "an activation": lambda x, mask: (x @ torch.ones(8, 8, requires_grad=True) > 9e9).any(),
+    "drawn": lambda x, mask: (torch.rand(3) < 2).all(),
+    "not initialised": lambda x, mask: (torch.empty(3) == torch.empty(3)).all(),
+    "larger than the batch": lambda x, mask: (mask.repeat(9000).reshape(-1) == 1).all(),
+}
+
+
+@pytest.mark.parametrize("name", NOT_ANSWERED)
+def test_what_is_not_answered(name: str) -> None:
+    """Numbers, which differ from batch to batch; what is drawn; what would take more than the batch to answer."""
+    model = Asks(NOT_ANSWERED[name])
+    if name == "an activation":
+        model.ask = lambda x, mask: (model.first(x) > 9e9).any()
+    with pytest.raises(DataDependentError):
+        traced(model, torch.randn(4, 8), torch.ones(4))
+
+
+def test_what_is_written_into_is_not_known_any_more() -> None:
+    """No answer, rather than the one from before the write."""
+    with pytest.raises(DataDependentError):
+        traced(Asks(written), torch.randn(4, 8), torch.ones(4))
+
+
+def test_batches_without_data_are_not_asked() -> None:
+    model = Asks(OF_BATCH["all"])
+    with pytest.raises(DataDependentError):
+        traced(model, torch.randn(4, 8), torch.ones(4, device="meta"))
+    with pytest.raises(DataDependentError):
+        traced(model, torch.randn(4, 8), torch.ones(4), asks=False)
+
+
+def test_a_planned_answer_holds_whatever_the_batch() -> None:
+    """A plan file's step is captured as it was planned, also where the first batch has another answer."""
+    model = Asks(OF_BATCH["all"])
+    for answer, name in ((True, "aten.gelu.default"), (False, "aten.tanh.default")):
+        found = traced(model, torch.randn(4, 8), torch.tensor([1.0, 0.0, 1.0, 1.0]), answers=[answer])
+        assert activations(found) == {name}
+        assert found.answers == (answer,)
+
+
+def test_no_batch_is_kept() -> None:
+    """Questions outlive the capture, tensors do not."""
+    questions = Questions()
+    fake, tensor = torch.ones(3), torch.ones(3)
+    questions.give(0, fake, tensor)
+    questions.end()
+    assert not questions._given
+    assert not len(questions._known)
+
+
+def text_batch(length: int, padding: int | None, batch: int = 2) -> dict[str, torch.Tensor]:
+    ids = torch.randint(0, 64, (batch, length))
+    mask = torch.ones_like(ids)
+    if padding:
+        mask[-1, -padding:] = 0
+    return {"input_ids": ids, "labels": ids} | ({} if padding is None else {"attention_mask": mask})
+
+
+def llama() -> nn.Module:
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "use_cache": False}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, **sizes))
+
+
+def gpt2() -> nn.Module:
+    return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, attn_pdrop=0.0, use_cache=False))
+
+
+@pytest.mark.parametrize("made", [llama, gpt2])
+@pytest.mark.parametrize("padding", [None, 0])
+def test_masks_of_transformers(made: Callable[[], nn.Module], padding: int | None) -> None:
+    """No mask of length by length where plain training has none, and plain training's bits."""
+    torch.manual_seed(0)
+    model, batch = made(), text_batch(128, padding)
+    high = keepless.plan(model, batch, "1GiB")
+    assert high.engine == "graph"
+    assert high.signature["as_compiled"] is False
+    assert high.signature["answers"] == ([] if padding is None else [True])
+    assert not [value for value in high.graph.values if len(value.shape) == 4 and value.shape[-2:] == (128, 128)]
+    plan = keepless.plan(model, batch, int(high.smallest_budget * 1.05))
+    found = keepless.verify(model, batch, plan)
+    assert found.equal
+    assert found.reference == "plain eager"
+    assert plan.num_replays
+
+
+def test_padded_batches_and_whole_ones(tmp_path: Path) -> None:
+    """Each has a step of its own with plain's bits, from a plan file, too, whose first batch is of the other kind."""
+    torch.manual_seed(0)
+    model, whole = llama(), text_batch(32, 0)
+    plain = copy.deepcopy(model)
+    keepless.plan(model, whole, "1GiB").save(tmp_path / "whole.plan")
+    keepless.apply(model, keepless.load(tmp_path / "whole.plan"))
+    for batch in (text_batch(32, 5), whole, text_batch(32, 9), text_batch(32, 0)):
+        for one in (model, plain):
+            one.zero_grad()
+            one(**batch).loss.backward()
+        for a, b in zip(model.parameters(), plain.parameters(), strict=True):
+            assert a.grad is not None
+            assert b.grad is not None
+            assert torch.equal(a.grad, b.grad)
+    counters = model.forward.counters
+    assert (counters.captures, counters.hits) == (1, 3)
+    keepless.remove(model)
+
+
+@pytest.mark.slow
+def test_templates_go_by_the_answer() -> None:
+    """Lengths that keep coming, padded or not, are captured by two templates; all with plain's bits."""
+    torch.manual_seed(0)
+    model = llama()
+    plain = copy.deepcopy(model)
+    keepless.apply(model, keepless.plan(model, text_batch(32, 0), "1GiB"), background=False)
+    for number, (length, padding) in enumerate(itertools.product((24, 40, 36, 28, 44), (0, 3)), start=1):
+        many = pytest.warns(UserWarning, match="has had 9 different steps") if number == 8 else contextlib.nullcontext()
+        with many:
+            batch = text_batch(length, padding)
+            for one in (model, plain):
+                one.zero_grad()
+                one(**batch).loss.backward()
+            for a, b in zip(model.parameters(), plain.parameters(), strict=True):
+                assert a.grad is not None
+                assert b.grad is not None
+                assert torch.equal(a.grad, b.grad)
+    counters = model.forward.counters
+    assert counters.captures == 10
+    assert counters.specialised == 4
+    keepless.remove(model)
