@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -154,14 +155,22 @@ def test_whoever_holds_the_cast_of_a_weight_sends_it_no_gradient(engine: str, sh
     assert 0.999 * plan.measured_peak <= plan.predicted_peak <= 1.015 * plan.measured_peak
 
 
+_CUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "slices": lambda cast: cast.unsqueeze(0)[0, :, 2:],
+    "sizes": lambda cast: cast.split([2, 2], dim=1)[1],
+    "chunks": lambda cast: cast.chunk(2, dim=1)[1],
+}
+
+
+@pytest.mark.parametrize("cut", _CUTS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_the_last_reader_of_a_cast_is_found_through_views(dtype: torch.dtype) -> None:
+def test_the_last_reader_of_a_cast_is_found_through_views(dtype: torch.dtype, cut: str) -> None:
     """Whoever reads a parameter's cast, or a view of a view of it, sends it a gradient; what only holds it does not."""
     weight = nn.Parameter(torch.randn(8, 4))
     cast = weight.to(dtype)
     first = torch.randn(2, 4).to(dtype) @ cast.t()
     other = nn.Parameter(torch.randn(4)).to(dtype) * 2
-    last = first @ cast.unsqueeze(0)[0, :, 2:]
+    last = first @ _CUTS[cut](cast)
     loss = (last.sum() + other.sum()) * 3
     behind = graphs.graph_behind([loss])
     number = graphs.cast_number(cast[0].t())

@@ -11,8 +11,8 @@ _CAST = "ToCopyBackward"
 _VIEWS = tuple(
     f"{name}Backward"
     for name in (
-        *("Alias", "AsStrided", "Diagonal", "Expand", "Permute", "ReshapeAlias", "Select", "Slice", "Split", "Squeeze"),
-        *("T", "Transpose", "Unbind", "Unfold", "UnsafeView", "Unsqueeze", "View"),
+        *("Alias", "AsStrided", "Diagonal", "Expand", "Permute", "ReshapeAlias", "Select", "Slice", "Split"),
+        *("SplitWithSizes", "Squeeze", "T", "Transpose", "Unbind", "Unfold", "UnsafeView", "Unsqueeze", "View"),
     )
 )
 """Nodes whose output shares its memory with their input."""
