@@ -73,21 +73,6 @@ class Fact:
     value: Any
 
 
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """What the model's code asked of the batch's data, on whose answer the captured step rests.
-
-    Arguments:
-        inputs: flat positions of the batch's tensors that it depends on.
-        ask: gives the answer for these tensors, by flat position.
-        answer: that the captured step got.
-    """
-
-    inputs: frozenset[int]
-    ask: Callable[[Mapping[int, torch.Tensor]], object]
-    answer: object
-
-
 @dataclass(frozen=True)
 class Binding:
     """Everything that the engine needs beside the graph.
@@ -116,7 +101,8 @@ class Binding:
         aside: names or flat input positions of leaves that get gradients from outputs outside `grad_outputs` only.
         attributes: (module path, name, value) of the plain attributes that the forward read.
         facts: plain constants elsewhere (configs, closures, globals) that the forward may have read.
-        asked: what the forward asked of the batch's data.
+        asked: what a batch (by flat position) answers otherwise where the forward asked of its data, in words; None
+            where nothing was asked.
         ambient: autocast, default dtype and the like around the capture.
         accumulates: whether gradients may stand already when the step begins.
         orders: flat output position -> dimensions of its gradient as they lie in memory, where that is not as the
@@ -146,7 +132,7 @@ class Binding:
     aside: tuple[str | int, ...] = ()
     attributes: tuple[tuple[str, str, Any], ...] = ()
     facts: tuple[Fact, ...] = ()
-    asked: tuple[Asked, ...] = ()
+    asked: Callable[[Any], str] | None = None
     ambient: tuple[Any, ...] = ()
     accumulates: bool = False
     orders: Mapping[int, tuple[int, ...]] = field(default_factory=dict)

@@ -53,8 +53,8 @@ def written(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 CONSTANT: dict[str, tuple[Ask, bool]] = {
     "positions": (lambda x, mask: (torch.diff(torch.arange(x.shape[0])) == 1).all(), True),
-    "literal": (lambda x, mask: torch.tensor([1.0, 2.0]).sum() > 4, False),
-    "number": (lambda x, mask: torch.arange(5)[torch.tensor([3])].item() == 3, True),
+    "number": (lambda x, mask: torch.arange(5).flip(0)[1].item() == 3, True),
+    "numbers": (lambda x, mask: torch.arange(3).tolist() == [0, 1, 3], False),
     "two results": (lambda x, mask: torch.eye(3).sort(dim=-1)[1].max(dim=0)[0][0] == 2, False),
 }
 
@@ -103,8 +103,26 @@ def test_questions_about_the_batch(name: str) -> None:
     keepless.remove(model)
 
 
+def thirds(mask: torch.Tensor) -> torch.Tensor:
+    try:
+        torch.set_default_dtype(torch.float64)
+        return (mask.long().cumsum(0) / 3).sum() < 3.3333333333333333
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def given(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    ones = torch.ones(3)
+    ones.data = torch.zeros(3)
+    return ones.all()
+
+
 NOT_ANSWERED: dict[str, Ask] = {
     "a number of the batch": lambda x, mask: int(mask.sum()) > 3,
+    "a literal": lambda x, mask: torch.tensor([1.0, 2.0]).sum() > 4,
+    "a float": lambda x, mask: torch.arange(3.0).exp().sum().item() > 4,
+    "another default dtype": lambda x, mask: thirds(mask),
+    "what is given other data": given,
     "an activation": lambda x, mask: (x @ torch.ones(8, 8, requires_grad=True) > 9e9).any(),
     "drawn": lambda x, mask: (torch.rand(3) < 2).all(),
     "not initialised": lambda x, mask: (torch.empty(3) == torch.empty(3)).all(),

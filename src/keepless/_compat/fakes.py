@@ -43,8 +43,11 @@ class WatchedFakes(FakeTensorMode):  # type: ignore[no-untyped-call]
 
 @contextlib.contextmanager
 def real_ops() -> Iterator[None]:
-    """Ops run on real tensors here, whatever modes are around, and are not differentiated."""
-    with _disable_current_modes(), torch.no_grad():
+    """Ops run on real tensors here as they are written, whatever modes are around: not differentiated, and not cast.
+
+    An op that was met beneath autocast has its casts beside it.
+    """
+    with _disable_current_modes(), torch.no_grad(), torch._C._DisableAutocast():
         yield
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from keepless import _compat
-from keepless.binding import Asked, Binding, Call, OpCode, Ref, map_refs, slots_of
+from keepless.binding import Binding, Call, OpCode, Ref, map_refs, slots_of
 from keepless.capture import aten as known
 from keepless.capture.drafting import Draft, Drafting, draft_slots
 from keepless.capture.facts import find_facts
@@ -278,7 +278,7 @@ class Assembly:
             aside=work.traced.aside,
             attributes=work.traced.attributes,
             facts=find_facts(work.model, work.traced.attributes) if work.traced.facts is None else work.traced.facts,
-            asked=tuple(Asked(q.last.inputs, q.ask, q.answer) for q in work.traced.questions if q.is_of_batch),
+            asked=work.traced.asking,
             ambient=_compat.ambient_state(self.device.type),
             accumulates=shape.accumulate,
             orders=work.traced.orders,

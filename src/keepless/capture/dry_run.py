@@ -94,6 +94,7 @@ def dry_run(
             found.loss_position = _own_loss(output, leaves)
             found.grad_outputs = (found.loss_position,)
         else:
+            mode.watcher = None  # what the loss asks is no part of the step
             found.grad_outputs = _reached_by_loss(found, fakes, batch, loss_fn)
     if any(not 0 <= i < len(leaves) or not isinstance(leaves[i], torch.Tensor) for i in found.grad_outputs):
         raise CaptureError("The forward's outputs are not those of the step that the plan was made for.")

@@ -7,11 +7,12 @@ recipe runs for real, and the trace goes on as the eager code would.
 
 What depends on the batch holds for batches with the same answer only: these questions are kept, asked of every later
 call, and a call with another answer is another step. They are for yes or no: numbers differ from batch to batch.
+Literals are no constants: `torch.tensor(self.flags)` has other data where the list or array behind it has changed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +21,12 @@ import torch
 from keepless import _compat
 from keepless._compat import fakes as fakes_compat
 
-_MOST_CONSTANT = 1 << 24
-"""Elements of a constant that is made to answer a question."""
-_MOST_GIVEN = 4096
-"""Elements of a tensor that is made from the batch to answer one, if it is not as small as the batch's own: each step
-asks, so that it has to be small beside what the step holds."""
+_MOST_CONSTANT = 1 << 20
+"""Elements of a constant that is made to answer a question, while the step is captured."""
+_MOST_GIVEN = 1 << 16
+"""Bytes that a question about the batch may take, or `_MOST_PER_ELEMENT` for each of the batch's own elements: each
+step asks, so that it has to be small beside what the step holds."""
+_MOST_PER_ELEMENT = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,14 +35,12 @@ class Recipe:
 
     Arguments:
         number: recipes that it is made from have smaller ones.
-        target: the op; None for a tensor of the batch, or a constant.
+        target: the op; None for a tensor of the batch.
         args, kwargs: with recipes in the places of tensors.
         item: which of the results it is; None where there is one.
         position: of the batch's tensor that it is.
-        value: of the constant that it is.
         inputs: flat positions of the batch's tensors that it depends on.
-        is_sized: sizes that are symbols are among the arguments.
-        numel: elements of the tensor.
+        numel, itemsize: of the tensor; its elements may be symbolic, as sizes among the arguments may.
     """
 
     number: int
@@ -48,11 +48,16 @@ class Recipe:
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] | None = None
     item: int | None = None
-    position: int | None = None
-    value: torch.Tensor | None = None
+    position: int = -1
     inputs: frozenset[int] = frozenset()
-    is_sized: bool = False
-    numel: int = 1
+    numel: Any = 1
+    itemsize: int = 1
+
+    @property
+    def below(self) -> list[Recipe]:
+        """What it is made from."""
+        leaves = _compat.tree_leaves((self.args, self.kwargs))
+        return [leaf for leaf in leaves if isinstance(leaf, Recipe)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,12 +67,10 @@ class Question:
     Arguments:
         last: the recipe of the answer; its `target` gives no tensor.
         answer: that it got.
-        size: what a symbolic size in its recipe is.
     """
 
     last: Recipe
     answer: Any
-    size: Callable[[Any], int] = int
 
     @property
     def is_of_batch(self) -> bool:
@@ -75,67 +78,107 @@ class Question:
         return bool(self.last.inputs)
 
     @property
-    def needs_sizes(self) -> bool:
-        """Whether other sizes may have another answer."""
-        return self.last.is_sized
-
-    @property
     def sizes(self) -> list[Any]:
-        """The symbolic sizes in its recipe."""
-        recipes = _all_below(self.last)
-        leaves = [leaf for one in recipes.values() for leaf in _compat.tree_leaves((one.args, one.kwargs))]
+        """The symbolic sizes in its recipe: with others, it may have another answer."""
+        leaves = [leaf for one in _all_below([self.last]) for leaf in _compat.tree_leaves((one.args, one.kwargs))]
+        leaves += [one.numel for one in _all_below([self.last])]
         return [leaf for leaf in leaves if isinstance(leaf, torch.SymInt)]
 
-    def ask(self, given: Mapping[int, torch.Tensor]) -> Any:
-        """The answer for these tensors of a batch, by flat position."""
-        return _run(self.last, given, self.size)
+
+class Asking:
+    """Questions in the order in which the code asked them, to be asked again.
+
+    Arguments:
+        size: what a symbolic size is.
+    """
+
+    def __init__(self, questions: Iterable[Question], size: Callable[[Any], int] = int) -> None:
+        self.questions = tuple(questions)
+        self._size = size
+        lasts = [question.last for question in self.questions]
+        recipes = _all_below(lasts)
+        users = {recipe.number: recipe.number for recipe in recipes}
+        users.update((used.number, recipe.number) for recipe in recipes for used in recipe.below)
+        self._spent: dict[int, list[int]] = {}
+        for number, user in users.items():
+            self._spent.setdefault(user, []).append(number)
+        answers = {question.last.number: question for question in self.questions}
+        # A question is asked before what only later ones need is made: that may not work for another answer.
+        self._order: list[tuple[Recipe, Question | None]] = []
+        done: set[int] = set()
+        for last in lasts:
+            new = [recipe for recipe in _all_below([last]) if recipe.number not in done]
+            self._order += [(recipe, answers.get(recipe.number)) for recipe in new]
+            done.update(recipe.number for recipe in new)
+
+    @property
+    def nbytes(self) -> int:
+        """The most that asking takes at once, beside the batch; a view counts as if it were none."""
+        standing: dict[int, int] = {}
+        most = 0
+        for recipe, _ in self._order:
+            standing[recipe.number] = 0 if recipe.target is None else self._plain(recipe.numel) * recipe.itemsize
+            most = max(most, sum(standing.values()))
+            for number in self._spent.get(recipe.number, ()):
+                standing.pop(number, None)
+        return most
+
+    @property
+    def is_small(self) -> bool:
+        """Whether what is asked of the batch takes little beside it."""
+        given = {recipe.position: recipe.numel for recipe, _ in self._order if recipe.target is None}
+        return self.nbytes <= max(_MOST_GIVEN, _MOST_PER_ELEMENT * sum(map(self._plain, given.values())))
+
+    def answers(self, given: Any) -> Iterable[tuple[Question, Any]]:
+        """Each question with its answer for a batch, whose tensors stand in `given` at their flat positions."""
+        made: dict[int, Any] = {}
+
+        def filled(item: Any) -> Any:
+            if isinstance(item, Recipe):
+                return made[item.number]
+            if isinstance(item, torch.SymInt):
+                return self._size(item)
+            if isinstance(item, (list, tuple)):
+                return type(item)([filled(part) for part in item])
+            return item
+
+        with fakes_compat.real_ops():
+            for recipe, question in self._order:
+                if recipe.target is None:
+                    value = given[recipe.position].detach()
+                else:
+                    kwargs = {key: filled(one) for key, one in (recipe.kwargs or {}).items()}
+                    value = recipe.target(*map(filled, recipe.args), **kwargs)
+                    value = value if recipe.item is None else value[recipe.item]
+                made[recipe.number] = value
+                for number in self._spent.get(recipe.number, ()):
+                    made.pop(number, None)
+                if question is not None:
+                    yield question, value
+                value = None
+
+    def __call__(self, given: Any) -> str:
+        """What a batch answers otherwise than the captured step's, in words; empty where nothing."""
+        for question, answer in self.answers(given):
+            if answer != question.answer:
+                where = " and ".join(f"argument {i}" for i in sorted(question.last.inputs)) or "constants"
+                return f"the model's code asks of the data of {where}: {answer}, planned for {question.answer}"
+        return ""
+
+    def _plain(self, number: Any) -> int:
+        return self._size(number) if isinstance(number, torch.SymInt) else int(number)
 
 
-def _run(last: Recipe, given: Mapping[int, torch.Tensor], size: Callable[[Any], int]) -> Any:
-    """What a recipe gives; on the device of the batch's tensors, constants alone on the CPU."""
-    wanted = _all_below(last)
-    device = next((given[i].device for i in sorted(last.inputs)), torch.device("cpu"))
-    made: dict[int, Any] = {}
-
-    def filled(item: Any) -> Any:
-        if isinstance(item, Recipe):
-            return made[item.number]
-        if isinstance(item, torch.device):
-            return device
-        if isinstance(item, torch.SymInt):
-            return size(item)
-        if isinstance(item, (list, tuple)):
-            return type(item)([filled(part) for part in item])
-        return item
-
-    with fakes_compat.real_ops():
-        for number in sorted(wanted):
-            recipe = wanted[number]
-            if recipe.position is not None:
-                made[number] = given[recipe.position].detach()
-            elif recipe.target is None:
-                assert recipe.value is not None
-                made[number] = recipe.value.to(device)
-            else:
-                kwargs = {key: filled(one) for key, one in (recipe.kwargs or {}).items()}
-                if any(argument.name == "device" for argument in recipe.target._schema.arguments):
-                    kwargs["device"] = device
-                found = recipe.target(*map(filled, recipe.args), **kwargs)
-                made[number] = found if recipe.item is None else found[recipe.item]
-    return made[last.number]
-
-
-def _all_below(last: Recipe) -> dict[int, Recipe]:
-    """A recipe and all that it is made from, by number."""
-    wanted: dict[int, Recipe] = {}
-    left = [last]
+def _all_below(lasts: Iterable[Recipe]) -> list[Recipe]:
+    """Recipes and all that they are made from, in an order in which they can be made."""
+    found: dict[int, Recipe] = {}
+    left = list(lasts)
     while left:
         recipe = left.pop()
-        if recipe.number not in wanted:
-            wanted[recipe.number] = recipe
-            leaves = _compat.tree_leaves((recipe.args, recipe.kwargs))
-            left.extend(leaf for leaf in leaves if isinstance(leaf, Recipe))
-    return wanted
+        if recipe.number not in found:
+            found[recipe.number] = recipe
+            left.extend(recipe.below)
+    return [found[number] for number in sorted(found)]
 
 
 class Questions:
@@ -144,14 +187,20 @@ class Questions:
     Arguments:
         hint: a symbolic size's own number.
         asks_batch: what is asked of the batch's data is answered, too.
-        planned: what a plan's step was told of its batch, in this order; None to look at this batch.
+        planned: the first answers about the batch, whatever this one's are; what is asked beyond them, this one says.
+        only_planned: what is asked beyond them has no answer.
     """
 
     def __init__(
-        self, hint: Callable[[Any], int] = int, asks_batch: bool = True, planned: Sequence[bool] | None = None
+        self,
+        hint: Callable[[Any], int] = int,
+        asks_batch: bool = True,
+        planned: Sequence[bool] = (),
+        only_planned: bool = False,
     ) -> None:
         self._hint, self._asks_batch = hint, asks_batch
-        self._planned = None if planned is None else list(planned)
+        self._planned, self._only_planned = tuple(planned), only_planned
+        self._dtype = torch.get_default_dtype()
         self._known: Any = fakes_compat.WeakTensorKeyDictionary()
         self._same: dict[Any, Recipe] = {}
         self._given: dict[int, torch.Tensor] = {}
@@ -160,15 +209,25 @@ class Questions:
     @property
     def asked(self) -> tuple[Question, ...]:
         """What was asked whose answer other batches or other sizes may change."""
-        return tuple(q for q in self._asked.values() if q.is_of_batch or q.needs_sizes)
+        return tuple(question for question in self._asked.values() if question.is_of_batch or question.sizes)
+
+    @property
+    def answers(self) -> tuple[bool, ...]:
+        """What was answered about the batch."""
+        return tuple(question.answer for question in self._asked.values() if question.is_of_batch)
 
     def give(self, position: int, fake: torch.Tensor, tensor: torch.Tensor) -> None:
-        """A fake stands for a tensor of the batch whose data is there."""
-        has_data = not tensor.is_meta and not isinstance(tensor, _compat.FakeTensor)
-        if self._asks_batch and (has_data or self._planned is not None):
+        """A fake stands for a tensor of the batch."""
+        if self._asks_batch and tensor.layout is torch.strided:
             self._given[position] = tensor
-            new = Recipe(len(self._same), position=position, inputs=frozenset((position,)), numel=tensor.numel())
-            self._known[fake] = self._same.setdefault(position, new)
+            found = Recipe(
+                len(self._same),
+                position=position,
+                inputs=frozenset((position,)),
+                numel=fake.numel(),
+                itemsize=fake.element_size(),
+            )
+            self._note(fake, self._same.setdefault(position, found))
 
     def end(self) -> None:
         """The trace has ended: the batch is let go, and what is known of fakes, which live in cycles."""
@@ -184,52 +243,57 @@ class Questions:
             self._forget(target, args, kwargs)
             return
         results = result if isinstance(result, (list, tuple)) else (result,)
-        if not all(isinstance(one, torch.Tensor) for one in results) or not _is_function(target):
+        if not all(isinstance(one, torch.Tensor) and one.layout is torch.strided for one in results):
             return
-        for index, one in enumerate(results):
-            numel = self._hint(one.numel()) if isinstance(one.numel(), torch.SymInt) else one.numel()
-            recipe = self._recipe(target, args, kwargs, index if results is result else None, numel)
-            if recipe is None or numel > _MOST_CONSTANT:
-                return
-            self._known[one] = recipe
+        if _is_function(target):
+            for index, one in enumerate(results):
+                recipe = self._recipe(target, args, kwargs, index if results is result else None, one)
+                if recipe is None or self._plain(recipe.numel) > _MOST_CONSTANT:
+                    return
+                self._note(one, recipe)
 
     def answer(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """See `keepless._compat.fakes.Watcher`."""
-        last = self._recipe(target, args, kwargs, None)
+        last = self._recipe(target, args, kwargs, None, None)
         if last is None:
             return None
         if last.number not in self._asked:
-            answer = self._answer(last)
-            if answer is None:
+            answer = self._of_batch(last, args) if last.inputs else self._run(last)
+            if answer is None or isinstance(answer, (float, complex)):  # whose last bits are a device's own
                 return None
             self._asked[last.number] = Question(last, answer)
         return self._asked[last.number].answer
 
-    def _answer(self, last: Recipe) -> Any:
-        if last.inputs:
-            most = max(_MOST_GIVEN, *(self._given[i].numel() for i in last.inputs))
-            if any(recipe.numel > most for recipe in _all_below(last).values()):
-                return None
-            if self._planned is not None:
-                return self._planned.pop(0) if self._planned else None
+    def _of_batch(self, last: Recipe, args: tuple[Any, ...]) -> bool | None:
+        is_number = last.target is torch.ops.aten._local_scalar_dense.default and args[0].dtype is not torch.bool
+        if is_number or not Asking([Question(last, None)], self._hint).is_small:
+            return None
+        number = len(self.answers)
+        if number < len(self._planned):
+            return self._planned[number]
+        return None if self._only_planned else self._run(last)
+
+    def _run(self, last: Recipe) -> Any:
+        if any(self._given[i].is_meta or isinstance(self._given[i], _compat.FakeTensor) for i in last.inputs):
+            return None
         try:
-            answer = _run(last, self._given, self._hint)
+            ((_, answer),) = Asking([Question(last, None)], self._hint).answers(self._given)
         except Exception:  # of any kind, an op's: the code is refused as if nothing were known
             return None
-        return None if last.inputs and type(answer) is not bool else answer
+        return answer if not last.inputs or type(answer) is bool else None
 
     def _recipe(
-        self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], item: int | None, numel: int = 1
+        self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], item: int | None, result: Any
     ) -> Recipe | None:
         """Of an op's result; None where it is not known."""
+        if torch.get_default_dtype() is not self._dtype:  # it would be asked under the one around the call
+            return None
         leaves, spec = _compat.tree_flatten((args, kwargs))
         found: list[Any] = []
         for leaf in leaves:
             if isinstance(leaf, torch.Tensor):
-                recipe = self._known.get(leaf)
-                if recipe is None and target in _LIFTS and not isinstance(leaf, _compat.FakeTensor):
-                    recipe = self._constant(leaf)
-                if recipe is None:
+                recipe, stamp = self._known.get(leaf, (None, None))
+                if recipe is None or stamp != _stamp(leaf):
                     return None
                 leaf = recipe
             elif isinstance(leaf, (torch.SymFloat, torch.SymBool)):
@@ -237,47 +301,45 @@ class Questions:
             found.append(leaf)
         key = (target, item, spec, tuple(_described(leaf) for leaf in found))
         if key not in self._same:
-            below = [leaf for leaf in found if isinstance(leaf, Recipe)]
-            inputs = frozenset().union(*(recipe.inputs for recipe in below))
-            is_sized = any(recipe.is_sized for recipe in below) or any(isinstance(x, torch.SymInt) for x in found)
+            inputs = frozenset[int]().union(*(leaf.inputs for leaf in found if isinstance(leaf, Recipe)))
             args, kwargs = _compat.tree_unflatten(found, spec)
+            numel, itemsize = (1, 1) if result is None else (result.numel(), result.element_size())
             self._same[key] = Recipe(
-                len(self._same), target, args, kwargs, item, inputs=inputs, is_sized=is_sized, numel=numel
+                len(self._same), target, args, kwargs, item, inputs=inputs, numel=numel, itemsize=itemsize
             )
         return self._same[key]
 
-    def _constant(self, tensor: torch.Tensor) -> Recipe | None:
-        """Of a literal, which no one else can change."""
-        if tensor.is_meta or tensor.numel() > _MOST_GIVEN:
-            return None
-        recipe = Recipe(len(self._same), value=tensor.detach().cpu().clone(), numel=tensor.numel())
-        self._same[object()] = recipe
-        return recipe
+    def _note(self, fake: torch.Tensor, recipe: Recipe) -> None:
+        if not fake.is_inference():
+            self._known[fake] = recipe, _stamp(fake)
 
     def _forget(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """What is written into is not known any more, nor is what shares its storage."""
-        named = zip(target._schema.arguments, args, strict=False)
-        written = [one for argument, one in named if argument.alias_info is not None and argument.alias_info.is_write]
-        written += [one for name, one in kwargs.items() if _writes(target, name)]
-        places = {_compat.storage_key(t) for t in _compat.tree_leaves(written) if isinstance(t, torch.Tensor)}
+        named = {argument.name: argument.alias_info for argument in target._schema.arguments}
+        written = [one for info, one in zip(named.values(), args, strict=False) if info is not None and info.is_write]
+        written += [one for name, one in kwargs.items() if (info := named.get(name)) is not None and info.is_write]
+        places = {
+            _compat.storage_key(t)
+            for t in _compat.tree_leaves(written)
+            if isinstance(t, torch.Tensor) and t.layout is torch.strided
+        }
         for fake in [fake for fake in self._known if _compat.storage_key(fake) in places]:
             del self._known[fake]
 
+    def _plain(self, number: Any) -> int:
+        return self._hint(number) if isinstance(number, torch.SymInt) else int(number)
 
-_LIFTS = (torch.ops.aten.lift_fresh.default, torch.ops.aten.lift_fresh_copy.default)
+
+def _stamp(fake: torch.Tensor) -> tuple[Any, ...]:
+    """What changes where a tensor is written into, or is given other data: torch tells of no `tensor.data = other`."""
+    where = str((fake.storage_offset(), *fake.shape, *fake.stride()))  # symbols are compared as they are written
+    return _compat.storage_key(fake), fake._version, where
 
 
 def _is_function(target: Any) -> bool:
     """Whether an op's result is the same each time. Of ops that are not torch's own, nobody says."""
     is_random = torch.Tag.nondeterministic_seeded in target.tags
     return target.namespace == "aten" and not is_random and "empty" not in target._schema.name
-
-
-def _writes(target: Any, name: str) -> bool:
-    return any(
-        argument.name == name and argument.alias_info is not None and argument.alias_info.is_write
-        for argument in target._schema.arguments
-    )
 
 
 def _described(leaf: Any) -> Any:

@@ -12,8 +12,8 @@ import contextlib
 import gc
 import operator
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from keepless.capture.compare import difference, results
 from keepless.capture.dry_run import LossFn
 from keepless.capture.faking import fake_like
 from keepless.capture.inputs import FlatInputs
-from keepless.capture.questions import Question
+from keepless.capture.questions import Asking
 from keepless.capture.sizes import Sizes
 from keepless.capture.state import named_state, planned_device
 from keepless.capture.trace import Joint, Traced, check_model, trace_step
@@ -279,28 +279,23 @@ class Template:
                 return f"argument {position} has shape {shape}: sizes that went together do not"
             if tuple(flat.facts[position][2]) != tuple(table[n] for n in self._strides[position]):
                 return f"argument {position} has strides {tuple(flat.facts[position][2])}"
-        questions = self._questions(table)
-        reason = self._wrong_answer(table) or self._other_answer(flat, questions)
+        reason = self._wrong_answer(table) or self._other_answer(flat, table)
         if reason:
             return reason
         with _no_collection():
-            return self._plain(model, flat, table, questions)
+            return self._plain(model, flat, table)
 
-    def _questions(self, table: tuple[Any, ...]) -> tuple[Question, ...]:
-        """What the forward asked of data, at these sizes."""
+    def _size_in(self, table: tuple[Any, ...]) -> Callable[[Any], int]:
+        """What a symbolic size is by a table."""
+        return lambda size: int(table[self._sizes.index(size.node.expr)])
 
-        def size(symbol: Any) -> int:
-            return int(table[self._sizes.index(symbol.node.expr)])
-
-        return tuple(replace(question, size=size) for question in self._traced.questions)
-
-    def _other_answer(self, flat: FlatInputs, questions: tuple[Question, ...]) -> str | None:
-        """What the forward asked of data and has another answer here. Calls without tensors are not asked for it."""
-        for question in questions:
-            given = {i: flat.leaves[i] for i in question.last.inputs}
-            if all(tensor is not None for tensor in given.values()) and question.ask(given) != question.answer:
-                return "the model's code asks of data and gets another answer"
-        return None
+    def _other_answer(self, flat: FlatInputs, table: tuple[Any, ...]) -> str:
+        """What the forward asked of data and has another answer here. Calls without tensors are asked no more than what
+        sizes answer."""
+        has_tensors = all(tensor is not None for tensor in flat.tensors)
+        asked = [question for question in self._traced.questions if has_tensors or not question.is_of_batch]
+        asking = Asking(asked, self._size_in(table))
+        return asking(flat.leaves) if asking.is_small else "what the model's code asks of the batch takes much there"
 
     def _wrong_answer(self, table: tuple[Any, ...]) -> str | None:
         for place, answer in self._answers:
@@ -308,9 +303,7 @@ class Template:
                 return f"{self._sizes.text(place)} is {table[place]}, traced with {answer}"
         return None
 
-    def _plain(
-        self, model: torch.nn.Module, flat: FlatInputs, table: tuple[Any, ...], questions: tuple[Question, ...]
-    ) -> Traced | str:
+    def _plain(self, model: torch.nn.Module, flat: FlatInputs, table: tuple[Any, ...]) -> Traced | str:
         mode = sizes_compat.uncached_fakes()
         device = planned_device(model)
         arguments = [fake_like(mode, t, device) for _, t in named_state(model)]
@@ -381,7 +374,8 @@ class Template:
             known.aside,
             known.attributes,
             facts=known.facts,
-            questions=questions,
+            questions=known.questions,
+            size=self._size_in(table),
         )
 
     def _other_results(self, mode: Any, values: list[Any], filled: Any) -> str | None:
@@ -494,7 +488,9 @@ def trace_symbolic(
         CaptureError: as `trace_step`, or the step cannot be traced so.
     """
     faking = SymbolicFaking(flat, dynamic, planned_device(model))
-    traced = trace_step(model, flat, batch=batch, loss_fn=loss_fn, grad_outputs=grad_outputs, faking=faking)
+    traced = trace_step(
+        model, flat, batch=batch, loss_fn=loss_fn, grad_outputs=grad_outputs, faking=faking, explores=False
+    )
     template = Template(model, flat, faking, traced)
     found = template.specialise(model, flat)
     reason = found if isinstance(found, str) else difference(found, plain)

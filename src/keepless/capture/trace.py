@@ -8,7 +8,7 @@ refused, because a captured step would not have them.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -22,10 +22,10 @@ from keepless.capture.dry_run import LossFn, dry_run, where_of
 from keepless.capture.faking import Faking, given_fakes
 from keepless.capture.inputs import FlatInputs
 from keepless.capture.ordering import MARK, Ordered, Orders, is_ordering
-from keepless.capture.questions import Question, Questions
+from keepless.capture.questions import Asking, Question, Questions
 from keepless.capture.side_effects import guard_side_effects
 from keepless.capture.state import Holder, named_state, places_of_state, planned_device
-from keepless.errors import CaptureError, DataDependentError, ParameterError
+from keepless.errors import BatchError, CaptureError, DataDependentError, LossError, ParameterError
 
 _state = threading.local()
 _capturing = threading.RLock()
@@ -62,6 +62,7 @@ class Traced:
         attributes: (module path, name, value) of the plain attributes that the forward read.
         facts: the plain constants behind the forward, where they are known already.
         questions: what the forward asked of data, with the answers that it got.
+        size: what a symbolic size in these is.
     """
 
     module: Joint
@@ -77,6 +78,13 @@ class Traced:
     orders: Orders = field(default_factory=dict)
     facts: tuple[Fact, ...] | None = None
     questions: tuple[Question, ...] = ()
+    size: Callable[[Any], int] = int
+
+    @property
+    def asking(self) -> Asking | None:
+        """What was asked of the batch's data, for other batches; None where nothing was."""
+        found = [question for question in self.questions if question.is_of_batch]
+        return Asking(found, self.size) if found else None
 
     @property
     def answers(self) -> tuple[Any, ...]:
@@ -130,6 +138,7 @@ def trace_step(
     eager_ops: bool = False,
     asks: bool = True,
     answers: Sequence[bool] | None = None,
+    explores: bool = True,
 ) -> Traced:
     """Captures one training step.
 
@@ -145,6 +154,7 @@ def trace_step(
         eager_ops: refuse code that looks at data, and do not look whether it would do without where it is compiled.
         asks: what code asks of the batch's data is answered, for batches with the same answers.
         answers: that a plan's step got, in its order, whatever this batch would give; None to look at this one.
+        explores: whether batches with other answers can be captured is looked at, and such code is refused if not.
 
     Raises:
         BatchError: the forward rejects the batch.
@@ -155,14 +165,14 @@ def trace_step(
     faking = faking or Faking(planned_device(model))
     with _capturing, torch.inference_mode(False), faking.all_around(), _compat.quiet_fakes():
         try:
-            return _trace(
-                model, flat, batch, loss_fn, grad_outputs, faking, orders, Questions(faking.hint, asks, answers)
-            )
+            questions = Questions(faking.hint, asks, answers or (), only_planned=answers is not None)
+            explores = explores and answers is None
+            return _trace(model, flat, batch, loss_fn, grad_outputs, faking, orders, questions, explores)
         except DataDependentError as error:
             if eager_ops:
                 raise
             try:
-                return _trace(model, flat, batch, loss_fn, grad_outputs, faking, orders, None)
+                return _trace(model, flat, batch, loss_fn, grad_outputs, faking, orders, None, False)
             except CaptureError:
                 raise error from error.__cause__
 
@@ -176,6 +186,7 @@ def _trace(
     faking: Faking,
     orders: Orders | None,
     questions: Questions | None,
+    explores: bool,
 ) -> Traced:
     as_compiled = questions is None
     compiling = _compat.as_if_compiling() if as_compiled else fakes_compat.fakes_pass_for_real()
@@ -183,6 +194,10 @@ def _trace(
         _state.active = True
         with torch.enable_grad(), guard_side_effects(model), compiling:
             dry = dry_run(model, flat, batch, loss_fn, grad_outputs, faking, questions)
+            if explores and questions is not None and questions.answers:
+                _explore(
+                    lambda other: dry_run(model, flat, batch, loss_fn, grad_outputs, faking, other), questions, faking
+                )
             orders = {**dry.orders, **(orders or {})}
             module = _export(model, flat, dry.grad_outputs, faking, orders, questions)
     finally:
@@ -203,6 +218,42 @@ def _trace(
         orders,
         questions=questions.asked if questions is not None else (),
     )
+
+
+MOST_ANSWERS = 8
+"""Ways that a forward may go by what its batches answer; with more, each batch might be a step of its own."""
+
+
+def _explore(run: Callable[[Questions], Any], first: Questions, faking: Faking) -> None:
+    """Looks where other batches' answers lead.
+
+    Raises:
+        DataDependentError: to code that cannot be captured, so that a later batch would end the training; or there are
+            more than `MOST_ANSWERS` ways.
+    """
+    ways = {first.answers}
+    left = [(*first.answers[:i], not answer) for i, answer in enumerate(first.answers)]
+    while left:
+        if len(ways) == MOST_ANSWERS:
+            raise DataDependentError(
+                f"The model's forward goes more than {MOST_ANSWERS} ways by what its batches' data say, so that it "
+                "cannot be captured as one graph for each."
+            )
+        planned = left.pop()
+        other = Questions(faking.hint, planned=planned)
+        try:
+            run(other)
+        except (BatchError, LossError):
+            pass  # so do batches like that where nothing is planned
+        except CaptureError as error:
+            raise DataDependentError(
+                f"The model's code looks at the batch's data, and goes a way for other batches that cannot be captured "
+                f"as one graph: {error}"
+            ) from error
+        found = other.answers
+        other.end()
+        ways.add(found)
+        left += [(*found[:i], not found[i]) for i in range(len(planned), len(found))]
 
 
 def check_model(model: torch.nn.Module, flat: FlatInputs) -> None:

@@ -50,7 +50,7 @@ from keepless.errors import (
     RewriteError,
 )
 from keepless.files import remove_abandoned
-from keepless.ir import Budget, parse_bytes
+from keepless.ir import Budget, Graph, Kind, parse_bytes
 from keepless.ir.text import fingerprint
 from keepless.machine import OPTIMIZER_IN_BACKWARD, Baseline, Plan, make_plan, read_rewrites
 from keepless.measure import (
@@ -323,14 +323,16 @@ def capture_call(
         orders: of gradients that come in another layout than their outputs, beside those that are found (`trace_step`).
     """
     check_rewrites(settings.rewrites, has_optimizer=settings.shape.has_optimizer, accumulate=settings.accumulate)
-    trace: Callable[..., Traced] = functools.partial(
-        trace_step, faking=faking, orders=orders, eager_ops=settings.eager_ops
-    )
-    if templates is not None and not orders:  # what is traced with symbols knows of no other layout
-        trace = templates.trace
-    traced = trace(model, flat, batch=batch, loss_fn=settings.loss_fn, grad_outputs=grad_outputs)
+    plainly: Callable[..., Traced] = functools.partial(trace_step, faking=faking, orders=orders)
+    # What is traced with symbols knows of no other layout.
+    trace = templates.trace if templates is not None and not orders else plainly
+    call = {"batch": batch, "loss_fn": settings.loss_fn, "grad_outputs": grad_outputs, "eager_ops": settings.eager_ops}
+    traced = trace(model, flat, **call)
     shape = settings.shape
     binding = lower(traced, flat, model, shape)
+    if traced.asking is not None and traced.asking.nbytes > widest_nbytes(binding.graph):
+        traced = plainly(model, flat, **call, asks=False)  # each step would ask beside what its plan counts
+        binding = lower(traced, flat, model, shape)
     facts: dict[str, object] = {
         "grad_outputs": list(traced.grad_outputs),
         "grad_orders": [[position, *order] for position, order in traced.orders.items()],
@@ -353,6 +355,11 @@ def capture_call(
     return Capture(
         binding, flat.without_tensors(), settings, traced.as_compiled, weakref.ref(model), refs_of(model)
     ), facts
+
+
+def widest_nbytes(graph: Graph) -> int:
+    """Bytes of the largest activation: each plan holds it at some time, beside what stands where the step begins."""
+    return max((value.nbytes for value in graph.values if value.kind is Kind.ACTIVATION), default=0)
 
 
 def refs_of(model: torch.nn.Module) -> tuple[weakref.ref[torch.nn.Module], ...]:
@@ -410,8 +417,8 @@ def lowest_plan(measured: Measured, nbytes: int, card: CardAllocator | None = No
 
 def settings_of_plan(settings: Settings, plan: Plan) -> Settings:
     """The settings by which other calls of a planned model are planned: for as much beside tensors as this plan. They
-    have one engine, whatever ops it takes."""
-    return replace(settings, over=beyond_peak(plan), eager_ops=False)
+    have one engine; calls of a plan with eager's ops have these, too."""
+    return replace(settings, over=beyond_peak(plan), eager_ops=plan.signature.get("as_compiled") is False)
 
 
 def _own_lowest(solver: str | Solver, error: InfeasibleBudget) -> tuple[str, int] | None:

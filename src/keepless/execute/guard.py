@@ -176,11 +176,8 @@ class Guard:
                 return reason
             self._looks_left -= 1  # where the mode around calls changes each time, they only cost
             self._are_as_planned = _compat.quick_look(state) if self._looks_left > 0 else None
-        for asked in self._asked:
-            answer = asked.ask({i: leaves[i] for i in asked.inputs})
-            if answer != asked.answer:
-                where = " and ".join(f"argument {i}" for i in sorted(asked.inputs))
-                return f"the model's code asks of the data of {where}: {answer}, planned for {asked.answer}"
+        if self._asked is not None and (reason := self._asked(leaves)):
+            return reason
         arguments = tuple(map([*state, *self._fixed, *leaves].__getitem__, self._places))
         return Bound(arguments, tuple([leaves[i] for i, _ in self._tensors]))
 

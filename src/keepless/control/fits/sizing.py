@@ -34,7 +34,7 @@ from keepless.control.room import room_for_trials, split_by_room
 from keepless.control.signature import batch_signature, model_signature
 from keepless.control.trials import cost_model, measure_costs, measure_loss, op_trials, untouched
 from keepless.cost import CostModel, Origin
-from keepless.errors import BatchError, CaptureError, InfeasibleBudget, KeeplessError, SizeError
+from keepless.errors import BatchError, CaptureError, DataDependentError, InfeasibleBudget, KeeplessError, SizeError
 from keepless.ir import Graph, Kind, format_bytes
 from keepless.machine import Plan
 from keepless.measure import OpCost, measure_scratch
@@ -237,7 +237,7 @@ class Sizing:
         try:
             step: _Step | Beyond = self._step(subject, flat)
         except CaptureError as error:
-            if not self._steps:
+            if not self._steps or isinstance(error, DataDependentError):
                 raise
             return SizeTried(size, False, reason=str(error)), None
         if isinstance(step, Beyond):

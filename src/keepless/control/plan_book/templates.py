@@ -63,16 +63,25 @@ class Templates:
         batch: Any,
         loss_fn: LossFn | None,
         grad_outputs: tuple[int, ...] | None,
+        eager_ops: bool = False,
     ) -> Traced:
         """What `trace_step` gives, and raises what it raises."""
         self.reason = "few sizes were met"
         for template in self._templates:
             found = template.specialise(model, flat)
-            if isinstance(found, Traced):
+            if isinstance(found, Traced) and not (eager_ops and found.as_compiled):
                 self.reason = ""
                 return found
-            self.reason = found
-        traced = trace_step(model, flat, batch=batch, loss_fn=loss_fn, grad_outputs=grad_outputs)
+            self.reason = found if isinstance(found, str) else "it was traced as it would be compiled"
+        traced = trace_step(
+            model,
+            flat,
+            batch=batch,
+            loss_fn=loss_fn,
+            grad_outputs=grad_outputs,
+            eager_ops=eager_ops,
+            explores=False,
+        )
         if len(self._templates) < MAX_TEMPLATES and self._failures < MAX_FAILURES:
             alike = [one for one in self._witnesses if not other_call(one[0], flat)]
             self._witnesses = [*alike, (flat.without_tensors(), traced)][-MAX_WITNESSES:]
