@@ -146,6 +146,81 @@ def test_what_is_written_into_is_not_known_any_more() -> None:
         traced(Asks(written), torch.randn(4, 8), torch.ones(4))
 
 
+def unpads(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    if not mask.all():
+        int(mask.sum())
+    return mask.all()
+
+
+def many(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    for one in mask.repeat(2).bool():
+        if one:
+            x = x + 1
+    return mask.all()
+
+
+@pytest.mark.parametrize("ask", [unpads, many])
+def test_other_answers_are_looked_at_where_a_step_is_planned(ask: Ask) -> None:
+    """Batches of which another one could not be captured, or each would be a step of its own, are planned otherwise."""
+    torch.manual_seed(0)
+    model, whole = Asks(ask), torch.ones(4)
+    plain = copy.deepcopy(model)
+    with pytest.raises(DataDependentError):
+        traced(model, torch.randn(4, 8), whole)
+    plan = keepless.plan(model, (torch.randn(4, 8), whole), "1MiB")
+    assert plan.engine == "eager"
+    keepless.apply(model, plan)
+    for mask in (whole, torch.tensor([1.0, 0.0, 0.0, 1.0]), whole):
+        x = torch.randn(4, 8)
+        losses = [one(x, mask) for one in (model, plain)]
+        assert torch.equal(*losses)
+        losses[0].backward()
+    keepless.remove(model)
+
+
+def exactly(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    with torch.autocast("cpu", enabled=False):
+        return (mask[None] @ mask[:, None] > 4.001).all()
+
+
+def test_questions_are_asked_as_they_were_met() -> None:
+    """Outside of the autocast around the call, where the code leaves it to ask."""
+    model, x, mask = Asks(exactly), torch.randn(4, 8), torch.full((4,), 1.001)
+    plain = copy.deepcopy(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not (mask[None] @ mask[:, None] > 4.001).all()
+        plan = keepless.plan(model, (x, mask), "1MiB")
+        assert plan.signature["answers"] == [True]
+        keepless.apply(model, plan)
+        assert torch.equal(model(x, mask), plain(x, mask))
+    counters = model.forward.counters
+    assert (counters.captures, counters.hits) == (0, 1)
+    keepless.remove(model)
+
+
+def test_questions_of_the_loss_are_no_part_of_the_step() -> None:
+    """They are not answered: no call of the model could be asked them."""
+    model, batch = Asks(OF_BATCH["all"]), (torch.randn(4, 8), torch.ones(4))
+
+    def loss(output: torch.Tensor, batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        return output * 2 if batch[1].bool().all() else output
+
+    with pytest.raises(DataDependentError, match="The loss function"):
+        trace_step(model, flatten_inputs(Inputs.of(batch)), batch=batch, loss_fn=loss, grad_outputs=None)
+
+
+def test_questions_that_take_much_are_not_asked_each_step() -> None:
+    """What stands while a question is asked stands beside the plan: it has to be less than any plan holds at a time."""
+    wide, narrow = torch.ones(4096, 8), torch.ones(4096)
+
+    class Sums(Asks):
+        def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            return super().forward(x.sum(0, keepdim=True), mask[:1]) if self.ask(x, mask) else self.first.weight.sum()
+
+    plan = keepless.plan(Sums(lambda x, mask: (x * 2 == 2).all()), (wide, narrow), "1GiB")
+    assert plan.engine == "eager"
+
+
 def test_batches_without_data_are_not_asked() -> None:
     model = Asks(OF_BATCH["all"])
     with pytest.raises(DataDependentError):

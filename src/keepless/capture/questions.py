@@ -23,10 +23,9 @@ from keepless._compat import fakes as fakes_compat
 
 _MOST_CONSTANT = 1 << 20
 """Elements of a constant that is made to answer a question, while the step is captured."""
-_MOST_GIVEN = 1 << 16
-"""Bytes that a question about the batch may take, or `_MOST_PER_ELEMENT` for each of the batch's own elements: each
-step asks, so that it has to be small beside what the step holds."""
-_MOST_PER_ELEMENT = 16
+_MOST_GIVEN, _MOST_PER_ELEMENT = 1024, 16
+"""Bytes that a question about the batch may take, and for each of the batch's own elements: each step asks, so that it
+has to be small beside what the step holds, for longer batches, too."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,7 +126,7 @@ class Asking:
     def is_small(self) -> bool:
         """Whether what is asked of the batch takes little beside it."""
         given = {recipe.position: recipe.numel for recipe, _ in self._order if recipe.target is None}
-        return self.nbytes <= max(_MOST_GIVEN, _MOST_PER_ELEMENT * sum(map(self._plain, given.values())))
+        return self.nbytes <= _MOST_GIVEN + _MOST_PER_ELEMENT * sum(map(self._plain, given.values()))
 
     def answers(self, given: Any) -> Iterable[tuple[Question, Any]]:
         """Each question with its answer for a batch, whose tensors stand in `given` at their flat positions."""
