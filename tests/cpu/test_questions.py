@@ -78,6 +78,25 @@ OF_BATCH: dict[str, Ask] = {
 }
 
 
+def late(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Asked in another order than made."""
+    known = mask.bool()
+    some, every = known.any(), known.all()
+    if every:
+        return some
+    return every
+
+
+def both(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """What is asked is what another question is made from."""
+    above = mask > 0
+    below = ~above
+    return above.all() and not below.any()
+
+
+OF_BATCH |= {"asked later": late, "asked and used": both}
+
+
 @pytest.mark.parametrize("name", OF_BATCH)
 def test_questions_about_the_batch(name: str) -> None:
     """Answered for batches with the same answer: another batch is another step, and both have plain's bits."""
@@ -300,6 +319,50 @@ def test_padded_batches_and_whole_ones(tmp_path: Path) -> None:
             assert torch.equal(a.grad, b.grad)
     counters = model.forward.counters
     assert (counters.captures, counters.hits) == (1, 3)
+    keepless.remove(model)
+
+
+@pytest.mark.slow
+def test_templates_of_constants() -> None:
+    """What is asked of positions at any length stands in no template's way."""
+    model = llama()
+    keepless.apply(model, keepless.plan(model, text_batch(128, None), "1GiB"), background=False)
+    for length in (120, 150, 136, 144, 160):
+        model(**text_batch(length, None)).loss.backward()
+    counters = model.forward.counters
+    assert (counters.captures, counters.specialised) == (5, 2)
+    keepless.remove(model)
+
+
+class Optional(nn.Module):
+    """Looks at what it computes where a mask is given, but not where it is compiled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        y = self.first(x).tanh()
+        if mask is not None and not torch.compiler.is_compiling() and float(y.detach().abs().max()) > 9:
+            y = y * 2
+        return (y if mask is None else y * mask[:, None]).square().mean()
+
+
+@pytest.mark.parametrize("eager_ops", [False, True])
+def test_a_later_call_that_is_captured_as_compiled_is_told(eager_ops: bool) -> None:
+    """In a warning, or refused, as was asked for."""
+    model, x = Optional(), torch.randn(4, 8)
+    plan = keepless.plan(model, x, "1MiB", eager_ops=eager_ops)
+    assert plan.signature["as_compiled"] is False
+    keepless.apply(model, plan)
+    model(x).backward()
+    model.zero_grad()
+    if eager_ops:
+        with pytest.raises(DataDependentError):
+            model(x, torch.ones(4))
+    else:
+        with pytest.warns(UserWarning, match="as it would be compiled"):
+            model(x, torch.ones(4)).backward()
     keepless.remove(model)
 
 

@@ -23,7 +23,7 @@ from keepless._compat import fakes as fakes_compat
 
 _MOST_CONSTANT = 1 << 20
 """Elements of a constant that is made to answer a question, while the step is captured."""
-_MOST_GIVEN, _MOST_PER_ELEMENT = 1024, 16
+MOST_GIVEN, _MOST_PER_ELEMENT = 256, 16
 """Bytes that a question about the batch may take, and for each of the batch's own elements: each step asks, so that it
 has to be small beside what the step holds, for longer batches, too."""
 
@@ -94,21 +94,21 @@ class Asking:
     def __init__(self, questions: Iterable[Question], size: Callable[[Any], int] = int) -> None:
         self.questions = tuple(questions)
         self._size = size
-        lasts = [question.last for question in self.questions]
-        recipes = _all_below(lasts)
-        users = {recipe.number: recipe.number for recipe in recipes}
-        users.update((used.number, recipe.number) for recipe in recipes for used in recipe.below)
-        self._spent: dict[int, list[int]] = {}
-        for number, user in users.items():
-            self._spent.setdefault(user, []).append(number)
         answers = {question.last.number: question for question in self.questions}
         # A question is asked before what only later ones need is made: that may not work for another answer.
         self._order: list[tuple[Recipe, Question | None]] = []
         done: set[int] = set()
-        for last in lasts:
-            new = [recipe for recipe in _all_below([last]) if recipe.number not in done]
+        for asked in self.questions:
+            new = [recipe for recipe in _all_below([asked.last]) if recipe.number not in done]
             self._order += [(recipe, answers.get(recipe.number)) for recipe in new]
             done.update(recipe.number for recipe in new)
+        users: dict[int, int] = {}  # the last in this order, which is not that of their numbers
+        for recipe, _ in self._order:
+            users[recipe.number] = recipe.number
+            users.update((used.number, recipe.number) for used in recipe.below)
+        self._spent: dict[int, list[int]] = {}
+        for number, user in users.items():
+            self._spent.setdefault(user, []).append(number)
 
     @property
     def nbytes(self) -> int:
@@ -124,9 +124,14 @@ class Asking:
 
     @property
     def is_small(self) -> bool:
-        """Whether what is asked of the batch takes little beside it."""
-        given = {recipe.position: recipe.numel for recipe, _ in self._order if recipe.target is None}
-        return self.nbytes <= _MOST_GIVEN + _MOST_PER_ELEMENT * sum(map(self._plain, given.values()))
+        """Whether what is asked of the batch takes little beside it, each time; constants are made but once."""
+        of_batch = [question for question in self.questions if question.is_of_batch]
+        if len(of_batch) < len(self.questions):
+            most = max(self._plain(recipe.numel) for recipe, _ in self._order)
+            return most <= _MOST_CONSTANT and Asking(of_batch, self._size).is_small
+        given = sum(self._plain(recipe.numel) for recipe, _ in self._order if recipe.target is None)
+        most = max((self._plain(recipe.numel) for recipe, _ in self._order), default=0)
+        return most <= 2 * given + MOST_GIVEN // 16 and self.nbytes <= MOST_GIVEN + _MOST_PER_ELEMENT * given
 
     def answers(self, given: Any) -> Iterable[tuple[Question, Any]]:
         """Each question with its answer for a batch, whose tensors stand in `given` at their flat positions."""

@@ -8,6 +8,7 @@ refused, because a captured step would not have them.
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -139,6 +140,7 @@ def trace_step(
     asks: bool = True,
     answers: Sequence[bool] | None = None,
     explores: bool = True,
+    as_compiled: bool = False,
 ) -> Traced:
     """Captures one training step.
 
@@ -155,6 +157,7 @@ def trace_step(
         asks: what code asks of the batch's data is answered, for batches with the same answers.
         answers: that a plan's step got, in its order, whatever this batch would give; None to look at this one.
         explores: whether batches with other answers can be captured is looked at, and such code is refused if not.
+        as_compiled: the model's code is told that it is being compiled from the start.
 
     Raises:
         BatchError: the forward rejects the batch.
@@ -164,6 +167,8 @@ def trace_step(
     check_model(model, flat)
     faking = faking or Faking(planned_device(model))
     with _capturing, torch.inference_mode(False), faking.all_around(), _compat.quiet_fakes():
+        if as_compiled:
+            return _trace(model, flat, batch, loss_fn, grad_outputs, faking, orders, None, False)
         try:
             questions = Questions(faking.hint, asks, answers or (), only_planned=answers is not None)
             explores = explores and answers is None
@@ -195,9 +200,8 @@ def _trace(
         with torch.enable_grad(), guard_side_effects(model), compiling:
             dry = dry_run(model, flat, batch, loss_fn, grad_outputs, faking, questions)
             if explores and questions is not None and questions.answers:
-                _explore(
-                    lambda other: dry_run(model, flat, batch, loss_fn, grad_outputs, faking, other), questions, faking
-                )
+                received = grad_outputs if loss_fn is None else dry.grad_outputs
+                _explore(lambda other: dry_run(model, flat, batch, None, received, faking, other), questions, faking)
             orders = {**dry.orders, **(orders or {})}
             module = _export(model, flat, dry.grad_outputs, faking, orders, questions)
     finally:
@@ -242,7 +246,9 @@ def _explore(run: Callable[[Questions], Any], first: Questions, faking: Faking) 
         planned = left.pop()
         other = Questions(faking.hint, planned=planned)
         try:
-            run(other)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # they are of batches that may never come
+                run(other)
         except (BatchError, LossError):
             pass  # so do batches like that where nothing is planned
         except CaptureError as error:
@@ -250,8 +256,9 @@ def _explore(run: Callable[[Questions], Any], first: Questions, faking: Faking) 
                 f"The model's code looks at the batch's data, and goes a way for other batches that cannot be captured "
                 f"as one graph: {error}"
             ) from error
+        finally:
+            other.end()
         found = other.answers
-        other.end()
         ways.add(found)
         left += [(*found[:i], not found[i]) for i in range(len(planned), len(found))]
 

@@ -16,6 +16,7 @@ import torch
 
 from keepless.capture import FlatInputs, Inputs, flatten_inputs, lower, planned_device, trace_step
 from keepless.capture.ordering import Orders
+from keepless.capture.questions import MOST_GIVEN
 from keepless.capture.target import TargetFaking
 from keepless.capture.trace import Traced
 from keepless.control.allocating import allocation_of, within_card
@@ -359,7 +360,7 @@ def capture_call(
 
 def widest_nbytes(graph: Graph) -> int:
     """Bytes of the largest activation: each plan holds it at some time, beside what stands where the step begins."""
-    return max((value.nbytes for value in graph.values if value.kind is Kind.ACTIVATION), default=0)
+    return max((value.nbytes for value in graph.values if value.kind is Kind.ACTIVATION), default=MOST_GIVEN)
 
 
 def refs_of(model: torch.nn.Module) -> tuple[weakref.ref[torch.nn.Module], ...]:
@@ -416,9 +417,8 @@ def lowest_plan(measured: Measured, nbytes: int, card: CardAllocator | None = No
 
 
 def settings_of_plan(settings: Settings, plan: Plan) -> Settings:
-    """The settings by which other calls of a planned model are planned: for as much beside tensors as this plan. They
-    have one engine; calls of a plan with eager's ops have these, too."""
-    return replace(settings, over=beyond_peak(plan), eager_ops=plan.signature.get("as_compiled") is False)
+    """The settings by which other calls of a planned model are planned: for as much beside tensors as this plan."""
+    return replace(settings, over=beyond_peak(plan))
 
 
 def _own_lowest(solver: str | Solver, error: InfeasibleBudget) -> tuple[str, int] | None:

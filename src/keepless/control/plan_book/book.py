@@ -19,7 +19,7 @@ import torch
 
 from keepless._compat import tree_flatten
 from keepless.capture import Inputs, flatten_inputs
-from keepless.control.captured import Captures, Measured, Settings
+from keepless.control.captured import Capture, Captures, Measured, Settings
 from keepless.control.plan_book import worker
 from keepless.control.plan_book.recapturing import bind
 from keepless.control.plan_book.similar import measure_like, settings_like
@@ -56,7 +56,7 @@ class Book:
         self._known: deque[Known] = deque(maxlen=_MOST_KNOWN)
         self._lowest: Known | None = None
         self._scratch: dict[str, int] = {}
-        self._told_many = self._told_evicted = False
+        self._told_many = self._told_evicted = self._told_compiled = False
 
     def __call__(
         self,
@@ -81,16 +81,18 @@ class Book:
                 return entry
             planned.add(entry)  # the model's code asks of data, and this batch has other answers than the plan's
             reason = bound
-        entry = self._captured(planned, model, inputs, reason)
+        entry, captured = self._captured(planned, model, inputs, reason)
         planned.counters.captures += 1
-        self._warn(planned, entry, reason)
+        self._warn(planned, entry, reason, captured.as_compiled)
         return entry
 
     def wait(self, timeout: float | None = None) -> bool:
         """Waits for what is searched for in the background; False where that takes longer."""
         return worker.WORKER.wait(timeout)
 
-    def _captured(self, planned: PlannedForward, model: torch.nn.Module, inputs: Inputs, reason: str) -> Entry:
+    def _captured(
+        self, planned: PlannedForward, model: torch.nn.Module, inputs: Inputs, reason: str
+    ) -> tuple[Entry, Capture]:
         captures = self.plan.capture
         assert isinstance(captures, Captures)
         settings = settings_like(model, captures)
@@ -115,7 +117,7 @@ class Book:
         planned.counters.transfers += found is not None
         if self.background and found is not None and found.certificate.status is not Status.OPTIMAL:
             entry.again.append(_Later(self, planned, entry, measured, settings, found))
-        return entry
+        return entry, measured.capture
 
     def _carried(self, measured: Measured, settings: Settings) -> Solution | None:
         """A program within the budget from the known plans, or the one of the smallest peak with replays taken out
@@ -138,8 +140,16 @@ class Book:
             return None
         return found
 
-    def _warn(self, planned: PlannedForward, entry: Entry, reason: str) -> None:
+    def _warn(self, planned: PlannedForward, entry: Entry, reason: str, as_compiled: bool) -> None:
         num, shelf = planned.counters.captures, planned.entries
+        if as_compiled and self.plan.signature.get("as_compiled") is False and not self._told_compiled:
+            self._told_compiled = True
+            warnings.warn(
+                "A planned model is called in a way in which its code looks at what it computes, and is captured as it "
+                f"would be compiled: its bits may be other ones than plain training's there ({reason}). With "
+                "eager_ops=True in keepless.plan that is an error.",
+                stacklevel=6,
+            )
         if num >= MANY_CAPTURES and not self._told_many:
             self._told_many = True
             warnings.warn(

@@ -103,7 +103,16 @@ def recapture(model: torch.nn.Module, flat: FlatInputs, plan: Plan) -> Capture:
         orders = _orders(signature.get("grad_orders"))
         told = signature.get("answers")
         answers = [bool(answer) for answer in told] if isinstance(told, list) else None
-        traced = trace_step(model, flat, batch=None, loss_fn=None, grad_outputs=chosen, orders=orders, answers=answers)
+        traced = trace_step(
+            model,
+            flat,
+            batch=None,
+            loss_fn=None,
+            grad_outputs=chosen,
+            orders=orders,
+            answers=answers,
+            as_compiled=signature.get("as_compiled") is True and answers is None,  # of before there were answers
+        )
         # Whether an output is the model's own loss, which the caller never releases, only the plan knows.
         own = signature.get("loss_position")
         traced = replace(traced, loss_position=own if type(own) is int else None)
