@@ -275,6 +275,17 @@ def text_batch(length: int, padding: int | None, batch: int = 2) -> dict[str, to
     return {"input_ids": ids, "labels": ids} | ({} if padding is None else {"attention_mask": mask})
 
 
+def train_alike(model: nn.Module, plain: nn.Module, batch: dict[str, torch.Tensor]) -> None:
+    """A step of each has the same gradients, bit for bit."""
+    for one in (model, plain):
+        one.zero_grad()
+        one(**batch).loss.backward()
+    for a, b in zip(model.parameters(), plain.parameters(), strict=True):
+        assert a.grad is not None
+        assert b.grad is not None
+        assert torch.equal(a.grad, b.grad)
+
+
 def llama() -> nn.Module:
     sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "use_cache": False}
     return LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, **sizes))
@@ -310,13 +321,7 @@ def test_padded_batches_and_whole_ones(tmp_path: Path) -> None:
     keepless.plan(model, whole, "1GiB").save(tmp_path / "whole.plan")
     keepless.apply(model, keepless.load(tmp_path / "whole.plan"))
     for batch in (text_batch(32, 5), whole, text_batch(32, 9), text_batch(32, 0)):
-        for one in (model, plain):
-            one.zero_grad()
-            one(**batch).loss.backward()
-        for a, b in zip(model.parameters(), plain.parameters(), strict=True):
-            assert a.grad is not None
-            assert b.grad is not None
-            assert torch.equal(a.grad, b.grad)
+        train_alike(model, plain, batch)
     counters = model.forward.counters
     assert (counters.captures, counters.hits) == (1, 3)
     keepless.remove(model)
@@ -377,13 +382,7 @@ def test_templates_go_by_the_answer() -> None:
         many = pytest.warns(UserWarning, match="has had 9 different steps") if number == 8 else contextlib.nullcontext()
         with many:
             batch = text_batch(length, padding)
-            for one in (model, plain):
-                one.zero_grad()
-                one(**batch).loss.backward()
-            for a, b in zip(model.parameters(), plain.parameters(), strict=True):
-                assert a.grad is not None
-                assert b.grad is not None
-                assert torch.equal(a.grad, b.grad)
+            train_alike(model, plain, batch)
     counters = model.forward.counters
     assert counters.captures == 10
     assert counters.specialised == 4

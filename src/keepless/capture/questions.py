@@ -79,8 +79,8 @@ class Question:
     @property
     def sizes(self) -> list[Any]:
         """The symbolic sizes in its recipe: with others, it may have another answer."""
-        leaves = [leaf for one in _all_below([self.last]) for leaf in _compat.tree_leaves((one.args, one.kwargs))]
-        leaves += [one.numel for one in _all_below([self.last])]
+        recipes = _all_below([self.last])
+        leaves = [leaf for one in recipes for leaf in _compat.tree_leaves((one.args, one.kwargs, one.numel))]
         return [leaf for leaf in leaves if isinstance(leaf, torch.SymInt)]
 
 
@@ -116,7 +116,7 @@ class Asking:
         standing: dict[int, int] = {}
         most = 0
         for recipe, _ in self._order:
-            standing[recipe.number] = 0 if recipe.target is None else self._plain(recipe.numel) * recipe.itemsize
+            standing[recipe.number] = 0 if recipe.target is None else _plain(recipe.numel, self._size) * recipe.itemsize
             most = max(most, sum(standing.values()))
             for number in self._spent.get(recipe.number, ()):
                 standing.pop(number, None)
@@ -127,10 +127,10 @@ class Asking:
         """Whether what is asked of the batch takes little beside it, each time; constants are made but once."""
         of_batch = [question for question in self.questions if question.is_of_batch]
         if len(of_batch) < len(self.questions):
-            most = max(self._plain(recipe.numel) for recipe, _ in self._order)
+            most = max(_plain(recipe.numel, self._size) for recipe, _ in self._order)
             return most <= _MOST_CONSTANT and Asking(of_batch, self._size).is_small
-        given = sum(self._plain(recipe.numel) for recipe, _ in self._order if recipe.target is None)
-        most = max((self._plain(recipe.numel) for recipe, _ in self._order), default=0)
+        given = sum(_plain(recipe.numel, self._size) for recipe, _ in self._order if recipe.target is None)
+        most = max((_plain(recipe.numel, self._size) for recipe, _ in self._order), default=0)
         return most <= 2 * given + MOST_GIVEN // 16 and self.nbytes <= MOST_GIVEN + _MOST_PER_ELEMENT * given
 
     def answers(self, given: Any) -> Iterable[tuple[Question, Any]]:
@@ -169,8 +169,10 @@ class Asking:
                 return f"the model's code asks of the data of {where}: {answer}, planned for {question.answer}"
         return ""
 
-    def _plain(self, number: Any) -> int:
-        return self._size(number) if isinstance(number, torch.SymInt) else int(number)
+
+def _plain(number: Any, size: Callable[[Any], int]) -> int:
+    """A number that may be a symbolic size."""
+    return size(number) if isinstance(number, torch.SymInt) else int(number)
 
 
 def _all_below(lasts: Iterable[Recipe]) -> list[Recipe]:
@@ -252,7 +254,7 @@ class Questions:
         if _is_function(target):
             for index, one in enumerate(results):
                 recipe = self._recipe(target, args, kwargs, index if results is result else None, one)
-                if recipe is None or self._plain(recipe.numel) > _MOST_CONSTANT:
+                if recipe is None or _plain(recipe.numel, self._hint) > _MOST_CONSTANT:
                     return
                 self._note(one, recipe)
 
@@ -329,9 +331,6 @@ class Questions:
         }
         for fake in [fake for fake in self._known if _compat.storage_key(fake) in places]:
             del self._known[fake]
-
-    def _plain(self, number: Any) -> int:
-        return self._hint(number) if isinstance(number, torch.SymInt) else int(number)
 
 
 def _stamp(fake: torch.Tensor) -> tuple[Any, ...]:

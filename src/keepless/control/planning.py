@@ -331,7 +331,7 @@ def capture_call(
     traced = trace(model, flat, **call)
     shape = settings.shape
     binding = lower(traced, flat, model, shape)
-    if traced.asking is not None and traced.asking.nbytes > widest_nbytes(binding.graph):
+    if (asking := traced.asking) is not None and asking.nbytes > widest_nbytes(binding.graph):
         traced = plainly(model, flat, **call, asks=False)  # each step would ask beside what its plan counts
         binding = lower(traced, flat, model, shape)
     facts: dict[str, object] = {
