@@ -15,6 +15,8 @@ from keepless.control.works import works_of
 from keepless.cost import Work, analytic_cost, calibrated, samples_of
 from keepless.measure import OptimizerFootprint, probed_device
 
+INPUT_GRADIENT = "keepless.convolution_input_gradient"
+
 
 def by_name(model: nn.Module, *args: Any, optimizer: OptimizerFootprint | None = None) -> dict[str, list[Work]]:
     shape = {"has_optimizer": True, "state_nbytes": optimizer.state_nbytes} if optimizer else {}
@@ -50,7 +52,11 @@ def test_a_convolution_and_its_backward() -> None:
     works = by_name(Loss(nn.Conv2d(4, 16, 3, padding=1)), torch.randn(2, 4, 8, 8, requires_grad=True))
     flops = 2 * 2 * 16 * 64 * 4 * 9
     assert works["aten.convolution.default"][0].flops == flops
-    assert works["aten.convolution_backward.default"][0].flops == 2 * flops
+    backward = [*works["aten.convolution_backward.default"], *works.get(INPUT_GRADIENT, [])]
+    assert sum(work.flops for work in backward) == 2 * flops
+    assert {work.kind for work in backward} == {"conv"}
+    if INPUT_GRADIENT in works:  # in two parts: that of the input reads gradient and weight, and no input
+        assert works[INPUT_GRADIENT][0].read == 4 * (2 * 16 * 8 * 8 + 16 * 4 * 9)
 
 
 def test_attention_counts_half_of_the_products_where_it_is_causal() -> None:

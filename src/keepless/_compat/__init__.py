@@ -42,6 +42,7 @@ from keepless._compat.backwards import watch_backwards as watch_backwards
 from keepless._compat.kernels import batch_norm_backend as batch_norm_backend
 from keepless._compat.kernels import batch_norm_reserve_nbytes as batch_norm_reserve_nbytes
 from keepless._compat.kernels import clear_workspaces as clear_workspaces
+from keepless._compat.kernels import convolution_backend as convolution_backend
 from keepless._compat.kernels import host_outputs as host_outputs
 from keepless._compat.kernels import keep_busy as keep_busy
 from keepless._compat.kernels import suggested_memory_format as suggested_memory_format

@@ -102,6 +102,20 @@ def batch_norm_backend(x: torch.Tensor, weight: Any, bias: Any, mean: Any, var: 
     return str(found.name)
 
 
+def convolution_backend(x: torch.Tensor, weight: torch.Tensor, bias_sizes: Any, how: tuple[Any, ...]) -> str:
+    """What eager takes for a convolution with a backward: "Mkldnn", "MkldnnTranspose", "Slow3d", "Cudnn" ...
+
+    Arguments:
+        x, weight: of which only device, dtype, shape and strides are read.
+        bias_sizes: of the bias, or None without one.
+        how: stride, padding, dilation, transposed, output padding and groups, as `aten.convolution` takes them.
+    """
+    found: Any = torch._C._select_conv_backend(x, weight, None, *how, bias_sizes)
+    known: Any = torch._C._ConvBackend  # type: ignore[attr-defined]
+    # The enum's Python side leaves the one behind Mkldnn out.
+    return "MkldnnTranspose" if int(found) == int(known.Mkldnn) + 1 else str(found.name)
+
+
 def batch_norm_reserve_nbytes(x: torch.Tensor, training: bool) -> int:
     """Bytes that cuDNN's BatchNorm keeps for its backward."""
     return int(torch._C._get_cudnn_batch_norm_reserve_space_size(x, training))  # type: ignore[attr-defined]

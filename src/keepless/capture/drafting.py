@@ -16,7 +16,7 @@ import torch
 from keepless import _compat
 from keepless.binding import Call, Ref, ViewCode, map_refs, slots_of
 from keepless.capture import aten as known
-from keepless.capture import cudnn
+from keepless.capture import convolutions, cudnn
 from keepless.capture.constants import Getter, find_home
 from keepless.capture.inputs import FlatInputs
 from keepless.capture.ordering import MARK
@@ -72,6 +72,11 @@ def _casts(node: torch.fx.Node) -> int:
 
 
 LOWER = (torch.bfloat16, torch.float16)
+
+
+def name_of(target: Any) -> str:
+    """An op's name: torch's own, or that of the function that stands for it."""
+    return str(target) if isinstance(target, _compat.OpOverload) else f"keepless.{target.__name__}"
 
 
 @dataclass
@@ -301,9 +306,25 @@ class Drafting:
                 f"The forward draws random numbers on the cpu ({node.target}); the model is planned for {self.device}, "
                 "and only that device's generator is put back. Draw them there, or pass them in the batch."
             )
-        name = str(target) if isinstance(target, _compat.OpOverload) else f"keepless.{target.__name__}"
-        draft = Draft(name, call, outputs, phase, effects, node, replay, module=module, source=source)
-        (self.backward if phase is Phase.BACKWARD else self.forward).append(draft)
+        draft = Draft(name_of(target), call, outputs, phase, effects, node, replay, module=module, source=source)
+        (self.backward if phase is Phase.BACKWARD else self.forward).extend(self.parts_of(draft))
+
+    def parts_of(self, draft: Draft) -> list[Draft]:
+        """An op as the step runs it: a convolution's backward on the CPU in two parts, any other as it is."""
+        call = draft.call
+        if call is None or call.target is not convolutions.CONVOLUTION_BACKWARD or self.device.type != "cpu":
+            return [draft]
+        args = map_refs(call.args, self.examples.__getitem__)
+        if not self.traced.is_here or not convolutions.is_in_parts(args):
+            return [draft]
+        target = convolutions.convolution_input_gradient
+        of_input = Call(target, convolutions.of_input(call.args, args[1]))
+        slots = dict(draft.outputs)
+        parts = [replace(draft, name=name_of(target), call=of_input, outputs=[(None, slots.pop(0))])]
+        if slots:
+            of_weight = Call(call.target, convolutions.of_weight(call.args))
+            parts.insert(0, replace(draft, call=of_weight, outputs=list(slots.items())))
+        return parts
 
     def in_order(self, node: torch.fx.Node) -> None:
         """A node that puts a gradient in order: the real gradient comes so, and is what the captured step is given."""

@@ -19,6 +19,9 @@ class Faking:
         device: of fakes for tensors on the meta device.
     """
 
+    is_here = True
+    """Whether the step is captured for the device that fakes are on."""
+
     def __init__(self, device: torch.device) -> None:
         self.device = device
 

@@ -56,6 +56,8 @@ class Target:
 class TargetFaking(Faking):
     """Fakes on the CPU with the ops of a CUDA device."""
 
+    is_here = False
+
     def __init__(self, device: torch.device, target: Target) -> None:
         super().__init__(device)
         self.target = target

@@ -64,6 +64,7 @@ class Traced:
         facts: the plain constants behind the forward, where they are known already.
         questions: what the forward asked of data, with the answers that it got.
         size: what a symbolic size in these is.
+        is_here: it is captured for the device that its fakes are on.
     """
 
     module: Joint
@@ -80,6 +81,7 @@ class Traced:
     facts: tuple[Fact, ...] | None = None
     questions: tuple[Question, ...] = ()
     size: Callable[[Any], int] = int
+    is_here: bool = True
 
     @property
     def asking(self) -> Asking | None:
@@ -221,6 +223,7 @@ def _trace(
         tuple(dry.attributes),
         orders,
         questions=questions.asked if questions is not None else (),
+        is_here=faking.is_here,
     )
 
 

@@ -10,6 +10,7 @@ from keepless._compat.flops import attention_flops, count_flops, has_formula
 from keepless.binding import Binding, Call, OpCode, Ref, map_refs, slots_of
 from keepless.capture import DELIVER, LOSS, OPTIMIZER, UPDATE
 from keepless.capture.chunked_ops import chunked_loss, chunked_loss_backward, chunked_work
+from keepless.capture.convolutions import CONVOLUTION_BACKWARD, convolution_input_gradient
 from keepless.cost import Work
 from keepless.cost import efficiency as kinds
 from keepless.cost.kinds import op_kind
@@ -109,6 +110,11 @@ def _flops(binding: Binding, call: Call, code: OpCode, kind: str, tensors: list[
         first = 1 if backward else 0
         causal = any(arg is True for arg in args) or bool(call.kwargs.get("is_causal"))
         return attention_flops(*args[first : first + 3], backward=backward) * (0.5 if causal else 1.0)
+    if target is convolution_input_gradient:
+        grad, size, stride, dtype, *others = args
+        x = torch.empty_strided(size, stride, dtype=dtype, device="meta")
+        given = (grad, x, *others, [True, False, False])
+        return count_flops(CONVOLUTION_BACKWARD, given, {}, (x, None, None))
     if has_formula(target):
         kwargs = map_refs(dict(call.kwargs), binding.examples.__getitem__)
         return count_flops(target, args, kwargs, _result(binding, code))
