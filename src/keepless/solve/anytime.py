@@ -42,6 +42,8 @@ _HUGE_OPS = 10_000
 """Ops beyond which the work lasts for so few orders that nothing follows the first ones but where the gap is large."""
 _FAR = 0.03
 """A certified gap that is large."""
+_LITTLE = 1.03
+"""Smallest peak that was found, over the limit: where more is missing, other seconds lead to nothing either."""
 _ON_CHAINS: tuple[Solver, ...] = (Revolve(), Rotor())
 _LONG_CHAIN_OPS = 150
 """Ops beyond which these settle a chain of equal steps: its orders are long, and searching on takes minutes in vain."""
@@ -106,6 +108,8 @@ class _Course:
     search: Search
     bound: Bound = field(default_factory=lambda: Bound(0.0, {}))
     proven: str = ""
+    is_last: bool = True
+    """Whether other seconds may be tried where these lead to nothing that fits."""
 
     def __post_init__(self) -> None:
         self._begin = time.perf_counter()
@@ -179,7 +183,20 @@ class _Course:
         if self.best.peak > self.limit:
             for woven in self._classics():
                 self.best = better(woven, self.best, self.limit)
+        if self.is_last and self.best.peak > self.limit:
+            self._first_by_bytes()
         self._tell()
+
+    def _first_by_bytes(self) -> None:
+        """Where nothing fits, and little is missing, seconds that depend on the graph alone may lead to what does.
+
+        So whether there is a plan for a budget does not depend on how long ops took where it was asked.
+        """
+        if self.search.is_over or self._floor[0] > self.limit or self.planner.smallest.peak > _LITTLE * self.limit:
+            return
+        course = _Course(self.planner.by_bytes, self.limit, self.seed, self.search, is_last=False)
+        course._first()
+        self._take(Woven.judged(self.planner.tables, course.best.order))
 
     def _improve(self) -> None:
         self._certify()

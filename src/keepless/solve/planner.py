@@ -12,7 +12,7 @@ is small.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import zip_longest
 
@@ -212,6 +212,14 @@ class Planner:
         if not self.is_proxy:
             return [Woven.judged(self.tables, woven.order) for woven in self._proxy._binomials]
         return binomials(self.tables, _MOST_RUNS * self.tables.num_ops)
+
+    @cached_property
+    def by_bytes(self) -> Planner:
+        """The planner of the same step at seconds that depend on the graph alone (`proxy_cost`).
+
+        What it finds does not depend on what was measured: where the measured seconds lead to no plan, these may.
+        """
+        return replace(self, cost=proxy_cost(self.graph, self.cost), like=self)
 
     def _filled(self, low: Woven) -> Woven:
         gaps = Gaps(self.tables, low.order, self.work)

@@ -40,6 +40,7 @@ from keepless.machine import Plan
 from keepless.measure import OpCost, measure_scratch
 from keepless.passes import evaluate, from_order, reuse_storage
 from keepless.solve import Solution, floor_bound, replan, smallest
+from keepless.solve.planner import proxy_cost
 from keepless.solve.sizes import Need
 
 _NEAR = 1.02
@@ -157,7 +158,10 @@ class Sizing:
         return int(np.interp(self.budget, needs, sizes)) if needs[0] <= self.budget else 0
 
     def is_found(self, size: int) -> bool:
-        """Whether the planner, asked for a budget below the smallest one that it states, meets a plan all the same."""
+        """Whether the planner, asked for a budget below the smallest one that it states, meets a plan all the same.
+
+        It is asked at the seconds that it goes back to where measured ones lead to no plan: `plan` meets it, too.
+        """
         step = self._steps.get(size)
         needed = self.rows[size].smallest_budget
         if step is None or not step.is_measured or needed is None or needed > self.budget * _NEAR:
@@ -165,7 +169,8 @@ class Sizing:
         if floor_bound(step.graph, step.cost)[0] > budget_with_reserve(self.budget).device:
             return False
         try:
-            self._untimed[size] = solve_measured(step.measured, step.capture.settings)
+            measured = replace(step.measured, cost=proxy_cost(step.graph, step.cost))
+            self._untimed[size] = solve_measured(measured, step.capture.settings)
         except InfeasibleBudget:
             return False
         self.rows[size] = replace(self.rows[size], fits=True, reason="")
