@@ -241,11 +241,13 @@ def test_second_meter_agrees(name: str) -> None:
         seen = phases["fresh", "keepless", record["position"]]
         assert record["budget"] == seen.record["budget"]
         assert record["losses"] == seen.record["losses"]
+        # Each process measures seconds, and may plan otherwise within the same budget: the peaks differ by as much.
+        moved = record["predicted_peak"] - seen.record["predicted_peak"]
         for step in range(1, zoo.STEPS):
             span = number * zoo.SPANS + 1 + step
             peak = seen.starts[step] + found.peaks[span] - found.starts[span]
             assert peak <= record["budget"]
-            assert peak == pytest.approx(seen.peaks[step], rel=0.005, abs=64 * 1024)
+            assert peak - moved == pytest.approx(seen.peaks[step], rel=0.005, abs=64 * 1024)
 
 
 @pytest.mark.slow
