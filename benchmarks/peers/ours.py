@@ -28,6 +28,11 @@ MOST_RAISED = 1.25
 """A smallest budget that turns out too small is raised to what the error asks for, up to so many times itself."""
 
 
+def name_of_plan(engine: str, budget: int) -> str:
+    """What a plan is called in rows."""
+    return f"{engine}, all kept" if budget == PLENTY else f"{engine} {budget / 2**20:.2f} MiB"
+
+
 class Planned(Way):
     """The model runs by a plan."""
 
@@ -86,7 +91,7 @@ class Planner:
             self._measured, self._settings = self._measure()
         start = time.perf_counter()
         plan = self._graph(budget, of_reserved) if engine == "graph" else self._whole(engine, budget)
-        name = f"{engine}, all kept" if budget == PLENTY else f"{engine} {budget / 2**20:.2f} MiB"
+        name = name_of_plan(engine, budget)
         self.seconds[name] = time.perf_counter() - start
         return name, plan
 

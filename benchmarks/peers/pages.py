@@ -27,15 +27,17 @@ def where(rows: Sequence[Row]) -> str:
     """What the figures are of."""
     if not rows:
         return answers.NONE
-    first = rows[0]
     dates = sorted({row.date[:10] for row in rows})
     loads = [row.value for row in rows if row.metric == "load_before"]
-    rounds = [row.n for row in rows if row.metric == "step_over_plain" and row.n > 1]
-    days = " to ".join(dict.fromkeys((dates[0], dates[-1])))
+    rounds = sorted({row.n for row in rows if row.metric == "step_over_plain" and row.n > 1}) or [0]
+    days, many = (" to ".join(map(str, dict.fromkeys((ends[0], ends[-1])))) for ends in (dates, rounds))
+    machines: dict[str, dict[str, None]] = {}
+    for row in rows:
+        machines.setdefault(f"{row.device}, {row.threads} threads, torch {row.torch}", {})[row.model] = None
+    told = (f"{machine} ({', '.join(names)})" if len(machines) > 1 else machine for machine, names in machines.items())
     return (
-        f"{first.device}, {first.threads} threads, torch {first.torch}, {days}; {len(answers.models_of(rows))} models, "
-        f"{min(rounds, default=0)} to {max(rounds, default=0)} rounds; load of the machine before a model "
-        f"{max(loads, default=0.0):.1f} at most."
+        f"{'; '.join(told)}; {days}; {len(answers.models_of(rows))} models, {many} rounds; load of the machine before "
+        f"a model {max(loads, default=0.0):.1f} at most. Ratios are of steps of one machine."
     )
 
 

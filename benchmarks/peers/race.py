@@ -22,7 +22,7 @@ from benchmarks.common import Table
 from benchmarks.peers import contenders, models, nursery
 from benchmarks.peers.answers import SAVINGS
 from benchmarks.peers.contenders import OURS, PLAIN, Contender
-from benchmarks.peers.ours import PLENTY, Planned, Planner
+from benchmarks.peers.ours import PLENTY, Planned, Planner, name_of_plan
 from benchmarks.peers.steps import METERED, Difference, Stand, save
 from benchmarks.peers.ways import Unavailable, Way
 from keepless.errors import KeeplessError
@@ -276,6 +276,7 @@ class Race:
         is between, the graph's finer than the others'.
         """
         self.plans: dict[str, keepless.Plan] = {}
+        self.own_plans: dict[int, str] = {}
         between: dict[str, list[int]] = {}
         for engine in self.sizes.engines:
             if engine != "graph" and self.is_over(share):
@@ -291,7 +292,9 @@ class Race:
             smallest = self._planned(engine, low, is_smallest=True)
             low = smallest.budget.limits["device"] if smallest is not None else low
             if engine == "graph" and self.sizes.at_peers:
-                self._plan_budgets(engine, self._peaks_of_peers(low, high), share)
+                own = self._peaks_of_peers(low, high)
+                self.own_plans = {budget: name_of_plan(engine, budget) for budget in own}
+                self._plan_budgets(engine, own, share)
                 self._plan_budgets(engine, self._budgets_of_savings(low, high), share)
             count = self.sizes.budgets if engine == "graph" else self.sizes.coarse
             between[engine] = [low + (high - low) * index // (count - 1) for index in range(1, count - 1)]
@@ -313,7 +316,8 @@ class Race:
         try:
             name, plan = (self.planner.smallest if is_smallest else self.planner.plan)(engine, budget)
         except KeeplessError as error:
-            kind = f"{engine} {budget / 2**20:.2f} MiB" if budget != PLENTY else engine
+            kind = name_of_plan(engine, budget) if budget != PLENTY else engine
+            self.own_plans.pop(budget, None)
             self.note(kind, "refused", f"{type(error).__name__}: {line_of(error)}")
             return None
         except Exception as error:  # a row, and the other models go on
@@ -463,6 +467,9 @@ class Race:
             self.note("graph", "not compared", "no plan of ours was timed")
             return
         for point, mine, best in matches(timed):
+            if self._lacks_its_plan(point.peak, timed):
+                self.note(point.name, "not timed", "our plan for this peak: the model's share of --minutes was used up")
+                continue
             if mine is None:
                 self.note(point.name, "not reached", "no plan of ours has so low a peak")
                 continue
@@ -471,6 +478,14 @@ class Race:
             if other is not None:
                 names = f"{mine.name} / {other.name}"
                 self.add(point.name, f"ours_over_inductor: {names}", "ratio", _steps_over(mine, other))
+
+    def _lacks_its_plan(self, peak: int, timed: Sequence[Entrant]) -> bool:
+        """Whether ours was not timed at this peak: neither the plan for it nor another one that is as high."""
+        own = max((budget for budget in self.own_plans if budget <= peak), default=None)
+        if own is None:
+            return False
+        ours = [entrant for entrant in timed if entrant.is_ours]
+        return not any(e.name == self.own_plans[own] or own <= ALIKE * e.peak <= ALIKE * peak for e in ours)
 
 
 def apart(peaks: Iterable[int]) -> list[int]:

@@ -279,6 +279,38 @@ def test_a_race_has_a_row_for_everyone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert answers.faults(rows) == []
 
 
+def test_where_our_own_plan_was_not_timed_there_is_no_cell() -> None:
+    """A far lower plan, which recomputes more, is not what a user would run at that peak."""
+    from benchmarks.common import Table
+    from benchmarks.peers import contenders, race
+    from benchmarks.peers.ours import name_of_plan
+
+    contender = contenders.find("checkpoint half")
+
+    def entrant(name: str, peak: int, seconds: float, is_ours: bool) -> Any:
+        peer = None if is_ours else replace(contender, name=name)
+        samples = [(seconds, seconds)] * 2
+        return race.Entrant(name, peer, peak=peak, samples=samples, is_exact=True, has_gradients=True)
+
+    own = {900: name_of_plan("graph", 900 << 20), 500: name_of_plan("graph", 500 << 20)}
+    peers = [entrant("high", 900, 1.0, False), entrant("low", 510, 1.5, False), entrant("plain", 1000, 0.9, False)]
+
+    def compared(*ours: Any) -> dict[str, str]:
+        table = Table("cpu", 0)
+        running = race.Race("gpt2", table, race.QUICK, 0, lambda _: None, [])
+        running.own_plans = own
+        running.entrants = {e.name: e for e in (*peers, *ours)}
+        running._compare_peaks()
+        return {row.contender: row.metric.partition(":")[0] for row in table.rows}
+
+    low, kept = entrant(own[500], 480, 1.6, True), entrant("graph, all kept", 990, 0.9, True)
+    assert compared(low) == {"high": "not timed", "plain": "not timed", "low": "ours_over_best"}
+    assert compared(low, kept) == {"high": "not timed", "plain": "ours_over_best", "low": "ours_over_best"}
+    at_high = entrant(own[900], 700, 1.0, True)
+    assert set(compared(low, at_high).values()) == {"ours_over_best"}
+    assert compared(kept) == {"high": "not timed", "plain": "ours_over_best", "low": "not timed"}
+
+
 def row(model: str, contender: str, metric: str, value: float, unit: str = "ratio", n: int = 1) -> Any:
     """A made-up row."""
     from benchmarks.common import Row
@@ -329,6 +361,8 @@ def made_up() -> list[Any]:
     found += [row("gpt2", "plain", "ours_over_best: graph, all kept / plain", 0.95)]
     found += [row("gpt2", "checkpoint half", "ours_over_best: graph 0.01 MiB / checkpoint half", 0.8)]
     found += [row("gpt2", "plain", "ours_over_inductor: graph, all kept / inductor 1.00", 1.5)]
+    found += [row("gpt2", "aot_eager 0.10", "not reached: no plan of ours has so low a peak", 1, "count")]
+    found += [row("gpt2", name, "not timed: its plan", 1, "count") for name in ("save_on_cpu", "checkpoint every 4th")]
     found += [row("gpt2", "ckptplan", "missing: ckptplan is not installed", 1, "count")]
     found += [row("gpt2", "graph", metric, 2.0, "s") for metric in ("capture", "measure")]
     found += [row("gpt2", "graph 0.01 MiB", "planning", 3.0, "s"), row("gpt2", "graph 0.02 MiB", "planning", 5.0, "s")]
@@ -348,8 +382,8 @@ def test_answers_are_what_the_rows_say(made_up: list[Any]) -> None:
     assert "| gpt2 | aot_eager | no | 1.00, 1.10x WRONG at 1 of 2 |" in table
     assert "| gpt2 | aot_eager 0.00 | 50.0% |" in answers.wrong(made_up)
     whole = answers.at_equal_peak(made_up)
-    assert "| gpt2 | 2 | 0 | 0.872 | 0.950 (0.941 to 0.959) | plain: graph, all kept over plain | 1.500 |" in whole
-    assert "| all | 2 |  | 0.872 | 0.950 |" in whole
+    assert "| gpt2 | 2 | 1 | 2 | 0.872 | 0.950 (0.941 to 0.959) | plain: graph, all kept over plain | 1.500 |" in whole
+    assert "| all | 2 |  |  | 0.872 | 0.950 |" in whole
     assert "| gpt2 | checkpoint half | graph 0.01 MiB | checkpoint half | 0.800 | 0.792 to 0.808 |" in (
         answers.every_cell(made_up)
     )
@@ -397,6 +431,16 @@ def test_the_page_says_what_the_rows_say() -> None:
     page = pages.PAGE.read_text(encoding="utf-8")
     assert all(pages.begin(question) in page for question in ("where", *answers.QUESTIONS))
     assert pages.updated(page, read_rows(pages.CSV)) == page
+
+
+def test_the_page_names_every_machine(made_up: list[Any]) -> None:
+    """Models of one run may have been measured on another one than those of the last."""
+    from benchmarks.peers import pages
+
+    assert pages.where(made_up).startswith("a machine, 2 threads, torch 9.9; 2026-01-01; 1 models, 5 rounds; load")
+    other = [replace(row, model="bert", device="another") for row in made_up]
+    both = "a machine, 2 threads, torch 9.9 (gpt2); another, 2 threads, torch 9.9 (bert); 2026-01-01; 2 models"
+    assert pages.where([*made_up, *other]).startswith(both)
 
 
 def test_a_ratio_moves_when_noise_does_not_explain_it() -> None:

@@ -16,6 +16,8 @@ from keepless.binding import Binding, Call, OpCode, Ref, map_refs, slots_of
 from keepless.capture import aten as known
 from keepless.capture.drafting import Draft, Drafting, draft_slots
 from keepless.capture.facts import find_facts
+from keepless.capture.layouts import is_dense
+from keepless.capture.products import lower_first
 from keepless.capture.state import planned_device
 from keepless.capture.updating import last_needs
 from keepless.errors import CaptureError
@@ -68,12 +70,12 @@ class Assembly:
                 if (kind == "param" and name in trainable) or kind == "input":
                     shape = self.shape
                     shared = name in shape.shared_inputs if kind == "input" else shape.shared_parameters
-                    parts = self.parts_of(item) if shared else [item]
+                    parts = self.summands(item) if shared else [item]
                     self.grads.extend((name, work.slot_of[(part, None)]) for part in parts)
             elif role == "unknown":
                 raise CaptureError(f"The captured step returns something that this engine does not know ({what}).")
 
-    def parts_of(self, node: torch.fx.Node) -> list[torch.fx.Node]:
+    def summands(self, node: torch.fx.Node) -> list[torch.fx.Node]:
         """The parts that autograd added up to a gradient, in the order in which they came; the sums are left out.
 
         Sums that autograd makes between two nodes of its graph carry the last number that the forward came to.
@@ -140,7 +142,7 @@ class Assembly:
         loss = Draft(LOSS, None, [], Phase.LOSS, {Effect.OPAQUE}, extra_inputs=tuple(self.loss_inputs))
         for position in sorted(work.tangent_of):
             loss.outputs.append((None, work.tangent_of[position]))
-        backward = self.deliveries(_early_copies(work, work.backward))
+        backward = self.deliveries(lower_first(work, _early_copies(work, work.backward)))
         tail = []
         if self.shape.has_optimizer and not self.updates:
             tail.append(Draft(OPTIMIZER, None, [], Phase.OPTIMIZER, {Effect.OPAQUE}))
@@ -404,13 +406,9 @@ def _same_layout(grad: torch.Tensor, like: Any) -> bool:
 
 def _gradient_strides(like: Any) -> tuple[int, ...]:
     """The strides that autograd gives a gradient: its tensor's if that is dense, else contiguous ones."""
-    by_stride = sorted((stride, size) for size, stride in zip(like.shape, like.stride(), strict=True) if size != 1)
-    expected = 1
-    for stride, size in by_stride:
-        if stride != expected:
-            return tuple(torch.empty(like.shape, device="meta").stride())
-        expected *= size
-    return tuple(like.stride())
+    if is_dense(like):
+        return tuple(like.stride())
+    return tuple(torch.empty(like.shape, device="meta").stride())
 
 
 def _same_view(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from keepless import _compat
+from keepless.capture.layouts import is_dense
 
 aten = torch.ops.aten
 CONVOLUTION_BACKWARD = aten.convolution_backward.default
@@ -37,7 +38,7 @@ def is_in_parts(args: tuple[Any, ...]) -> bool:
     if len(args) <= _MASK or not args[_MASK][0]:
         return False
     _, x, weight, bias_sizes, stride, padding, dilation, transposed, output_padding, groups = args[:_MASK]
-    if not _is_dense(x) or not _is_dense(weight):
+    if not all(is_dense(tensor) and tensor.numel() for tensor in (x, weight)):
         return False
     backend = _compat.convolution_backend(
         hollow(tuple(x.shape), tuple(x.stride()), x.dtype),
@@ -90,13 +91,3 @@ def hollow(size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -
     """A dense tensor on the CPU that takes no memory as long as nobody reads it: its pages are never touched."""
     pages = mmap.mmap(-1, dtype.itemsize * math.prod(size), **_PRIVATE)
     return torch.frombuffer(pages, dtype=dtype).as_strided(size, stride)
-
-
-def _is_dense(x: torch.Tensor) -> bool:
-    """Whether elements lie one after the other, in whatever order of dimensions, and there are any."""
-    expected = 1
-    for step, size in sorted((step, size) for step, size in zip(x.stride(), x.shape, strict=True) if size != 1):
-        if step != expected:
-            return False
-        expected *= size
-    return x.numel() > 0

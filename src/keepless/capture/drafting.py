@@ -307,9 +307,9 @@ class Drafting:
                 "and only that device's generator is put back. Draw them there, or pass them in the batch."
             )
         draft = Draft(name_of(target), call, outputs, phase, effects, node, replay, module=module, source=source)
-        (self.backward if phase is Phase.BACKWARD else self.forward).extend(self.parts_of(draft))
+        (self.backward if phase is Phase.BACKWARD else self.forward).extend(self.as_run(draft))
 
-    def parts_of(self, draft: Draft) -> list[Draft]:
+    def as_run(self, draft: Draft) -> list[Draft]:
         """An op as the step runs it: a convolution's backward on the CPU in two parts, any other as it is."""
         call = draft.call
         if call is None or call.target is not convolutions.CONVOLUTION_BACKWARD or self.device.type != "cpu":

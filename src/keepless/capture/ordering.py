@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from keepless.capture.layouts import dense_order, is_dense
+
 Orders = Mapping[int, tuple[int, ...]]
 """Flat output position -> dimensions of its gradient from the outermost in memory to the innermost."""
 
@@ -29,8 +31,8 @@ def order_of(grad: torch.Tensor, output: torch.Tensor) -> tuple[int, ...] | None
     """
     if not all(type(n) is int for n in (*grad.shape, *grad.stride(), *output.stride())):
         return None
-    order = _dense_order(grad)
-    return None if order is None or order == _dense_order(output) else order
+    order = dense_order(grad)
+    return None if order is None or order == dense_order(output) else order
 
 
 def orders_of_holes(leaves: Sequence[Any], positions: Sequence[int]) -> dict[int, tuple[int, ...]]:
@@ -39,29 +41,16 @@ def orders_of_holes(leaves: Sequence[Any], positions: Sequence[int]) -> dict[int
     return {
         i: tuple(range(t.dim()))
         for i, t in tensors.items()
-        if all(type(n) is int for n in (*t.shape, *t.stride())) and t.numel() and _dense_order(t) is None
+        if all(type(n) is int for n in (*t.shape, *t.stride())) and t.numel() and not is_dense(t)
     }
-
-
-def _dense_order(tensor: torch.Tensor) -> tuple[int, ...] | None:
-    """Dimensions by falling stride, those of size 1 where they stand in the shape; None with holes or overlaps."""
-    shape, stride = tensor.shape, tensor.stride()
-    real = sorted((dim for dim in range(tensor.dim()) if shape[dim] != 1), key=lambda dim: -stride[dim])
-    expected = 1
-    for dim in reversed(real):
-        if stride[dim] != expected:
-            return None
-        expected *= shape[dim]
-    places = iter(real)
-    return tuple(dim if shape[dim] == 1 else next(places) for dim in range(tensor.dim()))
 
 
 def has_other_layout(tensor: torch.Tensor, example: torch.Tensor) -> bool:
     """Whether a dense gradient lies in memory otherwise than the one that was captured."""
     if tensor.stride() == example.stride():
         return False
-    order = _dense_order(tensor)
-    return order is not None and order != _dense_order(example)
+    order = dense_order(tensor)
+    return order is not None and order != dense_order(example)
 
 
 class Ordered(torch.autograd.Function):
