@@ -34,10 +34,11 @@ def where(rows: Sequence[Row]) -> str:
     machines: dict[str, dict[str, None]] = {}
     for row in rows:
         machines.setdefault(f"{row.device}, {row.threads} threads, torch {row.torch}", {})[row.model] = None
-    told = (f"{machine} ({', '.join(names)})" if len(machines) > 1 else machine for machine, names in machines.items())
+    told = (f"{name} ({', '.join(models)})" if len(machines) > 1 else name for name, models in machines.items())
+    count = len(answers.models_of(rows))
     return (
-        f"{'; '.join(told)}; {days}; {len(answers.models_of(rows))} models, {many} rounds; load of the machine before "
-        f"a model {max(loads, default=0.0):.1f} at most. Ratios are of steps of one machine."
+        f"{'; '.join(told)}; {days}; {count} model{'s'[: count > 1]}, {many} rounds; load of the machine before a model "
+        f"{max(loads, default=0.0):.1f} at most. Ratios are of steps of one machine."
     )
 
 

@@ -415,7 +415,7 @@ def test_pictures_are_drawn_from_rows(made_up: list[Any], tmp_path: Path) -> Non
     assert all(path.stat().st_size > 1000 for path in made)
     page = pages.updated(pages.PAGE.read_text(encoding="utf-8"), made_up)
     assert all(f"]({path.name})" in page for path in made)
-    assert "1 models, 5 to 5 rounds" in page
+    assert "1 model, 5 rounds" in page
     assert pages.updated(page, made_up) == page
     assert pages.draw([], tmp_path) == []
     assert pictures.saved(made_up)["gpt2"]["ours, +20%"] == 0.75
@@ -437,7 +437,7 @@ def test_the_page_names_every_machine(made_up: list[Any]) -> None:
     """Models of one run may have been measured on another one than those of the last."""
     from benchmarks.peers import pages
 
-    assert pages.where(made_up).startswith("a machine, 2 threads, torch 9.9; 2026-01-01; 1 models, 5 rounds; load")
+    assert pages.where(made_up).startswith("a machine, 2 threads, torch 9.9; 2026-01-01; 1 model, 5 rounds; load")
     other = [replace(row, model="bert", device="another") for row in made_up]
     both = "a machine, 2 threads, torch 9.9 (gpt2); another, 2 threads, torch 9.9 (bert); 2026-01-01; 2 models"
     assert pages.where([*made_up, *other]).startswith(both)
