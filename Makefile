@@ -28,7 +28,7 @@ help:
 $(VENV)/.ready: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e ".[dev]"
-	@command -v chromium chromium-browser google-chrome > /dev/null || timeout 60 $(BIN)/python -m playwright install chromium \
+	@{ command -v chromium || command -v chromium-browser || command -v google-chrome; } > /dev/null || timeout 60 $(BIN)/python -m playwright install chromium \
 		|| echo "No Chromium: tests of the report's page will be skipped."
 	@touch $@
 

@@ -37,8 +37,8 @@ def where(rows: Sequence[Row]) -> str:
     told = (f"{name} ({', '.join(models)})" if len(machines) > 1 else name for name, models in machines.items())
     count = len(answers.models_of(rows))
     return (
-        f"{'; '.join(told)}; {days}; {count} model{'s'[: count > 1]}, {many} rounds; load of the machine before a model "
-        f"{max(loads, default=0.0):.1f} at most. Ratios are of steps of one machine."
+        f"{'; '.join(told)}; {days}; {count} model{'s'[: count > 1]}, {many} rounds; load of the machine before a "
+        f"model {max(loads, default=0.0):.1f} at most. Ratios are of steps of one machine."
     )
 
 
