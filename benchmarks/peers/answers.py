@@ -324,24 +324,33 @@ def saved_memory(rows: Sequence[Row]) -> str:
 
 
 def targets(rows: Sequence[Row]) -> str:
-    """What was aimed at, what was measured, and how much of it is met; a tie within the noise counts as met."""
+    """What was aimed at, what was measured, and how much of it is met: with ties within the noise and "all that can be"
+    counted as met, and to the letter.
+    """
     found = index(rows)
     every = cells(rows)
     if not every:
         return NONE
     mean, above = geometric_mean([cell.ratio for cell in every]), [cell for cell in every if cell.p20 > 1]
     worst = max(every, key=lambda cell: cell.ratio)
+    pairs = {(cell.model, cell.ours, cell.best): cell.ratio for cell in every}
     lines = [
-        ("(b) geometric mean at most 0.90", f"{mean:.3f} of {len(every)} cells", "yes" if mean <= 0.9 else "no"),
+        (
+            "(b) geometric mean at most 0.90",
+            f"{mean:.3f} of {len(every)} cells; {geometric_mean(list(pairs.values())):.3f} of their {len(pairs)} pairs",
+            _yes(mean <= 0.9),
+            _yes(mean <= 0.9),
+        ),
         (
             "(b) no cell above 1.00",
             f"{len(above)} beyond the noise; the highest {worst.ratio:.3f} ({worst.model})",
-            "no" if above else "yes",
+            _yes(not above),
+            _yes(worst.ratio <= 1),
         ),
     ]
     wanted = [("transformer", share, slowdown) for share, slowdown in zip(SAVINGS, SLOWDOWNS, strict=True)]
     for kind, share, slowdown in (*wanted, ("convolutional", 0.5, 0.1)):
-        told, met, count = [], 0, 0
+        told, met, literally, count = [], 0, 0, 0
         for model, given, plain in _beside_plain(rows):
             if model not in FAMILIES or FAMILIES[model].kind != kind:
                 continue
@@ -350,12 +359,12 @@ def targets(rows: Sequence[Row]) -> str:
             mine = saved(ours, slowdown, whole=False) or 0.0
             # Half a percent under what no plan can save more than is all of it.
             enough, all_of_it = mine >= share, most is not None and mine >= most - 0.005
-            met, count = met + (enough or all_of_it), count + 1
+            met, literally, count = met + (enough or all_of_it), literally + enough, count + 1
             note = "" if enough or not all_of_it else ", all that can be"
             told.append(f"{model} {mine:.0%}{note}")
         if count:
             target = f"(c) {kind} nets: {share:.0%} of activation bytes saved at +{slowdown:.0%}"
-            lines.append((target, "; ".join(told), f"{met} of {count}"))
+            lines.append((target, "; ".join(told), f"{met} of {count}", f"{literally} of {count}"))
     for engine in OURS:
         each = ((model, kept(found, model, engine, "step_over_plain")) for model in models_of(rows))
         whole = {model: row for model, row in each if row is not None}
@@ -363,8 +372,14 @@ def targets(rows: Sequence[Row]) -> str:
             high = max(whole.values(), key=lambda row: row.p50)
             met = sum(row.p20 <= 1 for row in whole.values())
             target = f"(f) engine {engine}, everything kept: at most 1.00x"
-            lines.append((target, f"the highest {high.p50:.3f} ({high.model})", f"{met} of {len(whole)}"))
-    return _table(("target", "measured", "met"), lines)
+            literally = sum(row.p50 <= 1 for row in whole.values())
+            text = f"the highest {high.p50:.3f} ({high.model})"
+            lines.append((target, text, f"{met} of {len(whole)}", f"{literally} of {len(whole)}"))
+    return _table(("target", "measured", "met", "to the letter"), lines)
+
+
+def _yes(is_met: bool) -> str:
+    return "yes" if is_met else "no"
 
 
 def ratios(rows: Sequence[Row]) -> str:

@@ -49,9 +49,10 @@ import keepless
 from benchmarks.common import RESULTS, Table, read_rows
 from benchmarks.peers import answers, card_models, contenders
 from benchmarks.peers.card_device import Memory, TimeLimit, within
+from benchmarks.peers.compare import Entrant, apart, cell, fastest, matches, name_of_cell, ratios
 from benchmarks.peers.contenders import PLAIN, Contender
 from benchmarks.peers.ours import PLENTY, Planned, Planner
-from benchmarks.peers.race import Entrant, apart, fastest, line_of, matches, name_of_cell
+from benchmarks.peers.race import line_of
 from benchmarks.peers.run import conclude
 from benchmarks.peers.steps import SEED, Difference, Result, compare
 from benchmarks.peers.ways import Unavailable, Way
@@ -438,8 +439,8 @@ class Unit:
         whole = [seconds[1] for seconds in entrant.samples]
         self.add(entrant.name, "step", "s", whole)
         self.add(entrant.name, "forward_backward", "s", [seconds[0] for seconds in entrant.samples])
-        self.add(entrant.name, "step_over_plain", "ratio", _over(entrant, plain))
-        self.add(entrant.name, "forward_backward_over_plain", "ratio", _over(entrant, plain, 0))
+        self.add(entrant.name, "step_over_plain", "ratio", ratios(entrant, plain))
+        self.add(entrant.name, "forward_backward_over_plain", "ratio", ratios(entrant, plain, 0))
         if entrant.plan is not None:
             self.add(entrant.name, "predicted_step", "s", entrant.plan.predicted_seconds)
             ratio = entrant.plan.predicted_seconds / statistics.median(whole)
@@ -457,17 +458,17 @@ class Unit:
             if mine is None:
                 self.note(point.name, "not reached", "no plan of ours has so low a peak")
             else:
-                self.add(point.name, name_of_cell("ours_over_best", mine, best), "ratio", _over(mine, best))
+                self.add(point.name, name_of_cell("ours_over_best", mine, best), "ratio", cell(mine, best))
         for point, mine, best in matches([e for e in timed if e.reserved], lambda e: e.reserved):
             if mine is not None:
-                self.add(point.name, name_of_cell("ours_over_best_reserved", mine, best), "ratio", _over(mine, best))
+                self.add(point.name, name_of_cell("ours_over_best_reserved", mine, best), "ratio", cell(mine, best))
 
     def _measure_compiled(self) -> None:
         """One after another, each raced against plain alone, as long as there is time."""
         plain = self.entrants[PLAIN]
         kept = plain.samples
         ours = [e for e in self.entrants.values() if e.is_ours and e.is_exact and e.samples]
-        over = {entrant.name: statistics.median(_over(entrant, plain)) for entrant in ours}
+        over = {entrant.name: statistics.median(ratios(entrant, plain)) for entrant in ours}
         for name in COMPILED:
             if self.left(0.9) < (2.0 if self.args.quick else 10.0):
                 self.note(name, "left out", "the unit's time was used up before it was compiled")
@@ -481,17 +482,12 @@ class Unit:
             self._race([plain, mine], 1.0)
             best = fastest(ours, mine.peak)
             if best is not None and contender.kernels == "inductor" and mine.samples and not mine.is_wrong:
-                ratios = [over[best.name] / ratio for ratio in _over(mine, plain)]
-                self.add(name, f"ours_over_inductor: {best.name} / {name}", "ratio", ratios)
+                found = [over[best.name] / ratio for ratio in ratios(mine, plain)]
+                self.add(name, f"ours_over_inductor: {best.name} / {name}", "ratio", found)
             self.entrants.pop(name, None)
             mine.way = None
         plain.samples = kept
         torch._dynamo.reset()
-
-
-def _over(mine: Entrant, theirs: Entrant, part: int = 1) -> list[float]:
-    """Ratios in the rounds that both have run."""
-    return [a[part] / b[part] for a, b in zip(mine.samples, theirs.samples, strict=False)]
 
 
 def arguments() -> argparse.Namespace:

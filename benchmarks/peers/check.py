@@ -3,15 +3,18 @@
     python -m benchmarks.peers.check             # two models, three contenders: make bench-check
     python -m benchmarks.peers.check --commit    # these rows are the ones to compare with from now on
 
-Seconds differ between machines, ratios within a round hardly. A ratio has moved where its median is further from the
-committed one than the noise of both: the sum of their spreads, p80 - p20. Peaks have no noise; they may differ by
-`PEAK_TOLERANCE`. The exit status is 1 where something is worse, 2 where nothing is committed.
+Seconds differ between machines, ratios within a round less. A ratio has moved where its median is further from the
+committed one than the noise of both explains: `ERRORS` standard errors of the two medians, and `DRIFT`, by which those
+of quiet runs of one version differed. Peaks have no noise; they may differ by `PEAK_TOLERANCE`. The exit status is 1
+where something is worse, or a plan of ours is not exact or rises above its budget; 2 where nothing is committed, or the
+noise hides what is less than `LOOSE`.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import math
 import random
 import sys
 import tempfile
@@ -26,12 +29,12 @@ from rich.table import Table as RichTable
 from benchmarks.common import RESULTS, Row, Table, read_rows
 from benchmarks.peers import contenders, models, nursery
 from benchmarks.peers.ours import PLENTY, Planned, Planner
-from benchmarks.peers.steps import Stand
+from benchmarks.peers.steps import Stand, compare
 from benchmarks.peers.ways import Way
 
 ROUNDS = 25
 CHECKPOINT, KEPT, SAME = "checkpoint every block", "graph, all kept", "graph at checkpoint's peak"
-PEAK_TOLERANCE = 0.005
+PEAK_TOLERANCE, DRIFT, LOOSE, ERRORS = 0.005, 0.02, 0.1, 3.0
 FILE = "check.csv"
 
 
@@ -58,10 +61,34 @@ class Moved:
 
 
 def tolerance(before: Row, now: Row) -> float:
-    """The noise of both."""
+    """How far a ratio may be from the committed one."""
     if before.metric.startswith("peak"):
         return PEAK_TOLERANCE * before.value
-    return (before.p80 - before.p20) + (now.p80 - now.p20)
+    return ERRORS * math.hypot(error_of_median(before), error_of_median(now)) + DRIFT * before.p50
+
+
+def error_of_median(row: Row) -> float:
+    """Its standard error, were the samples normal: 1.2533 of the mean's, and p80 - p20 is 1.6832 deviations."""
+    return 1.2533 * (row.p80 - row.p20) / 1.6832 / math.sqrt(row.n)
+
+
+def hidden(before: Sequence[Row], now: Sequence[Row]) -> list[str]:
+    """Ratios whose noise is so large that little can be said of them."""
+    found = {(row.model, row.contender, row.metric): row for row in now}
+    pairs = [(row, found.get((row.model, row.contender, row.metric))) for row in before if row.unit == "ratio"]
+    return [
+        f"{row.model}, {row.contender}: {row.metric}"
+        for row, other in pairs
+        if other is not None and tolerance(row, other) > LOOSE * row.p50
+    ]
+
+
+def faults(rows: Sequence[Row]) -> list[str]:
+    """What must not be, whatever is committed."""
+    wrong = {"exact": "its bits are not plain eager's", "within_budget": "its peak is above its budget"}
+    return [
+        f"{row.model}, {row.contender}: {wrong[row.metric]}" for row in rows if row.metric in wrong and not row.value
+    ]
 
 
 def moved(before: Sequence[Row], now: Sequence[Row]) -> list[Moved]:
@@ -93,11 +120,15 @@ def measure(name: str, size: str, table: Table, rounds: int, seed: int, folder: 
     _, kept = planner.plan("graph", PLENTY)
     _, same = planner.smallest("graph", max(peaks[CHECKPOINT], kept.smallest_budget))
     ways: dict[str, Way] = {c: contenders.find(c).make(stand.subject) for c in (contenders.PLAIN, CHECKPOINT)}
+    reference = stand.result(ways[contenders.PLAIN])
     for number, (contender, plan) in enumerate({KEPT: kept, SAME: same}.items()):
         path = folder / f"{name}-{number}.plan"
         plan.save(path)
         peaks[contender] = peak(contender, str(path))
         ways[contender] = Planned(stand.subject, plan)
+        table.add(name, contender, "exact", "count", compare(stand.result(ways[contender]), reference).is_equal)
+        table.add(name, contender, "within_budget", "count", peaks[contender] <= plan.budget.limits["device"])
+    stand.reset()
     samples: dict[str, list[float]] = {contender: [] for contender in ways}
     draw = random.Random(seed)
     for way in ways.values():
@@ -160,13 +191,18 @@ def main() -> None:
         for name in models.SMALL:
             console.print(name)
             measure(name, "small", table, args.rounds, args.seed, Path(folder))
-    if args.commit:
+    wrong = faults(table.rows)
+    if args.commit and not wrong:
         table.write(path)
         console.print(f"rows: {path}")
         return
-    changes = moved(before, table.rows)
-    show(console, changes, len(before))
-    sys.exit(1 if any(change.is_worse for change in changes) else 0)
+    changes, unclear = moved(before, table.rows), hidden(before, table.rows)
+    show(console, changes, sum(row.unit == "ratio" for row in before))
+    for text in unclear:
+        console.print(f"too noisy to tell less than {LOOSE:.0%}: {text}", markup=False)
+    for text in wrong:
+        console.print(f"FAULT: {text}", markup=False)
+    sys.exit(1 if wrong or any(change.is_worse for change in changes) else 2 if unclear else 0)
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ class Compiled(Way):
         limit = "recompile_limit" if hasattr(dynamo, "recompile_limit") else "cache_size_limit"
         setattr(dynamo, limit, max(getattr(dynamo, limit), MOST_COMPILED))
         dynamo.accumulated_recompile_limit = max(dynamo.accumulated_recompile_limit, 64 * MOST_COMPILED)
-        self.compiled = torch.compile(subject.model, backend=backend_of(backend, share), dynamic=False)
+        self.compiled = torch.compile(subject.model, backend=backend_of(backend, share))
 
     def forward(self, inputs: Any) -> Any:
         """By the compiled model."""

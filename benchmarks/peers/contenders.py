@@ -75,6 +75,9 @@ BASIC: tuple[Contender, ...] = (
 )
 """Those without a sweep. transformers' switch at every layer is "checkpoint every block"."""
 
+FIRST, FIRST_SWEPT = 3, 3
+"""Of `BASIC` and of a sweep: what is measured however little time there is."""
+
 
 def shares(count: int) -> tuple[float, ...]:
     """So many shares from 0 to 1, the ends first, 1 before 0: what there is no time for is what is between."""
@@ -88,14 +91,16 @@ def shares(count: int) -> tuple[float, ...]:
 
 
 def peers(eager_shares: int, inductor_shares: int) -> tuple[Contender, ...]:
-    """All of them, in the order in which they are measured; those with eager's kernels first.
+    """All of them, in the order in which they are measured; those with eager's kernels first, and of these some of each
+    kind that people take.
 
     Arguments:
         eager_shares, inductor_shares: points of torch's activation memory budget, 2 at least.
     """
     swept = [_compiled(EAGER_KERNELS, share) for share in shares(eager_shares)]
+    first, first_swept = BASIC[:FIRST], swept[:FIRST_SWEPT]
     fused = [_compiled(INDUCTOR, share) for share in shares(inductor_shares)]
-    return (*BASIC, *swept, *fused)
+    return (*first, *first_swept, *BASIC[FIRST:], *swept[FIRST_SWEPT:], *fused)
 
 
 def find(name: str) -> Contender:

@@ -36,9 +36,12 @@ def where(rows: Sequence[Row]) -> str:
         machines.setdefault(f"{row.device}, {row.threads} threads, torch {row.torch}", {})[row.model] = None
     told = (f"{name} ({', '.join(models)})" if len(machines) > 1 else name for name, models in machines.items())
     count = len(answers.models_of(rows))
+    minutes = sum(row.value for row in rows if (row.contender, row.metric) == ("machine", "seconds")) / 60
+    commits = ", ".join(dict.fromkeys(row.keepless for row in rows))
     return (
         f"{'; '.join(told)}; {days}; {count} model{'s'[: count > 1]}, {many} rounds; load of the machine before a "
-        f"model {max(loads, default=0.0):.1f} at most. Ratios are of steps of one machine."
+        f"model {max(loads, default=0.0):.1f} at most; {minutes:.0f} minutes in all. Keepless at {commits}. Ratios are "
+        "of steps of one machine."
     )
 
 

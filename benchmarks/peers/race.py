@@ -9,11 +9,11 @@ import statistics
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -21,6 +21,7 @@ import keepless
 from benchmarks.common import Table
 from benchmarks.peers import contenders, models, nursery
 from benchmarks.peers.answers import SAVINGS
+from benchmarks.peers.compare import ALIKE, Entrant, apart, cell, fastest, matches, name_of_cell, ratios
 from benchmarks.peers.contenders import OURS, PLAIN, Contender
 from benchmarks.peers.ours import PLENTY, Planned, Planner, name_of_plan
 from benchmarks.peers.steps import METERED, Difference, Stand, save
@@ -28,13 +29,12 @@ from benchmarks.peers.ways import Unavailable, Way
 from keepless.errors import KeeplessError
 from keepless.measure import optimizer_footprint
 
-ALIKE = 1.002
-"""Peaks that are nearer to each other than this are met by one budget."""
-DOMINATED = 1.1
+DOMINATED = 1.3
 """A point of a compiled sweep is timed only in its own process where another of its sweep has no higher peak and took
-a step there that was shorter by this factor: each that is timed is compiled again."""
+a step there that was shorter by this factor: each that is timed is compiled again. Torch's own choice (share 1) always
+is."""
 
-KEPT_ROUNDS, KEPT_SECONDS = (3, 9), 20.0
+KEPT_ROUNDS, KEPT_SECONDS = (5, 15), 30.0
 """Rounds, least and most, of ours with everything kept between two steps of plain; none begins after these seconds."""
 
 Tell = Callable[[str], None]
@@ -58,7 +58,7 @@ class Sizes:
     """
 
     size: str = "full"
-    rounds: tuple[int, int] = (3, 15)
+    rounds: tuple[int, int] = (6, 24)
     eager_shares: int = 11
     inductor_shares: int = 11
     budgets: int = 6
@@ -72,40 +72,6 @@ class Sizes:
 
 FULL = Sizes()
 QUICK = Sizes("tiny", (3, 5), 3, 2, 3, 1, True, 60.0, 2, 40.0)
-
-
-@dataclass
-class Entrant:
-    """A contender in this race; ours have a plan.
-
-    Arguments:
-        is_exact: loss, gradients and buffers are plain eager's, bit for bit.
-        has_gradients: loss and gradients are; buffers may be wrong, as a BatchNorm's that runs twice are.
-        is_wrong: gradients or buffers are wrong, beyond another order of sums.
-    """
-
-    name: str
-    contender: Contender | None = None
-    plan: keepless.Plan | None = None
-    peak: int = 0
-    way: Way | None = None
-    samples: list[tuple[float, float]] = field(default_factory=list)
-    is_exact: bool = False
-    has_gradients: bool = False
-    is_wrong: bool = False
-    is_timed: bool = True
-    own_seconds: float = 0.0
-    """Of its second step in its own process, the meter's overhead in it."""
-
-    @property
-    def is_ours(self) -> bool:
-        """Whether it is Keepless."""
-        return self.contender is None
-
-    @property
-    def kernels(self) -> str:
-        """ "eager" or "inductor"."""
-        return "eager" if self.contender is None else self.contender.kernels
 
 
 class NoReference(Exception):
@@ -150,10 +116,10 @@ class Race:
         with tempfile.TemporaryDirectory(prefix="keepless-peers-") as folder:
             self.folder = Path(folder)
             save(self.stand.result(Way(self.stand.subject)), self._file("plain"))
-            self._measure_peers("eager", 0.25)
-            self._plan(0.4)
-            self._measure_ours(0.68)
-            self._measure_peers("inductor", 0.78)
+            self._measure_peers("eager", 0.3)
+            self._plan(0.42)
+            self._measure_ours(0.64)
+            self._measure_peers("inductor", 0.74)
         self._time()
         self._compare_peaks()
         self.add("machine", "load_after", "count", os.getloadavg()[0])
@@ -324,7 +290,11 @@ class Race:
             self.note(engine, "failed", line_of(error))
             traceback.print_exc()
             return None
-        self.plans[name] = plan
+        twin = next((other for other, its in self.plans.items() if _are_twins(its, plan)), None)
+        if twin is None:
+            self.plans[name] = plan
+        elif budget in self.own_plans:
+            self.own_plans[budget] = twin
         return plan
 
     def _peaks_of_peers(self, low: int, high: int) -> list[int]:
@@ -373,7 +343,7 @@ class Race:
         finally:
             gc.enable()
             gc.unfreeze()
-        plain = self.entrants[PLAIN].samples
+        plain = self.entrants[PLAIN]
         for entrant in self.entrants.values():
             self._say_seconds(entrant, plain)
 
@@ -403,9 +373,9 @@ class Race:
                 part, whole = (2 * m / (a + b) for m, a, b in zip(mine, first, last, strict=True))
                 found[name].append((part, whole))
             gc.collect()
-        for name, ratios in found.items():
-            self.add(name, "kept_step_over_plain", "ratio", [whole for _, whole in ratios])
-            self.add(name, "kept_forward_backward_over_plain", "ratio", [part for part, _ in ratios])
+        for name, pairs in found.items():
+            self.add(name, "kept_step_over_plain", "ratio", [whole for _, whole in pairs])
+            self.add(name, "kept_forward_backward_over_plain", "ratio", [part for part, _ in pairs])
 
     def _begin(self, entrant: Entrant) -> None:
         """Makes it, and takes two steps that are not counted."""
@@ -428,7 +398,7 @@ class Race:
             if mine.is_wrong:
                 mine.is_timed = False
                 self.note(mine.name, "timed once", "its numbers are wrong; seconds are of a step in its own process")
-        for mine in [entrant for entrant in compiled if entrant.is_timed]:
+        for mine in [entrant for entrant in compiled if entrant.is_timed and entrant.contender.share != 1.0]:
             for other in compiled:
                 better = (
                     other is not mine
@@ -442,16 +412,16 @@ class Race:
                     self.note(mine.name, "timed once", f"in its own process: {other.name} is no higher, and faster")
                     break
 
-    def _say_seconds(self, entrant: Entrant, plain: Sequence[tuple[float, float]]) -> None:
+    def _say_seconds(self, entrant: Entrant, plain: Entrant) -> None:
         if not entrant.is_timed:
-            self.add(entrant.name, "step_over_plain", "ratio", entrant.own_seconds / self.entrants[PLAIN].own_seconds)
+            self.add(entrant.name, "step_over_plain", "ratio", entrant.own_seconds / plain.own_seconds)
             return
         whole = [seconds[1] for seconds in entrant.samples]
         part = [seconds[0] for seconds in entrant.samples]
         self.add(entrant.name, "step", "s", whole)
         self.add(entrant.name, "forward_backward", "s", part)
-        self.add(entrant.name, "step_over_plain", "ratio", _over(whole, [p[1] for p in plain]))
-        self.add(entrant.name, "forward_backward_over_plain", "ratio", _over(part, [p[0] for p in plain]))
+        self.add(entrant.name, "step_over_plain", "ratio", ratios(entrant, plain))
+        self.add(entrant.name, "forward_backward_over_plain", "ratio", ratios(entrant, plain, 0))
         if entrant.plan is not None:
             self.add(entrant.name, "predicted_step", "s", entrant.plan.predicted_seconds)
             ratio = entrant.plan.predicted_seconds / statistics.median(whole)
@@ -473,11 +443,11 @@ class Race:
             if mine is None:
                 self.note(point.name, "not reached", "no plan of ours has so low a peak")
                 continue
-            self.add(point.name, name_of_cell("ours_over_best", mine, best), "ratio", _steps_over(mine, best))
+            self.add(point.name, name_of_cell("ours_over_best", mine, best), "ratio", cell(mine, best))
             other = fastest(fused, point.peak)
             if other is not None:
                 names = f"{mine.name} / {other.name}"
-                self.add(point.name, f"ours_over_inductor: {names}", "ratio", _steps_over(mine, other))
+                self.add(point.name, f"ours_over_inductor: {names}", "ratio", cell(mine, other))
 
     def _lacks_its_plan(self, peak: int, timed: Sequence[Entrant]) -> bool:
         """Whether ours was not timed at this peak: neither the plan for it nor another one that is as high."""
@@ -488,48 +458,9 @@ class Race:
         return not any(e.name == self.own_plans[own] or own <= ALIKE * e.peak <= ALIKE * peak for e in ours)
 
 
-def apart(peaks: Iterable[int]) -> list[int]:
-    """Those that are further apart than `ALIKE`, ascending."""
-    found: list[int] = []
-    for peak in sorted(peaks):
-        if not found or peak > ALIKE * found[-1]:
-            found.append(peak)
-    return found
-
-
-E = TypeVar("E", bound=Entrant)
-
-
-def matches(timed: Iterable[E], height: Callable[[E], int] = lambda e: e.peak) -> Iterator[tuple[E, E | None, E]]:
-    """At the height of each peer with eager kernels and exact gradients: it, the fastest exact plan of ours within it,
-    and the fastest such peer within it, whose buffers may be wrong.
-    """
-    timed = list(timed)
-    theirs = [e for e in timed if not e.is_ours and e.kernels == "eager" and e.has_gradients]
-    ours = [e for e in timed if e.is_ours and e.is_exact]
-    for point in theirs:
-        best = fastest(theirs, height(point), height)
-        assert best is not None
-        yield point, fastest(ours, height(point), height), best
-
-
-def name_of_cell(metric: str, mine: Entrant, best: Entrant) -> str:
-    """The metric of ours over the best one; it says where the latter's buffers are wrong."""
-    return f"{metric}{'' if best.is_exact else '_of_wrong_buffers'}: {mine.name} / {best.name}"
-
-
-def fastest(entrants: Iterable[E], peak: int, height: Callable[[E], int] = lambda e: e.peak) -> E | None:
-    """The one whose median step is the shortest, of those within a peak, or within another height."""
-    within = [entrant for entrant in entrants if height(entrant) <= peak]
-    return min(within, key=lambda e: statistics.median(s[1] for s in e.samples), default=None)
-
-
-def _over(mine: Sequence[float], theirs: Sequence[float]) -> list[float]:
-    return [a / b for a, b in zip(mine, theirs, strict=True)]
-
-
-def _steps_over(mine: Entrant, theirs: Entrant) -> list[float]:
-    return _over([s[1] for s in mine.samples], [s[1] for s in theirs.samples])
+def _are_twins(one: keepless.Plan, other: keepless.Plan) -> bool:
+    """Whether both run the same ops of the same step: a second one would only be another draw of the noise."""
+    return (one.engine, one.parts, one.program) == (other.engine, other.parts, other.program)
 
 
 def line_of(error: BaseException) -> str:
