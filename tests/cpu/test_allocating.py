@@ -24,10 +24,10 @@ MIB = 1 << 20
 CARD = CardAllocator((CUBLAS_DEFAULT,), context=300 * MIB)
 
 
-def stack(depth: int = 3, width: int = 512) -> tuple[nn.Module, torch.Tensor]:
+def stack(depth: int = 3, width: int = 512, rows: int = 1024) -> tuple[nn.Module, torch.Tensor]:
     torch.manual_seed(0)
     blocks = [nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)) for _ in range(depth)]
-    return zoo.Loss(nn.Sequential(*blocks)), torch.randn(1024, width)
+    return zoo.Loss(nn.Sequential(*blocks)), torch.randn(rows, width)
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def check(plan: keepless.Plan, card: CardAllocator) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("card", [CARD, CardAllocator((CUBLAS_DEFAULT,), expandable=True)], indirect=True)
 def test_the_budget_bounds_reserved_bytes(card: CardAllocator, tmp_path: Path) -> None:
-    model, batch = stack()
+    model, batch = stack(rows=1536)
     optimizer = torch.optim.AdamW(model.parameters())
     options: dict[str, Any] = {"optimizer": optimizer, "cache": True, "release_outputs": True}
     widest = keepless.plan(model, batch, "4GiB", **options)

@@ -54,7 +54,7 @@ def arena_of(model: nn.Module) -> ArenaReport:
 def budgets(model: nn.Module, batch: Any, **options: Any) -> list[int]:
     widest = keepless.plan(model, batch, "4GiB", **options)
     low, high = widest.smallest_budget, widest.baseline_peak
-    return [high, (low + high) // 2, low + (high - low) // 16]
+    return [high, (low + high) // 2, low + (high - low) // 4]
 
 
 def check_bits(model: nn.Module, batch: Any, budget: int, steps: int = 3, **options: Any) -> ArenaReport:

@@ -152,6 +152,33 @@ def test_train_gives_the_losses_of_a_plain_loop(invoke: Invoke) -> None:
     assert "loss" in invoke("train", "factories:tiny", "--plan", "step.plan", "-n", "1").stdout
 
 
+@pytest.mark.slow
+def test_train_ended_by_ctrl_c_gives_the_steps_that_it_has_taken(
+    invoke: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from keepless.cli import training
+
+    own, taken = training.metered_step, []
+
+    def interrupted(*given: Any, **named: Any) -> Any:
+        if len(taken) == 2:
+            raise KeyboardInterrupt
+        taken.append(own(*given, **named))
+        return taken[-1]
+
+    monkeypatch.setattr(training, "metered_step", interrupted)
+    done = invoke("train", "factories:tiny", "-b", "4MiB", "-n", "9", "--save", "step.plan", "--json")
+    assert done.exit_code == 130, done.output
+    answer = json.loads(done.stdout)
+    assert answer["losses"] == _plain_losses(2)
+    assert (answer["exit_code"], Path("step.plan").exists()) == (130, True)
+    assert answer["plan"]["measured_peak"] <= 4 << 20
+    assert "Ended by Ctrl-C after 0 of" not in done.output
+    done = invoke("train", "factories:tiny", "-b", "4MiB", "--json")  # not one step
+    assert done.exit_code == 130
+    assert json.loads(done.stdout)["error"]["type"] == "KeyboardInterrupt"
+
+
 def _plain_losses(steps: int) -> list[float]:
     import factories  # type: ignore[import-not-found]
 

@@ -7,6 +7,7 @@ import gc
 import io
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -156,6 +157,53 @@ def test_of_several_models_the_first_or_the_named_one_is_planned(invoke: Invoke,
         assert alone["kept_nbytes"] >= 3 * 4 * rows * width * 4
         # 7 % below the prediction: what the maker keeps counts all the time.
         assert 0.9 < answer["measured_peak"] / answer["plan"]["predicted_peak"] <= 1
+
+
+SIAMESE = """
+from nets import *
+
+
+def main():
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(*[Net(32) for _ in range(2)])
+    optimizer = torch.optim.AdamW(net.parameters())
+    for _ in range(3):
+        one, other = torch.randn(64, 32), torch.randn(64, 32)
+        loss = (net(one) - net(other)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    print(digest(net))
+
+
+main()
+"""
+
+
+@pytest.mark.slow
+def test_the_budget_that_is_named_runs_a_model_that_is_called_twice(invoke: Invoke) -> None:
+    """Gradients of the step before stand until the second forward is over: that plan is of another kind."""
+    write(twice=SIAMESE)
+    expected = plainly("twice.py")
+    gc.collect()
+    refused = invoke("run", "twice.py", "-b", "100KiB")
+    assert refused.exit_code == 3, refused.output
+    (named,) = re.findall(r"or a budget of (\d+) bytes", refused.stderr)
+    del refused  # its traceback holds the model, which would count
+    gc.collect()
+    done = invoke("run", "twice.py", "-b", named)
+    assert done.exit_code == 0, done.output
+    assert done.stdout == expected
+    assert "fits: yes" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_plan_of_another_model_is_named_where_no_model_is_met(invoke: Invoke) -> None:
+    write(train=scripts_text.TRAIN, twice=SIAMESE)
+    assert invoke("run", "train.py", "-b", "4MiB", "--save", "step.plan").exit_code == 0
+    done = invoke("run", "twice.py", "--plan", "step.plan")
+    assert done.exit_code == 1
+    assert "and is the Net that the plan is of. Called in training mode were: net (Sequential" in done.stderr
 
 
 PAIR = """

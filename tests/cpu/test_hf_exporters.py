@@ -113,6 +113,18 @@ def test_selective_context_of_one_region(plan: keepless.Plan) -> None:
         selective_context_fn(plan, "model.layers.9")
 
 
+@pytest.mark.parametrize("count", [2, 3])
+def test_layers_are_the_blocks_and_not_what_a_block_is_made_of(count: int) -> None:
+    """A block may have more parts than the model has blocks."""
+    blocks = [
+        torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.GELU(), torch.nn.Dropout(0.1), torch.nn.Linear(64, 16))
+        for _ in range(count)
+    ]
+    model = torch.nn.ModuleDict({"stem": torch.nn.Linear(8, 16), "body": torch.nn.Sequential(*blocks)})
+    model.forward = lambda x: model["body"](model["stem"](x)).square().mean()  # type: ignore[method-assign]
+    assert layers_of(keepless.plan(model, torch.randn(4, 8), "1GiB")) == tuple(f"body.{i}" for i in range(count))
+
+
 def test_every_n_layers_comes_nearest(plan: keepless.Plan) -> None:
     """What transformers then keeps is no more than the plan keeps, and predicted."""
     found = every_n_layers(plan)

@@ -209,7 +209,10 @@ def _conclude(watched: Watched, ended: Ended, json_file: Path | None) -> int:
             code = code or code_of(failure)
     else:
         line = "NO training step was seen: no backward reached a module that was called in training mode"
-        line += f" and is {watched.wish.model_path!r}. {_met(first)}" if watched.wish.model_path else "."
+        if watched.wish.plan is not None:
+            line += f" and is the {watched.wish.plan.signature.get('model')} that the plan is of. {_met(first)}"
+        else:
+            line += f" and is {watched.wish.model_path!r}. {_met(first)}" if watched.wish.model_path else "."
         if strict and not ended.by_exit:
             code = code or FAILED
     if ended.error is not None:

@@ -35,7 +35,7 @@ from keepless.cli.options import (
     SolverOption,
     TakeoverOption,
 )
-from keepless.cli.session import FAILED, UsageError, check_target, counting, read_nbytes, session
+from keepless.cli.session import FAILED, INTERRUPTED, UsageError, check_target, counting, read_nbytes, session
 from keepless.ir import format_bytes
 from keepless.reporting.tables import format_percent, plan_dict, verdict
 
@@ -100,14 +100,20 @@ def train_command(
         api.apply(built.model, found, optimizer=built.optimizer, on_oom=on_oom, black_box=black_box)
         losses, seconds = [], []
         peaks: list[int] = []
-        with counting("training", steps) as tell:
-            for number in range(1, steps + 1):
-                loss, took, peak = metered_step(built, accumulate, is_metered=number <= METERED)
-                losses.append(loss)
-                seconds.append(took)
-                peaks += [] if peak is None else [peak]
-                tell(number)
-                current.say(f"step {number:>4}   loss {loss:.6f}   {took:.3f} s")
+        try:
+            with counting("training", steps) as tell:
+                for number in range(1, steps + 1):
+                    loss, took, peak = metered_step(built, accumulate, is_metered=number <= METERED)
+                    losses.append(loss)
+                    seconds.append(took)
+                    peaks += [] if peak is None else [peak]
+                    tell(number)
+                    current.say(f"step {number:>4}   loss {loss:.6f}   {took:.3f} s")
+        except KeyboardInterrupt:
+            if not losses:
+                raise
+            current.code = INTERRUPTED
+            current.tell(f"Ended by Ctrl-C after {len(losses)} of {steps} steps.")
         found.measured_peak = max(peaks, default=None)
         if save is not None:
             found.save(save)
@@ -119,7 +125,7 @@ def train_command(
             "median_seconds": statistics.median(seconds),
             "plan": plan_dict(found),
             "plan_file": None if save is None else str(save),
-        }
+        } | ({"exit_code": current.code} if current.code else {})
         if (found.measured_peak or 0) > found.budget.limits["device"]:
             current.code = FAILED
             current.answer["exit_code"] = FAILED

@@ -6,7 +6,7 @@ so are the order of replays and the budget.
 
 from __future__ import annotations
 
-import re
+from collections import Counter
 from dataclasses import asdict, dataclass
 
 from keepless.errors import PlanError
@@ -14,8 +14,6 @@ from keepless.ir import Kind, Op, Phase
 from keepless.ir.budget import format_bytes
 from keepless.machine import Plan
 from keepless.reporting.decisions import Choice, decisions
-
-_NUMBERED = re.compile(r"^((?:.*\.)?\w+)\.(\d+)(?:\.|$)")
 
 
 @dataclass(frozen=True)
@@ -111,24 +109,32 @@ def saved_calls(plan: Plan, path: str) -> dict[str, list[bool]]:
 
 
 def layers_of(plan: Plan) -> tuple[str, ...]:
-    """Paths of the model's repeated layers, in the order of their numbers: the longest row of modules with numbers.
+    """Paths of the model's repeated layers, in the order of their numbers: the row of modules with numbers of which
+    those that run the same ops run most of the model's.
 
     Raises:
         PlanError: it has none.
     """
-    rows: dict[str, set[int]] = {}
+    rows: dict[str, dict[int, list[str]]] = {}
     for op in _forward(plan):
-        found = _NUMBERED.match(op.module)
-        if found:
-            rows.setdefault(found[1], set()).add(int(found[2]))
+        names = op.module.split(".")
+        for place, name in enumerate(names):
+            if place and name.isdecimal():
+                rows.setdefault(".".join(names[:place]), {}).setdefault(int(name), []).append(op.name)
     if not rows:
         raise PlanError("The plan's model has no layers with numbers (model.layers.0 ...), so none can be every n-th.")
-    row = max(rows, key=lambda name: (len(rows[name]), -len(name)))
+
+    def repeated(row: str) -> tuple[int, int, int]:
+        (ops, times), *_ = Counter(map(tuple, rows[row].values())).most_common(1)
+        return len(ops) * times if times > 1 else 0, len(rows[row]), -len(row)
+
+    row = max(rows, key=repeated)
     return tuple(f"{row}.{number}" for number in sorted(rows[row]))
 
 
 def every_n_layers(plan: Plan) -> EveryN:
-    """The n for transformers' `every_n_layers` whose kept bytes come nearest to the plan's, and are not above them.
+    """The n for transformers' `every_n_layers` whose kept bytes come nearest to the plan's, and are not above them;
+    where they are for every n, the n that keeps least (`EveryN.fits` says which it is).
 
     A checkpointed layer keeps what goes into it, any other all that its backward reads.
 

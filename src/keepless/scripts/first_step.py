@@ -11,6 +11,7 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,8 +19,10 @@ from torch.autograd.graph import GradientEdge
 
 from keepless import api
 from keepless._compat.backwards import watch_begins
-from keepless.capture import is_tracing
+from keepless.capture import Inputs, is_tracing
+from keepless.control.captured import Captures
 from keepless.control.parts.module_steps import standing_plan, tensors_of, uncompiled
+from keepless.control.planning import read_budget
 from keepless.control.signature import check_signature, model_signature
 from keepless.errors import InfeasibleBudget, KeeplessError, PlanError
 from keepless.ir import format_bytes
@@ -29,6 +32,7 @@ from keepless.scripts.deferred import Deferred, calls_reached, is_rerun, rerun
 from keepless.scripts.losses import StandIn, Watch, see
 from keepless.scripts.naming import Called, called, stands_at
 from keepless.scripts.others import Unforeseen, gradients_to_come, modules_beside, rest_of
+from keepless.scripts.room import with_room
 from keepless.scripts.surroundings import Standing, coming_nbytes, optimizers_of
 from keepless.scripts.wish import Wish
 
@@ -41,9 +45,6 @@ _WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "DataParalle
 
 _MOST_MET = 24
 """Modules whose names are looked for, for a message that lists them."""
-_ROUNDS = 5
-"""Plans that are made until one has room for the outputs of the step before in its forward, and for what the model's
-other calls keep."""
 
 
 class FirstStep:
@@ -328,66 +329,41 @@ class FirstStep:
             self.tell(f"{format_bytes(outside)} on the device are not the model's, and count.")
         budget = self.wish.budget
         assert budget is not None
-        stepped_peak = 0
+        limit = read_budget(budget, call.device)
+        stepped_peak, later = 0, _more_of_later_kinds(model, inputs) if len(own) > 1 else 0
         with self._progress() as progress, call.as_called():
 
             def planned(more: int) -> tuple[Plan, int]:
-                """A plan with room for more bytes outside, and the bytes that it needs there."""
+                """A plan with room for more bytes outside, or a larger budget, and the bytes that it needs there."""
                 plan = api.plan(
                     model,
                     inputs,
-                    budget,
+                    budget if more >= 0 else limit - more,
                     optimizer=optimizer,
                     loss_fn=loss,
-                    outside=outside + more,
+                    outside=outside + max(more, 0),
                     progress=progress,
                     **self.wish.options,
                 )
-                limit = plan.budget.limits["device"]
-                step_peak = _peak_in(plan, "optimizer") + stepping if stepping else 0
-                if step_peak - more > limit:
-                    raise _step_too_large(optimizer, stepping, step_peak - more, limit)
-                over = _peak_in(plan, "forward") + call.output_nbytes - limit
+                own_limit = plan.budget.limits["device"]
+                step_peak = _peak_in(plan, "optimizer") + stepping - max(more, 0) if stepping else 0
+                if step_peak > own_limit:
+                    raise _step_too_large(optimizer, stepping, step_peak, own_limit)
+                over = _peak_in(plan, "forward") + call.output_nbytes - own_limit
                 nonlocal stepped_peak
-                stepped_peak = step_peak - more
-                return plan, max(more + over, (len(own) - 1) * _held_between(plan))
+                stepped_peak = step_peak
+                return plan, max(more + over, (len(own) - 1) * _held_between(plan) + later)
 
-            plan = self._with_room(planned)
+            plan = with_room(planned, limit, is_alone=len(own) == 1)
+        if later and isinstance(plan.capture, Captures):  # that room is for plans of other kinds of calls
+            settings = plan.capture.settings
+            plan.capture.settings = replace(settings, outside=settings.outside - later)
         if stepped_peak > plan.predicted_peak:
             self.tell(
                 f"the step of {type(optimizer).__name__}, with the parameters of others, is predicted to reach "
                 f"{format_bytes(stepped_peak)}: above the plan's peak, within the budget."
             )
         self._apply(model, plan, optimizer)
-
-    def _with_room(self, planned: Callable[[int], tuple[Plan, int]]) -> Plan:
-        """The first plan that has as much room outside as it needs, which is less where the plan keeps less.
-
-        Arguments:
-            planned: a plan with so many bytes outside, and the bytes that it needs there.
-
-        Raises:
-            InfeasibleBudget: there is none.
-        """
-        room = low = 0
-        most, failed = None, None
-        for _ in range(_ROUNDS):
-            try:
-                plan, needed = planned(room)
-            except InfeasibleBudget as error:
-                if not room:
-                    raise
-                most, failed = room, error
-            else:
-                if needed <= room:
-                    return plan
-                low = room
-            room = needed if most is None else (low + most) // 2
-        if failed is None:
-            return plan
-        assert most is not None
-        self.tell(f"{format_bytes(most)} of the bytes outside are for what other calls keep, and the step before.")
-        raise failed
 
     def _kept_beside(self, own: list[Deferred], modules: Sequence[torch.nn.Module], after: set[Deferred]) -> int:
         """Bytes that the script's other models keep for their backward, of those that were called; all are named.
@@ -495,6 +471,13 @@ def _step_too_large(optimizer: Any, stepping: int, needed: int, limit: int) -> I
         bound=needed,
         blocking=f"the step of {name}",
     )
+
+
+def _more_of_later_kinds(model: torch.nn.Module, inputs: Inputs) -> int:
+    """Bytes by which a later call of the same step may need more than the first: gradients that stand already, and
+    those of its inputs."""
+    params = sum(param.nbytes for param in model.parameters() if param.requires_grad)
+    return params + sum(tensor.nbytes for tensor in tensors_of(inputs) if tensor.is_floating_point())
 
 
 def _held_between(plan: Plan) -> int:
