@@ -70,8 +70,10 @@ def test_what_is_said_of_peers_holds_in_the_results() -> None:
     rows = common.read_rows(common.RESULTS / "peers.csv")
     ratios = [cell.ratio for cell in answers.cells(rows)]
     assert len(answers.models_of(rows)) == 11
-    assert (round(min(ratios), 2), round(max(ratios), 2)) == (0.73, 1.01)
-    assert round(answers.geometric_mean(ratios), 2) == 0.89
+    assert (round(min(ratios), 2), round(max(ratios), 2)) == (0.69, 1.07)
+    assert round(answers.geometric_mean(ratios), 2) == 0.88
+    compiled = {row.model for row in rows if row.metric == "peak" and row.contender.startswith("aot_eager")}
+    assert len(compiled) == 8
 
 
 def test_rows_of_other_models_stay(tmp_path: Path) -> None:
