@@ -238,7 +238,7 @@ def test_models_that_need_numbers_are_made_with_weights() -> None:
         layers = [nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Dropout(rate)) for rate in rates]
         return models.Loss(nn.Sequential(*layers))
 
-    found = keepless.max_depth(make_model, mlp_batch(64), "64KiB", cache=False)
+    found = keepless.max_depth(make_model, mlp_batch(64), "96KiB", cache=False)
     assert found.ended_by == "memory"
     assert found.size > 1
 
