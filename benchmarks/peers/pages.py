@@ -39,9 +39,9 @@ def where(rows: Sequence[Row]) -> str:
     minutes = sum(row.value for row in rows if (row.contender, row.metric) == ("machine", "seconds")) / 60
     commits = ", ".join(dict.fromkeys(row.keepless for row in rows))
     return (
-        f"{'; '.join(told)}; {days}; {count} model{'s'[: count > 1]}, {many} rounds; load of the machine before a "
-        f"model {max(loads, default=0.0):.1f} at most; {minutes:.0f} minutes in all. Keepless at {commits}. Ratios are "
-        "of steps of one machine."
+        f"{'; '.join(told)}; {days}; {count} model{'' if count == 1 else 's'}, {many} rounds; load of the machine "
+        f"before a model {max(loads, default=0.0):.1f} at most; {minutes:.0f} minutes in all. Keepless at {commits}. "
+        "Ratios are of steps of one machine."
     )
 
 

@@ -22,7 +22,8 @@ class Calls:
         self.asked.append(room)
         own = self.limit - room
         if own < CALL:
-            raise InfeasibleBudget("one call", smallest_budget=CALL + max(room, 0), bound=CALL, blocking="an op")
+            least = CALL + max(room, 0)
+            raise InfeasibleBudget("one call", smallest_budget=least, bound=least, blocking="an op")
         return own, self.others * min(KEPT, 300 + (own - CALL) * 300 // 2000)
 
 
@@ -54,6 +55,7 @@ def test_the_budget_that_is_named_is_enough(limit: int, others: int) -> None:
     assert named == pytest.approx(CALL + 300 * others, rel=0.003)
     assert f"or a budget of {named} bytes" in str(caught.value)
     assert caught.value.blocking == "an op"
+    assert caught.value.bound == CALL  # the room is no part of what is proven
     assert with_room(Calls(named, others).planned, named, is_alone=False) >= CALL
 
 

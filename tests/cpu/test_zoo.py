@@ -251,7 +251,6 @@ def test_second_meter_agrees(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive
 def test_demo_model_in_a_third_of_the_memory() -> None:
     """GPT-2 with 6 layers of width 256: the smallest budget is at most 0.35 of plain's peak, and training keeps it."""
     runs = {

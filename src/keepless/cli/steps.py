@@ -125,10 +125,11 @@ def train_command(
             "median_seconds": statistics.median(seconds),
             "plan": plan_dict(found),
             "plan_file": None if save is None else str(save),
-        } | ({"exit_code": current.code} if current.code else {})
+        }
         if (found.measured_peak or 0) > found.budget.limits["device"]:
             current.code = FAILED
-            current.answer["exit_code"] = FAILED
+        if current.code:
+            current.answer["exit_code"] = current.code
 
 
 def verify_command(

@@ -35,12 +35,13 @@ def with_room(planned: Callable[[int], tuple[P, int]], limit: int, *, is_alone: 
         InfeasibleBudget: there is none; its smallest budget has the room in it.
     """
     room, failed = 0, None
-    short, lacking = 0, 0
+    short, lacking, bound = 0, 0, 0
     for _ in range(_SEARCHED):
         try:
             found, needed = planned(room)
         except InfeasibleBudget as error:
-            failed = error
+            bound = error.bound - max(room, 0)  # the room is no part of what is proven
+            failed = failed or error
             alone = error.smallest_budget - max(room, 0)
             room = min(limit - alone, room - 1)
             if room < 0 and is_alone:
@@ -54,7 +55,7 @@ def with_room(planned: Callable[[int], tuple[P, int]], limit: int, *, is_alone: 
         room = needed
     if failed is not None and lacking <= 0:
         raise failed
-    raise _too_small(limit, short, lacking, failed)
+    raise _too_small(limit, short, lacking, bound, "" if failed is None else failed.blocking)
 
 
 def _with_less(planned: Callable[[int], tuple[P, int]], found: P, short: int, room: int, limit: int) -> P:
@@ -71,11 +72,10 @@ def _with_less(planned: Callable[[int], tuple[P, int]], found: P, short: int, ro
     return found
 
 
-def _too_small(limit: int, room: int, needed: int, failed: InfeasibleBudget | None) -> InfeasibleBudget:
+def _too_small(limit: int, room: int, needed: int, bound: int, blocking: str) -> InfeasibleBudget:
     """What is said: a budget with as much more as is missing leaves the same plan the room that it needs."""
     smallest = limit + needed - room
     smallest += int(_SLACK * smallest)
-    blocking = "" if failed is None else failed.blocking
     floor = f" The highest point of one call is {blocking}." if blocking else ""
     return InfeasibleBudget(
         f"The budget {format_bytes(limit)} ({limit} bytes) is too small: even by the plan that keeps least, what other "
@@ -84,6 +84,6 @@ def _too_small(limit: int, room: int, needed: int, failed: InfeasibleBudget | No
         f"plan was found is {format_bytes(smallest)} ({smallest} bytes).{floor} What would help: a smaller batch; "
         f"fewer calls before one backward; or a budget of {smallest} bytes.",
         smallest_budget=smallest,
-        bound=limit if failed is None else min(limit, failed.bound),
+        bound=bound,
         blocking=blocking,
     )
