@@ -238,8 +238,8 @@ class Race:
             self.add(entrant.name, "predicted_overhead", "ratio", plan.overhead)
 
     def _plan(self, share: float) -> None:
-        """Plans of all engines: everything kept and the smallest of each, the graph's at the peers' peaks; then what
-        is between, the graph's finer than the others'.
+        """Plans of all engines: everything kept and the smallest of each; the graph's at the savings that are asked
+        for, and at the peers' peaks; then what is between, the graph's finer than the others'.
         """
         self.plans: dict[str, keepless.Plan] = {}
         self.own_plans: dict[int, str] = {}
@@ -260,8 +260,7 @@ class Race:
             if engine == "graph" and self.sizes.at_peers:
                 own = self._peaks_of_peers(low, high)
                 self.own_plans = {budget: name_of_plan(engine, budget) for budget in own}
-                self._plan_budgets(engine, own, share)
-                self._plan_budgets(engine, self._budgets_of_savings(low, high), share)
+                self._plan_budgets(engine, [*self._budgets_of_savings(low, high, own), *own], share)
             count = self.sizes.budgets if engine == "graph" else self.sizes.coarse
             between[engine] = [low + (high - low) * index // (count - 1) for index in range(1, count - 1)]
         for engine, budgets in between.items():
@@ -301,12 +300,12 @@ class Race:
         """The peaks of peers whose gradients are exact, at which ours is to be compared, as `apart` gives them."""
         return apart(e.peak for e in self.entrants.values() if e.has_gradients and low <= e.peak < high)
 
-    def _budgets_of_savings(self, low: int, high: int) -> list[int]:
-        """Budgets that leave so much of plain's activations as the targets of (c) ask for."""
+    def _budgets_of_savings(self, low: int, high: int, others: Sequence[int]) -> list[int]:
+        """Budgets that leave so much of plain's activations as the targets of (c) ask for, unlike those of others."""
         plain = self.entrants[PLAIN].peak
         activations = plain - self.stand.subject.static_nbytes
         wanted = [int(plain - share * activations) for share in SAVINGS]
-        taken = [plan.budget.limits["device"] for plan in self.plans.values()]
+        taken = [*others, *(plan.budget.limits["device"] for plan in self.plans.values())]
         return [b for b in wanted if low <= b < high and all(max(b, t) > ALIKE * min(b, t) for t in taken)]
 
     def _measure_ours(self, share: float) -> None:
