@@ -3,6 +3,7 @@
     python -m benchmarks.peers.check             # two models, three contenders: make bench-check
     python -m benchmarks.peers.check --commit    # these rows are the ones to compare with from now on
 
+Rounds are timed until the noise of every ratio is small enough to tell `LOOSE`, or their end is reached.
 Seconds differ between machines, ratios within a round less. A ratio has moved where its median is further from the
 committed one than the noise of both explains: `ERRORS` standard errors of the two medians, and `DRIFT`, by which those
 of quiet runs of one version differed. Peaks have no noise; they may differ by `PEAK_TOLERANCE`. The exit status is 1
@@ -18,10 +19,11 @@ import math
 import random
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table as RichTable
@@ -32,9 +34,12 @@ from benchmarks.peers.ours import PLENTY, Planned, Planner
 from benchmarks.peers.steps import Stand, compare
 from benchmarks.peers.ways import Way
 
-ROUNDS = 25
 CHECKPOINT, KEPT, SAME = "checkpoint every block", "graph, all kept", "graph at checkpoint's peak"
 PEAK_TOLERANCE, DRIFT, LOOSE, ERRORS = 0.005, 0.02, 0.1, 3.0
+QUIET = (LOOSE - DRIFT) / ERRORS / math.sqrt(2)
+"""The standard error of a ratio's median, as a share, with which two runs can tell `LOOSE` from noise."""
+ROUNDS = 25, 200
+"""So many at least, and more until every ratio is so quiet; at most so many."""
 FILE = "check.csv"
 
 
@@ -68,8 +73,19 @@ def tolerance(before: Row, now: Row) -> float:
 
 
 def error_of_median(row: Row) -> float:
-    """Its standard error, were the samples normal: 1.2533 of the mean's, and p80 - p20 is 1.6832 deviations."""
-    return 1.2533 * (row.p80 - row.p20) / 1.6832 / math.sqrt(row.n)
+    """Its standard error."""
+    return _error(row.p20, row.p80, row.n)
+
+
+def _error(p20: float, p80: float, n: int) -> float:
+    """Of a median of normal samples: 1.2533 of the mean's, and p80 - p20 is 1.6832 deviations."""
+    return 1.2533 * (p80 - p20) / 1.6832 / math.sqrt(n)
+
+
+def is_quiet(samples: Sequence[float]) -> bool:
+    """Whether a ratio's median is known well enough."""
+    p20, p50, p80 = (float(q) for q in np.quantile(samples, (0.2, 0.5, 0.8)))
+    return _error(p20, p80, len(samples)) <= QUIET * p50
 
 
 def hidden(before: Sequence[Row], now: Sequence[Row]) -> list[str]:
@@ -107,7 +123,7 @@ def moved(before: Sequence[Row], now: Sequence[Row]) -> list[Moved]:
     return changes
 
 
-def measure(name: str, size: str, table: Table, rounds: int, seed: int, folder: Path) -> None:
+def measure(name: str, size: str, table: Table, rounds: tuple[int, int], seed: int, folder: Path) -> None:
     """One model's rows: peaks and steps over plain's, and ours over checkpoint's at the same peak."""
     stand = Stand(models.build(name, size, seed))
     planner = Planner(stand.subject, stand.optimizer, seed)
@@ -136,18 +152,27 @@ def measure(name: str, size: str, table: Table, rounds: int, seed: int, folder: 
     gc.collect()
     gc.disable()
     try:
-        for number in range(rounds):
+        least, most = rounds
+        for number in range(most):
+            if number >= least and all(map(is_quiet, _ratios(samples).values())):
+                break
             for contender in draw.sample(list(ways), len(ways)):
                 samples[contender].append(stand.timed(ways[contender], number)[1])
             gc.collect()
     finally:
         gc.enable()
     for contender in ways:
-        if contender == contenders.PLAIN:
-            continue
-        table.add(name, contender, "peak_over_plain", "ratio", peaks[contender] / peaks[contenders.PLAIN])
-        table.add(name, contender, "step_over_plain", "ratio", _over(samples[contender], samples[contenders.PLAIN]))
-    table.add(name, SAME, "step_over_checkpoint", "ratio", _over(samples[SAME], samples[CHECKPOINT]))
+        if contender != contenders.PLAIN:
+            table.add(name, contender, "peak_over_plain", "ratio", peaks[contender] / peaks[contenders.PLAIN])
+    for (contender, metric), values in _ratios(samples).items():
+        table.add(name, contender, metric, "ratio", values)
+
+
+def _ratios(samples: Mapping[str, Sequence[float]]) -> dict[tuple[str, str], list[float]]:
+    """Contender and metric -> ratios within rounds."""
+    plain = samples[contenders.PLAIN]
+    found = {(c, "step_over_plain"): _over(its, plain) for c, its in samples.items() if c != contenders.PLAIN}
+    return found | {(SAME, "step_over_checkpoint"): _over(samples[SAME], samples[CHECKPOINT])}
 
 
 def _over(mine: Sequence[float], theirs: Sequence[float]) -> list[float]:
@@ -172,7 +197,7 @@ def main() -> None:
         "python -m benchmarks.peers.check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--commit", action="store_true", help="write the rows that later ones are compared with")
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help="timed rounds")
+    parser.add_argument("--rounds", type=int, default=0, help="timed rounds; default: until ratios are quiet enough")
     parser.add_argument("--threads", type=int, default=0, help="of torch; default: as torch chooses")
     parser.add_argument("--seed", type=int, default=0, help="of weights, plans and the order of timed steps")
     parser.add_argument("--out", type=Path, default=RESULTS, help=f"folder of {FILE}")
@@ -180,6 +205,7 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     console = Console() if Console().is_terminal else Console(width=140)
+    rounds = (args.rounds, args.rounds) if args.rounds else ROUNDS
     path: Path = args.out / FILE
     before = read_rows(path)
     if not before and not args.commit:
@@ -190,7 +216,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="keepless-check-") as folder:
         for name in models.SMALL:
             console.print(name)
-            measure(name, "small", table, args.rounds, args.seed, Path(folder))
+            measure(name, "small", table, rounds, args.seed, Path(folder))
     wrong = faults(table.rows)
     if args.commit and not wrong:
         table.write(path)

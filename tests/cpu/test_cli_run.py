@@ -331,6 +331,27 @@ def test_a_later_step_that_does_not_fit_is_not_called_fitting(
     assert capsys.readouterr().err.splitlines()[-1].startswith("keepless: ended by InfeasibleBudget")
 
 
+@pytest.mark.slow
+def test_bytes_that_nobody_foretold_are_named_with_the_option_that_counts_them(invoke: Invoke) -> None:
+    """A tensor that later steps make behind the forward: above the budget, and within it where it is counted."""
+    line = "        logits = model(x)\n"
+    write(more=scripts_text.TRAIN.replace(line, line + "        held = torch.zeros(1 << 16) if step else None\n"))
+    expected = plainly("more.py")
+    invoke("run", "more.py", "-b", "64MiB", "--json", "run.json")
+    plan = json.loads(Path("run.json").read_text())["plan"]
+    budget = str(plan["predicted_peak"] + 4096)
+    done = invoke("run", "more.py", "-b", budget)
+    assert (done.exit_code, done.stdout) == (1, expected)
+    found = re.search(
+        r"(\S+) KiB stood beside what the plan foretold: run again with --outside (\d+KiB)\.", done.stderr
+    )
+    assert found is not None, done.stderr
+    assert 256 < float(found[1]) < 512  # that of the step before stands when the next is made
+    done = invoke("run", "more.py", "-b", budget, "--outside", found[2])
+    assert (done.exit_code, done.stdout) == (0, expected)
+    assert "fits: yes" in done.stderr
+
+
 def test_gradients_that_would_be_lost_are_refused(invoke: Invoke) -> None:
     """A tensor that is no parameter and not given to the call; with --no-strict the bits are the script's own."""
     write(foreign=scripts_text.FOREIGN)

@@ -61,7 +61,7 @@ def test_names_as_people_and_drivers_write_them(written: str, name: str) -> None
 def test_unknown_names_get_the_nearest() -> None:
     with pytest.raises(DeviceError, match=r"no device 'rtx409' in the table\. Near it: rtx4090, .*--device FILE\.toml"):
         find_device("rtx409")
-    with pytest.raises(DeviceError, match="is a int, not a name"):
+    with pytest.raises(DeviceError, match="is of type int; give a name"):
         find_device(4090)  # type: ignore[arg-type]
 
 

@@ -36,7 +36,7 @@ from keepless.cli.session import (
 from keepless.cli.wording import RUN
 from keepless.files import write_whole
 from keepless.ir.budget import MAX_NBYTES, format_bytes, parse_bytes
-from keepless.machine import load_plan
+from keepless.machine import Plan, load_plan
 from keepless.reporting.tables import fits, plan_dict, verdict
 from keepless.scripts.process import Ended, run_module, run_script, when_imported
 from keepless.scripts.wish import Wish
@@ -198,11 +198,8 @@ def _conclude(watched: Watched, ended: Ended, json_file: Path | None) -> int:
         line = f"{verdict(plan)} | {calls} steps planned | {first.name.short}, {plan.engine} engine"
         if strict and not fits(plan):
             code = code or FAILED
-        if not fits(plan) and first.unforeseen:
-            watched.tell(
-                f"{format_bytes(first.unforeseen)} are kept by models that were called after the plan was made: run "
-                f"again with --outside {first.outside_option}."
-            )
+        if not fits(plan):
+            _tell_what_was_outside(watched, first, plan)
     elif failure is not None:
         line = "the model was NOT planned."
         if strict:
@@ -239,6 +236,18 @@ def _conclude(watched: Watched, ended: Ended, json_file: Path | None) -> int:
         }
         write_whole(json_file, (json.dumps(answer, indent=1, allow_nan=False) + "\n").encode())
     return code
+
+
+def _tell_what_was_outside(watched: Watched, first: FirstStep, plan: Plan) -> None:
+    """Bytes that the plan did not know of, and the option with which another run counts them."""
+    over = (watched.measured or 0) - plan.predicted_peak
+    if first.unforeseen:
+        what = f"{format_bytes(first.unforeseen)} are kept by models that were called after the plan was made"
+    elif watched.wish.plan is None and over > 0:
+        what = f"{format_bytes(over)} stood beside what the plan foretold"
+    else:
+        return
+    watched.tell(f"{what}: run again with --outside {first.outside_option(max(first.unforeseen, over))}.")
 
 
 def _left_alone(first: FirstStep) -> list[dict[str, object]]:

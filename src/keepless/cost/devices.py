@@ -157,7 +157,7 @@ def find_device(name: str | os.PathLike[str] | DeviceSpec) -> DeviceSpec:
     if isinstance(name, DeviceSpec):
         return name
     if not isinstance(name, (str, os.PathLike)) or not isinstance(os.fspath(name), str):
-        raise DeviceError(f"The device {name!r} is a {type(name).__name__}, not a name or a path.")
+        raise DeviceError(f"The device {name!r} is of type {type(name).__name__}; give a name or a path.")
     text = os.fspath(name)
     if not isinstance(name, str) or text.lower().endswith((".toml", ".json")):
         return _from_file(text)

@@ -55,7 +55,7 @@ def parse_bytes(budget: object, *, device_nbytes: int | None = None) -> int:
             nbytes = operator.index(budget)  # type: ignore[arg-type]  # ints, numpy's too; whatever else has one
         except TypeError:
             raise BudgetError(
-                f"The budget {budget!r} is a {type(budget).__name__}, not a number of bytes. {_HELP}"
+                f"The budget {budget!r} is of type {type(budget).__name__}, not a number of bytes. {_HELP}"
             ) from None
     if not 0 < nbytes <= MAX_NBYTES:
         raise BudgetError(f"The budget {budget!r} is {nbytes} bytes; it must be between 1 and 2**60. {_HELP}")

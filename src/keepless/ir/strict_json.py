@@ -23,6 +23,17 @@ MAX_MARKS = 10_000_000
 MAX_TEXT = 4096
 """Characters of one text."""
 
+KINDS: dict[type, str] = {
+    dict: "an object",
+    list: "a list",
+    str: "a text",
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    type(None): "null",
+}
+"""What JSON's values are called in messages, by the types that they are read as."""
+
 _SHOWN = 60
 _T = TypeVar("_T")
 
@@ -35,7 +46,7 @@ def refuse(place: str, why: str) -> NoReturn:
 def shown(found: object) -> str:
     """A value of a file as an error message shows it, cut to a line."""
     if isinstance(found, (list, dict)):
-        return "a list" if isinstance(found, list) else "an object"
+        return KINDS[type(found)]
     text = repr(found)
     return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
 
@@ -126,7 +137,7 @@ def _named(found: object) -> str:
         return f"the text {shown(found)}"
     if isinstance(found, (int, float)):
         return f"the number {shown(found)}"
-    return "a list" if isinstance(found, list) else "an object"
+    return KINDS[type(found)]
 
 
 def fields(found: object, place: str, required: Collection[str], optional: Collection[str] = ()) -> dict[str, Any]:

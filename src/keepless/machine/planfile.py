@@ -26,6 +26,7 @@ from keepless.ir.budget import MAX_NBYTES, Budget
 from keepless.ir.certificate import Certificate, Status
 from keepless.ir.graph import Graph
 from keepless.ir.program import DEVICE, Run
+from keepless.ir.strict_json import KINDS
 from keepless.ir.text import format_graph, format_program, parse_graph, parse_program
 from keepless.machine.landed import Landing
 from keepless.machine.plan import Baseline, Plan, make_plan
@@ -307,7 +308,7 @@ def _get(table: dict[str, object], key: str) -> object:
 def _typed(table: dict[str, object], key: str, kind: type[_T]) -> _T:
     found = _get(table, key)
     if not isinstance(found, kind):
-        _refuse(f"{key!r} is a {type(found).__name__}, not a {kind.__name__}")
+        _refuse(f"{key!r} is {KINDS[type(found)]}, not {KINDS[kind]}")
     return found
 
 
@@ -344,7 +345,7 @@ def _member(table: dict[str, object], key: str, enum: type[_T]) -> _T:
 
 def _checked_number(number: object, what: str, most: float) -> float:
     if type(number) not in (int, float) or not isinstance(number, (int, float)):
-        _refuse(f"{what} is a {type(number).__name__}, not a number")
+        _refuse(f"{what} is {KINDS[type(number)]}, not a number")
     if not 0 <= number <= most:
         _refuse(f"{what} is {number}, not a number from 0 to {most:g}")
     return number

@@ -97,6 +97,8 @@ def saved_calls(plan: Plan, path: str) -> dict[str, list[bool]]:
         PlanError: the plan is of module calls, or has no ops in that module.
     """
     _check(plan)
+    if not isinstance(path, str):
+        raise PlanError(f'The module {path!r} is no path of a module: give a name of model.named_modules(), or "".')
     kept, _ = _choices(plan)
     found: dict[str, list[bool]] = {}
     for op in _forward(plan):

@@ -27,7 +27,8 @@ def fits(plan: Plan) -> bool:
 
 
 def verdict(plan: Plan, *, slowdown: float | None = None) -> str:
-    """The plan in one line.
+    """The plan in one line. Percents are of what stands before: the measured peak's of the predicted one, the step's of
+    everything kept.
 
     Arguments:
         slowdown: measured, 0.05 is five percent over everything kept; None shows the predicted one.
@@ -38,8 +39,8 @@ def verdict(plan: Plan, *, slowdown: float | None = None) -> str:
         f"predicted peak {format_bytes(plan.predicted_peak)}",
     ]
     if plan.measured_peak:
-        error = plan.predicted_peak / plan.measured_peak - 1
-        parts.append(f"measured {format_bytes(plan.measured_peak)} ({format_percent(error)})")
+        over = plan.measured_peak / max(plan.predicted_peak, 1) - 1
+        parts.append(f"measured {format_bytes(plan.measured_peak)} ({format_percent(over)})")
     if plan.on:
         parts.append(f"ANALYTIC, for {plan.on}")
     parts.append(f"step {format_percent(plan.overhead if slowdown is None else slowdown)}")

@@ -414,11 +414,9 @@ class FirstStep:
         self._unforeseen = Unforeseen(self._later, self._not_foreseen)
         self.on_planned()
 
-    @property
-    def outside_option(self) -> str:
-        """What `--outside` takes so that the next run counts what was not foreseen in this one."""
-        more = self.wish.outside + self.unforeseen
-        return f"{-(-more // 1024)}KiB"
+    def outside_option(self, nbytes: int) -> str:
+        """What `--outside` takes so that the next run counts bytes that this one did not foresee."""
+        return f"{-(-(self.wish.outside + nbytes) // 1024)}KiB"
 
     def _not_foreseen(self, module: torch.nn.Module, name: Called, nbytes: int) -> None:
         """Another model of the script has been called for the first time, after the plan was made."""
@@ -430,8 +428,8 @@ class FirstStep:
             f"{name} trains as it is, and keeps {format_bytes(nbytes)} for its backward, which the plan could not "
             f"foresee: where they stand at the peak it is {format_bytes(peak)}, "
             + (f"MORE than the budget of {format_bytes(limit)}" if peak > limit else f"within {format_bytes(limit)}")
-            + f". --outside {self.outside_option} counts them from the start; --model-path {name.path} plans it "
-            "instead."
+            + f". --outside {self.outside_option(self.unforeseen)} counts them from the start; "
+            f"--model-path {name.path} plans it instead."
         )
 
     def _fail(self, error: Exception) -> None:

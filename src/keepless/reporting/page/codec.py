@@ -19,7 +19,7 @@ from functools import cache
 from typing import Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from keepless.errors import GraphError, ReportError
-from keepless.ir.strict_json import load
+from keepless.ir.strict_json import KINDS, load
 from keepless.reporting.page.data import ReportData
 
 FORMAT, VERSION = "keepless-report", 1
@@ -106,7 +106,7 @@ def _read(found: object, kind: Any, place: str) -> Any:
     if origin is tuple:
         return _tuple(found, arguments, place)
     if not isinstance(found, dict):
-        _refuse(place, f"is {_named(found)}, not an object")
+        _refuse(place, f"is {KINDS[type(found)]}, not an object")
     if origin is not None:
         return {
             _scalar(key, str, place): _read(value, arguments[1], f"{place}.{key[:60]}") for key, value in found.items()
@@ -128,7 +128,7 @@ def _read(found: object, kind: Any, place: str) -> Any:
 
 def _tuple(found: object, arguments: tuple[Any, ...], place: str) -> tuple[Any, ...]:
     if not isinstance(found, list):
-        _refuse(place, f"is {_named(found)}, not a list")
+        _refuse(place, f"is {KINDS[type(found)]}, not a list")
     if arguments[-1] is Ellipsis:
         return tuple(_read(value, arguments[0], f"{place}[{index}]") for index, value in enumerate(found))
     if len(found) != len(arguments):
@@ -139,19 +139,14 @@ def _tuple(found: object, arguments: tuple[Any, ...], place: str) -> tuple[Any, 
 def _scalar(found: object, kind: type, place: str) -> Any:
     if kind is str:
         if not isinstance(found, str):
-            _refuse(place, f"is {_named(found)}, not a text")
+            _refuse(place, f"is {KINDS[type(found)]}, not a text")
         if len(found) > MAX_TEXT or not found.isprintable():
             _refuse(place, "is a text that is too long, or cannot be printed on one line")
         return found
     if kind is bool:
-        return found if isinstance(found, bool) else _refuse(place, f"is {_named(found)}, not true or false")
+        return found if isinstance(found, bool) else _refuse(place, f"is {KINDS[type(found)]}, not true or false")
     if isinstance(found, bool) or not isinstance(found, (int, float) if kind is float else int):
-        _refuse(place, f"is {_named(found)}, not a {'number' if kind is float else 'whole number'}")
+        _refuse(place, f"is {KINDS[type(found)]}, not a {'number' if kind is float else 'whole number'}")
     if abs(found) > MAX_NUMBER:
         _refuse(place, "is too large a number")
     return kind(found)
-
-
-def _named(found: object) -> str:
-    kinds: dict[type, str] = {dict: "an object", list: "a list", str: "a text", bool: "true or false"}
-    return "null" if found is None else kinds.get(type(found), "a number")
