@@ -98,13 +98,13 @@ def _csr(rows: Sequence[Sequence[int]]) -> tuple[Ints, Ints]:
     return starts, np.fromiter((v for row in rows for v in row), np.int64, int(starts[-1]))
 
 
-def _gather(starts: Ints, flat: Ints, order: Ints) -> tuple[Ints, Ints]:
-    """Positions and entries of the rows of `order`, in order."""
-    counts = starts[order + 1] - starts[order]
-    positions = np.repeat(np.arange(len(order), dtype=np.int64), counts)
-    first = np.cumsum(counts) - counts
-    index = np.arange(len(positions), dtype=np.int64) - np.repeat(first - starts[order], counts)
-    return positions, flat[index]
+def _gather(starts: Ints, order: Ints) -> tuple[Ints, Ints]:
+    """Positions of the rows of `order`, each as often as it has entries, and where these stand, in order."""
+    begin = starts[order]
+    counts = starts[order + 1] - begin
+    ends = counts.cumsum()
+    positions = np.arange(len(order)).repeat(counts)
+    return positions, np.arange(len(positions)) + (begin - ends + counts)[positions]
 
 
 class Tables:
@@ -144,13 +144,13 @@ class Tables:
         self._state_nbytes = np.zeros(self.num_ops, np.int64)
         for op_id, v in self.state.items():
             self._draws[op_id], self._state_nbytes[op_id] = True, self.sizes[v]
-        self._read_csr = _csr(self.reads)
-        self._write_csr = _csr(
-            [tuple(v for v in row if v not in states and v not in self.static) for row in self.writes]
-        )
+        written = [tuple(v for v in row if v not in states and v not in self.static) for row in self.writes]
+        self._event_starts, self._event_values = _csr([r + w for r, w in zip(self.reads, written, strict=True)])
+        events = [(2,) * len(r) + (3,) * len(w) for r, w in zip(self.reads, written, strict=True)]
+        self._event_keys = _csr(events)[1]  # at one position the read comes before the write
         pairs = [reuse_pairs(graph, op) for op in graph.ops]
-        self._reuse_out = _csr([[p[0] for p in row] for row in pairs])
-        self._reuse_in = _csr([[p[1] for p in row] for row in pairs])
+        self._reuse_starts, self._reuse_out = _csr([[p[0] for p in row] for row in pairs])
+        self._reuse_in = _csr([[p[1] for p in row] for row in pairs])[1]
 
     def priced(self, cost: CostModel) -> Tables:
         """The same arrays at other seconds; scratch is the same."""
@@ -177,57 +177,63 @@ class Tables:
         """
         runs = np.asarray(order, np.int64)
         num = len(runs)
-        read_pos, read_val = _gather(*self._read_csr, runs)
-        write_pos, write_val = _gather(*self._write_csr, runs)
-        fill = np.full
-        value = np.concatenate([write_val, self._given, read_val, self._pinned])
-        # Keys sort by value, then position; at one position the read comes before the write.
-        where = np.concatenate(
-            [2 * write_pos + 3, fill(len(self._given), 1), 2 * read_pos + 2, fill(len(self._pinned), 2 * num + 2)]
+        positions, index = _gather(self._event_starts, runs)
+        # They sort by value, then position; writes are odd. Given values are written before all, pinned ones read last.
+        width = 2 * num + 4
+        keys = np.concatenate(
+            [
+                self._event_values[index] * width + (2 * positions + self._event_keys[index]),
+                self._given * width + 1,
+                self._pinned * width + (2 * num + 2),
+            ]
         )
-        num_writes = len(write_val) + len(self._given)
-        rank = np.argsort(value * (2 * num + 4) + where)
-        is_write = rank < num_writes
-        first = np.flatnonzero(is_write)
+        keys.sort()
+        value = keys // width
+        where = keys - value * width
+        position = (where >> 1) - 1
+        is_write = (where & 1).astype(bool)
+        first = is_write.nonzero()[0]
+        scratch, seconds = self.scratch[runs], float(self.seconds[runs].sum())
+        span = num + 2
         if not len(first):
-            profile = self.static_nbytes + self.scratch[runs]
-            return Lives(
-                first, first, first, profile, float(self.seconds[runs].sum()), first, num + 2, self._start_nbytes
-            )
-        last = np.append(first[1:], len(rank)) - 1
-        position = where[rank] // 2 - 1
-        inst_value, start, end = value[rank[first]], np.maximum(position[first], 0), position[last]
-        end = np.maximum(end, start)
+            profile = self.static_nbytes + scratch
+            return Lives(first, first, first, profile, seconds, first, span, self._start_nbytes)
+        last = np.concatenate([first[1:], [len(keys)]]) - 1
+        inst_value, start = value[first], np.maximum(position[first], 0)
+        end = np.maximum(position[last], start)
         size = self.nbytes[inst_value]
-        moves = np.bincount(start, size, num + 2) - np.bincount(end + 1, size, num + 2)
-        profile = (self.static_nbytes + np.cumsum(moves)[:num]).astype(np.int64) + self.scratch[runs]
-        if len(self._reuse_out[1]):
+        moves = np.bincount(start, size, span) - np.bincount(end + 1, size, span)
+        profile = (self.static_nbytes + moves.cumsum()[:num]).astype(np.int64) + scratch
+        if len(self._reuse_out):
             self._reuse(runs, num, profile, inst_value, start, end)
         if num:
             profile[0] = max(profile[0], self._start_nbytes)
         if self.state:
             profile += self._states(runs, num)
-        span = num + 2
-        events = rank[~is_write]
-        reads = value[events] * span + where[events] // 2 - 1
-        return Lives(inst_value, start, end, profile, float(self.seconds[runs].sum()), reads, span, self._start_nbytes)
+        is_read = ~is_write
+        reads = value[is_read] * span + position[is_read]
+        return Lives(inst_value, start, end, profile, seconds, reads, span, self._start_nbytes)
 
     def _reuse(self, runs: Ints, num: int, profile: Ints, value: Ints, start: Ints, end: Ints) -> None:
         """Take the bytes of inputs whose storage an output takes over from the profile."""
-        pos, out = _gather(*self._reuse_out, runs)
-        taken = _gather(*self._reuse_in, runs)[1]
-        span = np.int64(num + 4)
-        ends = np.sort(value * span + end)  # one instance at most ends at a position
-        key = taken * span + pos
-        hit = np.searchsorted(ends, key)
-        dies = (hit < len(ends)) & (ends[np.minimum(hit, len(ends) - 1)] == key)
+        pos, index = _gather(self._reuse_starts, runs)
+        if not len(pos):
+            return
+        out, taken = self._reuse_out[index], self._reuse_in[index]
+        span = num + 4
+        wanted = out * span + pos
         starts = value * span + start
-        at = np.minimum(np.searchsorted(starts, out * span + pos), len(starts) - 1)
-        kept = (starts[at] == out * span + pos) & (end[at] > start[at])
+        at = np.minimum(starts.searchsorted(wanted), len(starts) - 1)
+        kept = (starts[at] == wanted) & (end[at] > pos)
+        ends = value * span + end
+        ends.sort()  # one instance at most ends at a position
+        key = taken * span + pos
+        dies = ends[np.minimum(ends.searchsorted(key), len(ends) - 1)] == key
         # A run reuses for all the outputs that it keeps, or for none.
-        alive = np.bincount(pos[kept & ~dies], minlength=num) > 0
+        alive = np.zeros(num, bool)
+        alive[pos[kept & ~dies]] = True
         take = kept & ~alive[pos]
-        np.subtract.at(profile, pos[take], self.nbytes[taken[take]])
+        profile -= np.bincount(pos[take], self.nbytes[taken[take]], num).astype(np.int64)
 
     def _states(self, runs: Ints, num: int) -> Ints:
         """Bytes of recorded generator states: from an op's first run to its last replay."""
