@@ -40,7 +40,7 @@ LEAST_ROUNDS, MOST_ROUNDS, TIMED_SECONDS = 3, 15, 3.0
 _GPT2 = {"depth": 4, "width": 16, "length": 32, "batch": 4, "heads": 2, "positions": 32}
 _LLAMA = {"depth": 4, "width": 32, "length": 64, "batch": 2, "heads": 2}
 _SIZES: dict[str, tuple[str, Sizes, tuple[int, ...], tuple[int, ...]]] = {
-    "depth": ("gpt2", _GPT2, (4, 12, 48, 100, 300, 1000), (1, 3)),
+    "depth": ("gpt2", _GPT2, (4, 12, 48, 100, 300, 1000), (2, 4)),
     "length": ("llama", _LLAMA, (64, 128, 256, 512, 1024, 2048, 4096), (64,)),
     "batch": ("gpt2", _GPT2, (1, 2, 4, 8, 16, 32, 64), (1,)),
 }

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import scripts_text
@@ -350,6 +350,33 @@ def test_bytes_that_nobody_foretold_are_named_with_the_option_that_counts_them(i
     done = invoke("run", "more.py", "-b", budget, "--outside", found[2])
     assert (done.exit_code, done.stdout) == (0, expected)
     assert "fits: yes" in done.stderr
+
+
+@pytest.mark.slow
+def test_where_other_plans_foretold_the_peak_no_option_is_named(invoke: Invoke) -> None:
+    """A later batch is larger, and has a plan of its own: what the first one foretold says nothing of that step."""
+    text = scripts_text.TRAIN.replace("(256, 32)", "(256 if step else 32, 32)").replace(
+        "(256,)", "(256 if step else 32,)"
+    )
+    line = "        logits = model(x)\n"
+    write(grows=text.replace(line, line + "        held = torch.zeros(1 << 16) if step else None\n"))
+    done = invoke("run", "grows.py", "-b", "1300KiB")
+    assert (done.exit_code, done.stdout) == (1, plainly("grows.py"))
+    assert "fits: NO" in done.stderr
+    assert "--outside" not in done.stderr
+
+
+def test_a_budget_is_named_where_counting_alone_would_not_do() -> None:
+    """The smallest budget and what stood beside the plan are more than the budget: the words name both options."""
+    told: list[str] = []
+    plan = SimpleNamespace(smallest_budget=900 << 10, budget=SimpleNamespace(limits={"device": 1 << 20}))
+    first: Any = SimpleNamespace(unforeseen=0, foretold_peak=1000 << 10, has_later_plans=False, tell=told.append)
+    first.outside_option = lambda nbytes: f"{nbytes >> 10}KiB"
+    watched: Any = SimpleNamespace(measured=1200 << 10, wish=Wish(budget="1MiB"))
+    running._tell_what_was_outside(watched, first, cast(Any, plan))
+    assert told == [
+        "200.00 KiB stood beside what the plan foretold: run again with --outside 200KiB and --budget 1100KiB or more."
+    ]
 
 
 def test_gradients_that_would_be_lost_are_refused(invoke: Invoke) -> None:

@@ -36,6 +36,7 @@ from keepless.cli.session import (
 from keepless.cli.wording import RUN
 from keepless.files import write_whole
 from keepless.ir.budget import MAX_NBYTES, format_bytes, parse_bytes
+from keepless.ir.program import DEVICE
 from keepless.machine import Plan, load_plan
 from keepless.reporting.tables import fits, plan_dict, verdict
 from keepless.scripts.process import Ended, run_module, run_script, when_imported
@@ -240,14 +241,19 @@ def _conclude(watched: Watched, ended: Ended, json_file: Path | None) -> int:
 
 def _tell_what_was_outside(watched: Watched, first: FirstStep, plan: Plan) -> None:
     """Bytes that the plan did not know of, and the option with which another run counts them."""
-    over = (watched.measured or 0) - plan.predicted_peak
+    over = (watched.measured or 0) - first.foretold_peak
     if first.unforeseen:
-        what = f"{format_bytes(first.unforeseen)} are kept by models that were called after the plan was made"
-    elif watched.wish.plan is None and over > 0:
-        what = f"{format_bytes(over)} stood beside what the plan foretold"
-    else:
-        return
-    watched.tell(f"{what}: run again with --outside {first.outside_option(max(first.unforeseen, over))}.")
+        first.tell(
+            f"{format_bytes(first.unforeseen)} are kept by models that were called after the plan was made: run again "
+            f"with --outside {first.outside_option(first.unforeseen)}."
+        )
+    elif over > 0 and watched.wish.plan is None and not first.has_later_plans:
+        needed = plan.smallest_budget + over
+        with_budget = f" and --budget {-(-needed // 1024)}KiB or more" if needed > plan.budget.limits[DEVICE] else ""
+        first.tell(
+            f"{format_bytes(over)} stood beside what the plan foretold: run again with --outside "
+            f"{first.outside_option(over)}{with_budget}."
+        )
 
 
 def _left_alone(first: FirstStep) -> list[dict[str, object]]:

@@ -25,6 +25,7 @@ from keepless.control.parts.module_steps import standing_plan, tensors_of, uncom
 from keepless.control.planning import read_budget
 from keepless.control.signature import check_signature, model_signature
 from keepless.errors import InfeasibleBudget, KeeplessError, PlanError
+from keepless.execute import PlannedForward
 from keepless.ir import format_bytes
 from keepless.machine import Plan
 from keepless.reporting.account import phase_instructions
@@ -78,6 +79,7 @@ class FirstStep:
         self.others: dict[int, tuple[Called, int | None]] = {}
         self.met: list[Called] = []
         self.unforeseen = 0
+        self._stepped_peak = 0
         self._names: dict[int, Called] = {}
         self._unforeseen: Unforeseen | None = None
         self._later: list[torch.nn.Module] = []
@@ -363,6 +365,7 @@ class FirstStep:
                 f"the step of {type(optimizer).__name__}, with the parameters of others, is predicted to reach "
                 f"{format_bytes(stepped_peak)}: above the plan's peak, within the budget."
             )
+        self._stepped_peak = stepped_peak
         self._apply(model, plan, optimizer)
 
     def _kept_beside(self, own: list[Deferred], modules: Sequence[torch.nn.Module], after: set[Deferred]) -> int:
@@ -413,6 +416,20 @@ class FirstStep:
         self.end()
         self._unforeseen = Unforeseen(self._later, self._not_foreseen)
         self.on_planned()
+
+    @property
+    def foretold_peak(self) -> int:
+        """The highest bytes that were foretold of the step that was planned, its optimizer's among them."""
+        return max(self.plan.predicted_peak if self.plan is not None else 0, self._stepped_peak)
+
+    @property
+    def has_later_plans(self) -> bool:
+        """Whether calls of other kinds had plans of their own, which foretold other peaks.
+
+        True where that is unknown, as of plans by modules.
+        """
+        forward = None if self.model is None else self.model.__dict__.get("forward")
+        return not isinstance(forward, PlannedForward) or forward.counters.captures > 0
 
     def outside_option(self, nbytes: int) -> str:
         """What `--outside` takes so that the next run counts bytes that this one did not foresee."""

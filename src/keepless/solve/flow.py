@@ -49,10 +49,10 @@ def source_side(rows: Ints, cols: Ints, capacities: Capacities, source: int, sin
 
 @cache
 def solver() -> Any:
-    """OR-tools' class of networks; None where it is not installed."""
+    """OR-tools' class of networks; None where it is not installed, or cannot be loaded."""
     try:
         from ortools.graph.python.max_flow import SimpleMaxFlow
-    except ImportError:
+    except (ImportError, OSError):
         return None
     return SimpleMaxFlow
 
@@ -62,7 +62,8 @@ def _solved(rows: Ints, cols: Ints, capacities: Capacities, source: int, sink: i
     network.add_arc_with_capacity(sink, source, 0)  # so that both are there: its nodes are those of its edges
     network.add_arcs_with_capacity(rows.astype(np.int32), cols.astype(np.int32), capacities.astype(np.int64))
     status = network.solve(source, sink)
-    assert status == network.OPTIMAL, status
+    if status != network.OPTIMAL:
+        raise RuntimeError(f"OR-tools found no maximum flow of a network of {len(rows)} edges: {status}.")
     return network
 
 
