@@ -12,6 +12,7 @@ from keepless.cost import CostModel, corrected
 from keepless.errors import InfeasibleBudget, SolverError
 from keepless.ir import Budget, Certificate, Graph, Program, Run, Status, Timeline, format_bytes
 from keepless.machine import verify
+from keepless.solve import flow
 from keepless.solve.anytime import Keepless
 from keepless.solve.anytime import plan as _plan
 from keepless.solve.baselines import EveryK, KeepAll, RecomputeAll
@@ -82,6 +83,7 @@ def solve(
         SolverError: there is no such solver.
         ProgramError: the solver's program breaks a rule.
     """
+    flow.load()
     chosen = named_solver(solver)
     limit = budget.device
     own = isinstance(chosen, Keepless)

@@ -47,6 +47,11 @@ def source_side(rows: Ints, cols: Ints, capacities: Capacities, source: int, sin
     return np.sort(reached).astype(np.int64)
 
 
+def load() -> None:
+    """Loads the library now, while there is memory for it: a step that ran out of it is planned anew on the spot."""
+    solver()
+
+
 @cache
 def solver() -> Any:
     """OR-tools' class of networks; None where it is not installed, or cannot be loaded."""

@@ -23,6 +23,7 @@ from keepless.reporting.black_box import (
     program_fingerprint,
 )
 from keepless.reporting.black_box_file import MOST_FILES, folder_of, write_black_box
+from keepless.solve import flow
 from keepless.solve.notches import Notches
 
 SURVIVE, RAISE = "survive", "raise"
@@ -58,6 +59,7 @@ class Survival:
     def __init__(self, plan: Plan, on_oom: str, black_box: str | os.PathLike[str] | None) -> None:
         self.plan = plan
         self.survives = on_oom == SURVIVE
+        flow.load()
         self.folder = folder_of(black_box)
         self.files: list[str] = []
         self._told_many = False
