@@ -35,7 +35,9 @@ from benchmarks.peers.steps import Stand, compare
 from benchmarks.peers.ways import Way
 
 CHECKPOINT, KEPT, SAME = "checkpoint every block", "graph, all kept", "graph at checkpoint's peak"
-PEAK_TOLERANCE, DRIFT, LOOSE, ERRORS = 0.005, 0.02, 0.1, 3.0
+PEAK_TOLERANCE, DRIFT, LOOSE, ERRORS = 0.005, 0.05, 0.1, 3.0
+"""Two quiet runs of one version, minutes apart, differed by 6 and 9 % in two of eight ratios, of which their errors
+explain 3 and 6: each run measures ops anew, and may plan otherwise."""
 QUIET = (LOOSE - DRIFT) / ERRORS / math.sqrt(2)
 """The standard error of a ratio's median, as a share, with which two runs can tell `LOOSE` from noise."""
 ROUNDS = 25, 200
