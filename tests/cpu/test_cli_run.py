@@ -340,8 +340,10 @@ def test_bytes_that_nobody_foretold_are_named_with_the_option_that_counts_them(i
     invoke("run", "more.py", "-b", "64MiB", "--json", "run.json")
     plan = json.loads(Path("run.json").read_text())["plan"]
     budget = str(plan["predicted_peak"] + 4096)
-    done = invoke("run", "more.py", "-b", budget)
+    done = invoke("run", "more.py", "-b", budget, "--json", "run.json")
     assert (done.exit_code, done.stdout) == (1, expected)
+    answer = json.loads(Path("run.json").read_text())
+    assert "stood beside what the plan foretold" in answer["notes"][-1]
     found = re.search(
         r"(\S+) KiB stood beside what the plan foretold: run again with --outside (\d+KiB)\.", done.stderr
     )

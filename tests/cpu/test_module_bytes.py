@@ -28,6 +28,8 @@ def plan_between(model: nn.Module, batch: Any, share: float, **options: Any) -> 
     try:
         plan = keepless.plan(model, batch, budget, **options)
     except keepless.InfeasibleBudget as error:
+        if share:
+            raise
         budget = error.smallest_budget
         plan = keepless.plan(model, batch, budget, **options)
     assert plan.measured_peak is not None

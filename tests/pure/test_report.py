@@ -313,6 +313,8 @@ def test_verdict_counts_the_measured_peak(plan: Plan) -> None:
     assert not fits(plan)
     assert verdict(plan).startswith("fits: NO | ")
     assert "step +50.0 %" in verdict(plan, slowdown=0.5)
+    plan.measured_peak = plan.predicted_peak * 3
+    assert "(+200.0 %)" in verdict(plan)  # the measured peak over the predicted one
     assert str(plan).startswith("DOES NOT FIT")
 
 
