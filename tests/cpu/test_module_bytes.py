@@ -18,20 +18,10 @@ from keepless.measure.steps import increments
 
 
 def plan_between(model: nn.Module, batch: Any, share: float, **options: Any) -> keepless.Plan:
-    """The plan for a budget between the smallest and everything kept, whose measured peak is within it.
-
-    The smallest budget that is stated is foretold, not measured: where a step rises above it, the budget that the error
-    names is one that works.
-    """
+    """The plan for a budget between the smallest and everything kept, whose measured peak is within it."""
     ends = keepless.plan(model, batch, "1GiB", **options)
     budget = int(ends.smallest_budget + share * (ends.baseline_peak - ends.smallest_budget))
-    try:
-        plan = keepless.plan(model, batch, budget, **options)
-    except keepless.InfeasibleBudget as error:
-        if share:
-            raise
-        budget = error.smallest_budget
-        plan = keepless.plan(model, batch, budget, **options)
+    plan = keepless.plan(model, batch, budget, **options)
     assert plan.measured_peak is not None
     assert plan.measured_peak <= budget
     return plan
@@ -161,11 +151,36 @@ def test_whoever_holds_the_cast_of_a_weight_sends_it_no_gradient(engine: str, sh
     batch = {"x": torch.randn(256, 192), "labels": torch.randint(0, 512, (256,))}
     plan = plan_between(model, batch, share, engine=engine, cache=False)
     assert plan.measured_peak is not None
-    # Seen: eager +1.2 %, 0.0 and 0.0 % at the three shares, blocks +0.2 %; eager +5 to +12 % without. Blocks at the
-    # smallest budget: 0.0 % where the first block's GELU runs again, -1.1 % (92 KiB, about a bfloat16 tensor of those
-    # between blocks; its place is not found yet) where another's does; which one depends on measured seconds.
-    least = 0.985 if (engine, share) == ("blocks", 0.0) else 0.999
-    assert least * plan.measured_peak <= plan.predicted_peak <= 1.015 * plan.measured_peak
+    # Seen: eager +1.2 %, 0.0 and 0.0 % at the three shares, blocks +0.2 %; eager +5 to +12 % without.
+    assert 0.999 * plan.measured_peak <= plan.predicted_peak <= 1.015 * plan.measured_peak
+
+
+class SumsAround(nn.Module):
+    """The sums with what goes around a block stand outside of it; a block in the middle outweighs the others."""
+
+    def __init__(self, width: int = 64, times: tuple[int, ...] = (1, 16, 1)) -> None:
+        super().__init__()
+        self.embed = nn.Linear(width, width)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, more * width), nn.GELU(), nn.Linear(more * width, width)) for more in times
+        )
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The loss."""
+        x = self.embed(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return {"loss": x.square().mean()}
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_gradients_that_go_around_a_block_are_foretold(share: float) -> None:
+    """They stand throughout the block's backward: 0.4 of 19.8 MB here, at the smallest budget."""
+    torch.manual_seed(0)
+    batch = {"x": torch.randn(2048, 64)}
+    plan = plan_between(SumsAround(), batch, share, engine="blocks", cache=False)
+    assert plan.measured_peak is not None
+    assert 0.999 * plan.measured_peak <= plan.predicted_peak <= 1.015 * plan.measured_peak
 
 
 _CUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {

@@ -68,6 +68,10 @@ class StepGraph:
         self.flows: dict[int, int] = {}
         self.gradient_of: dict[str, int] = {}
         self.handed: list[tuple[int, int]] = []
+        self.read_later: dict[int, list[int]] = {}
+        for look in (call.noted for call in self.survey.calls if call.noted is not None):
+            for position, moment in look.read_later.items():
+                self.read_later.setdefault(look.given[position], []).append(moment)
 
     def build(self) -> Graph:
         """The graph."""
@@ -182,10 +186,12 @@ class StepGraph:
             kind = Kind.OUTPUT if is_output else Kind.ACTIVATION
             value = self.values.of[storage] = self.values.new(name, survey.book.nbytes[storage], kind)
             self.makes[maker].add(value)
-            # Code holds what it has read for longer than it reads it: of a reader that is known, a gradient comes; of
-            # whoever holds it, if there is none. Autocast, which holds the casts of parameters, reads none of them.
+            # Code holds what it has read for longer than it reads it: of a reader that is known, a gradient comes (a
+            # sum behind a call reads what the call was given, and saves nothing); of whoever holds it, if there is
+            # none. Autocast, which holds the casts of parameters, reads none of them.
             reader = cut.piece_of(survey.casts[storage]) if storage in survey.casts else last
-            self.maker[storage], self.last[storage] = maker, max((p for p in used if p > maker), default=reader)
+            sends = used | {cut.piece_of(moment) for moment in self.read_later.get(storage, ())}
+            self.maker[storage], self.last[storage] = maker, max((p for p in sends if p > maker), default=reader)
             for piece in held:
                 if piece > maker:
                     self.reads[piece].add(value)

@@ -52,7 +52,7 @@ class Noted:
         edges: flat position -> where the gradient of such a tensor goes. Gone when the survey ends.
         last: the number that autograd gave to the first node behind the call.
         autocast: what autocast was like: on or off, its dtype, whether it keeps casts.
-        read_later: flat positions of tensors that code behind the call reads, too.
+        read_later: flat positions of tensors that code behind the call reads, too -> the moment of its last reader.
         returned: flat position of the output -> storage.
     """
 
@@ -63,7 +63,7 @@ class Noted:
     edges: dict[int, tuple[Any, int]] = field(default_factory=dict)
     last: int = 0
     autocast: tuple[bool, torch.dtype, bool] = (False, torch.bfloat16, True)
-    read_later: set[int] = field(default_factory=set)
+    read_later: dict[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -341,8 +341,9 @@ def _surveyed(
     readers = graphs.graph_behind(tensors_in(output))
     for look in (call.noted for call in found.calls if call.noted is not None):
         for position, edge in look.edges.items():
-            if any(graphs.node_number(node) >= look.last for node in readers.get(edge, ())):
-                look.read_later.add(position)
+            last = max(map(graphs.node_number, readers.get(edge, ())), default=-1)
+            if last >= look.last:
+                look.read_later[position] = run.moment_of(last)
         look.edges.clear()
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     found.sums = [one for name, p in trained for one in _sums(run, name, p, readers)]
