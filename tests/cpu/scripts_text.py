@@ -101,6 +101,65 @@ print(digest(maker, judge), torch.rand(1).item())
 """
 )
 
+HOOKS = (
+    "from nets import *\n"
+    + """
+torch.manual_seed(0)
+model = Net()
+optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+calls = []
+
+
+def look(gradient):
+    calls.append(gradient.norm().item().hex())
+    return gradient.clamp(-0.01, 0.01)
+
+
+for parameter in model.parameters():
+    parameter.register_hook(look)
+for step in range(3):
+    x, y = torch.randn(256, 32), torch.randint(0, 16, (256,))
+    optimizer.zero_grad()
+    loss = torch.nn.functional.cross_entropy(model(x), y) + 1e-2 * model.head.weight.square().sum()
+    loss.backward()
+    optimizer.step()
+print(len(calls), *sorted(calls))
+print(digest(model))
+"""
+)
+"""Hooks that change the gradients of parameters, one of which the loss reads, too."""
+
+WORDS = (
+    "from nets import *\n"
+    + """
+class Words(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = torch.nn.Embedding(512, 32)
+        self.blocks = torch.nn.Sequential(*[Block(32) for _ in range(2)])
+        self.head = torch.nn.Linear(32, 512)
+
+    def forward(self, words, labels):
+        logits = self.head(self.blocks(self.embed(words)))
+        return torch.nn.functional.cross_entropy(logits, labels), logits
+
+
+torch.manual_seed(0)
+model = Words()
+params = list(model.parameters())
+optimizer = torch.optim.AdamW(params, lr=1e-2)
+for step in range(3):
+    words, labels = torch.randint(0, 512, (512,)), torch.randint(0, 512, (512,))
+    optimizer.zero_grad()
+    loss = sum(model(words, labels)[0] for call in range(len(sys.argv)))
+    loss.backward()
+    optimizer.step()
+    print(step, loss.item().hex())
+print(digest(model))
+"""
+)
+"""The loss of a wide head in the model, called once and once more for each argument."""
+
 ODD = (
     "from nets import *\n"
     + """

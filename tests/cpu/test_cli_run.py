@@ -23,6 +23,7 @@ import torch
 from keepless.cli import running
 from keepless.errors import InfeasibleBudget
 from keepless.ir import format_bytes
+from keepless.scripts import deferred
 from keepless.scripts.process import Ended
 from keepless.scripts.wish import Wish
 
@@ -39,6 +40,7 @@ def _process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     sys.modules["__main__"] = main
     sys.modules.pop("nets", None)
+    gc.collect()  # what stands in the process counts: not what this test left
     assert torch.nn.Module.__call__ is own
 
 
@@ -442,6 +444,65 @@ def test_bad_usage(invoke: Invoke, words: list[str]) -> None:
     assert done.exit_code == 2, done.output
     assert "began" not in done.output
     assert "--lr" not in words or "behind --" in done.stderr.replace("\n", " ")
+
+
+def losses(stdout: str) -> list[float]:
+    """What a script printed of its losses."""
+    return [float.fromhex(line.split()[1]) for line in stdout.splitlines() if " " in line]
+
+
+def test_hooks_of_parameters_run_once_in_the_first_step(invoke: Invoke) -> None:
+    """On all of a gradient, whatever makes it: the call's own backward, inside that of the script, runs none."""
+    write(hooks=scripts_text.HOOKS)
+    expected = plainly("hooks.py")
+    done = invoke("run", "hooks.py", "-b", "8MiB")
+    assert done.exit_code == 0, done.output
+    assert done.stdout == expected
+
+
+def test_rewrites_of_a_script(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chunked loss is close, and says so; updates in the backward keep the bits, and the first step's gradients do
+    not wait for one another either. What is infeasible names the option."""
+    write(words=scripts_text.WORDS)
+    expected = plainly("words.py")
+    done = invoke("run", "words.py", "-b", "2600KiB", "--rewrite", "chunked_loss", "--json", "run.json")
+    assert done.exit_code == 0, done.output
+    assert "not the same bits as without Keepless, for --rewrite chunked_loss" in done.stderr
+    assert losses(done.stdout) == pytest.approx(losses(expected), rel=1e-5)
+    assert json.loads(Path("run.json").read_text())["measured_peak"] <= 2600 * 1024
+    gc.collect()
+    left: list[Any] = []
+    own = deferred.Deferred.again
+
+    def again(call: deferred.Deferred, gradients: Any) -> Any:
+        found = own(call, gradients)
+        left.extend(gradient for gradient in found if gradient is not None)
+        return found
+
+    monkeypatch.setattr(deferred.Deferred, "again", again)
+    done = invoke("run", "words.py", "-b", "8MiB", "--rewrite", "optimizer_in_backward")
+    assert done.exit_code == 0, done.output
+    assert done.stdout == expected
+    assert "does NOTHING" in done.stderr
+    assert not left
+    done = invoke("run", "words.py", "-b", "2600KiB")
+    assert done.exit_code == 3
+    assert "What would help: --rewrite chunked_loss lowers the smallest budget" in done.stderr
+
+
+def test_rewrites_that_a_script_does_not_allow(invoke: Invoke) -> None:
+    """Updates in a backward that several calls share, and rewrites of a saved plan: refused before anything is
+    stepped."""
+    write(words=scripts_text.WORDS)
+    done = invoke("run", "words.py", "-b", "8MiB", "--rewrite", "optimizer_in_backward", "--", "again")
+    assert done.exit_code == 2
+    assert "is called 2 times before its backward" in done.stderr
+    assert "leave out --rewrite optimizer_in_backward" in done.stderr
+    assert done.stdout == ""
+    Path("step.plan").write_text("")
+    done = invoke("run", "words.py", "--plan", "step.plan", "--rewrite", "chunked_loss")
+    assert done.exit_code == 2
+    assert "not both" in done.stderr
 
 
 @pytest.mark.slow

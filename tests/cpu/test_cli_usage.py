@@ -119,4 +119,4 @@ def test_wording(text: str, expected: str) -> None:
 
 def test_run_has_fewer_options() -> None:
     """What it cannot do is keepless.plan's."""
-    assert in_options("rewrites=('a',) or engine='auto'", RUN) == "keepless.plan's rewrites=('a',) or --engine auto"
+    assert in_options("blocks=('a',) or engine='auto'", RUN) == "keepless.plan's blocks=('a',) or --engine auto"

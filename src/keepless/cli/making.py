@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from keepless.cli.session import UsageError, planning, read_budget
+from keepless.cli.session import UsageError, check_rewrites, planning, read_budget
 from keepless.files import temporary_folder
 from keepless.machine import Plan, load_plan
 
@@ -80,8 +80,7 @@ def plan_of(built: Built, file: Path | None, budget: str | None, options: dict[s
         return planned(built, budget, options)
     if budget is not None:
         raise UsageError("Give --plan or --budget, not both: a saved plan has its budget.")
-    if options["rewrites"]:
-        raise UsageError("Give --plan or --rewrite, not both: a saved plan has its rewrites.")
+    check_rewrites(file, options["rewrites"])
     from keepless.control.takeover import note
 
     found = load_plan(file)

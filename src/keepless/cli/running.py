@@ -18,6 +18,7 @@ from keepless.cli.options import (
     Outside,
     PlanFileOption,
     Quiet,
+    RewriteOption,
     SaveOption,
     SolverOption,
     TakeoverOption,
@@ -25,6 +26,7 @@ from keepless.cli.options import (
 from keepless.cli.session import (
     FAILED,
     UsageError,
+    check_rewrites,
     check_target,
     code_of,
     planning,
@@ -94,6 +96,7 @@ def run_command(
     engine: EngineOption = "auto",
     solver: SolverOption = "keepless",
     takeover: TakeoverOption = False,
+    rewrite: RewriteOption = None,
     outside: Outside = "0",
     strict: Annotated[
         bool,
@@ -113,6 +116,7 @@ def run_command(
             raise UsageError("Give a script, or a module with -m: keepless run train.py --budget 8GiB -- ARGS.")
         if (budget is None) == (plan is None):
             raise UsageError("Give --budget 8GiB, or --plan FILE of a saved plan.")
+        check_rewrites(plan, rewrite)
         script = None if module is not None else Path(words.pop(0))
         if script is not None and not script.is_file():
             raise UsageError(f"There is no script {str(script)!r}.")
@@ -127,7 +131,13 @@ def run_command(
             model_path,
             strict,
             parse_bytes(read_nbytes(outside)) if outside != "0" else 0,
-            {"engine": engine, "solver": solver, "takeover": takeover, "eager_ops": True},
+            {
+                "engine": engine,
+                "solver": solver,
+                "takeover": takeover,
+                "rewrites": tuple(rewrite or ()),
+                "eager_ops": True,
+            },
             on_oom,
         )
         watched = Watched(wish, save, quiet)

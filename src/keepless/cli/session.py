@@ -14,7 +14,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +227,16 @@ def check_subject(subject: str) -> None:
         raise UsageError(
             f"There is no file {subject!r}; and a model is package.module:factory or hf:PATH_TO_CONFIG.json."
         )
+
+
+def check_rewrites(plan: Path | None, rewrites: Sequence[str] | None) -> None:
+    """Refuses rewrites of a plan that is saved already.
+
+    Raises:
+        UsageError: both are given.
+    """
+    if plan is not None and rewrites:
+        raise UsageError("Give --plan or --rewrite, not both: a saved plan has its rewrites.")
 
 
 def check_target(target: Path | None, source: Path | None = None) -> None:

@@ -36,7 +36,7 @@ _ARGUMENT = re.compile(
 _NAME = re.compile(r"['\"]([^'\"]*)['\"]")
 
 
-RUN = frozenset(("budget", "engine", "on_oom", "outside", "solver", "takeover"))
+RUN = frozenset(("budget", "engine", "on_oom", "outside", "rewrites", "solver", "takeover"))
 """Arguments that have an option of `keepless run`."""
 
 

@@ -61,6 +61,8 @@ class Deferred:
             holds no output: they hold it, by the graph.
         like: tensors on the meta device like these outputs, by number.
         is_last: the backward that comes is the last one; what the call holds is let go then.
+        updates: the plan that stands in the module updates parameters in its backward: each gradient goes to its
+            parameter as it comes, and none is left for the graph that the call is in.
         kept_nbytes: what its ops would have kept for the backward, beside what it was given and what it returned.
         edge_nbytes: what it was given and returned.
     """
@@ -72,7 +74,7 @@ class Deferred:
         self.inputs = Inputs()
         self.places: dict[int, int] = {}
         self.like: list[torch.Tensor] = []
-        self.is_last = False
+        self.is_last = self.updates = False
         self.kept_nbytes = self.edge_nbytes = 0
         self._tensors: list[torch.Tensor] = []
         self._sources: list[torch.Tensor] = []
@@ -210,19 +212,42 @@ class Deferred:
             sources = [stands.get(id(tensor), tensor) for tensor in self._sources]
         with rerun(), self.as_called(at_last=self.is_last):
             leaves, _ = _compat.tree_flatten(self.forward(*inputs.args, **inputs.kwargs))
-            ends = [get_gradient_edge(leaves[position]) for position in _inverse(self.places).values()]
+            ends: list[Any] = []
+            grads: list[torch.Tensor] = []
+            for grad, position in zip(gradients, _inverse(self.places).values(), strict=True):
+                if grad is not None:  # an output without one may be none by now, as logits of a chunked loss
+                    ends.append(get_gradient_edge(leaves[position]))
+                    grads.append(grad)
             del leaves
-            wanted = [(end, grad) for end, grad in zip(ends, gradients, strict=True) if grad is not None]
-            found = torch.autograd.grad(
-                [end for end, _ in wanted],
-                sources,
-                [grad for _, grad in wanted],
-                allow_unused=True,
-                create_graph=differentiated,
-            )
+            if self.updates and not any(_hooks(tensor) for tensor in sources):
+                torch.autograd.backward(ends, grads, inputs=sources)
+                pairs = zip(sources, self._sources, strict=True)
+                found = tuple(None if source is own else source.grad for source, own in pairs)
+            else:
+                with _without_hooks(sources):
+                    found = torch.autograd.grad(ends, sources, grads, allow_unused=True, create_graph=differentiated)
         if self.is_last:
             self.inputs, self._tensors, self._sources = Inputs(), [], []
         return found
+
+
+def _hooks(tensor: torch.Tensor) -> Any:
+    """What `tensor.register_hook` has registered; None or empty where that is nothing."""
+    return tensor._backward_hooks
+
+
+@contextlib.contextmanager
+def _without_hooks(tensors: Iterable[torch.Tensor]) -> Iterator[None]:
+    """No hook of these tensors runs inside the block: the backward that the block is part of runs them, on the sums of
+    all that comes from its graph."""
+    standing = [(tensor, hooks) for tensor in tensors if (hooks := _hooks(tensor))]
+    try:
+        for tensor, _ in standing:
+            tensor._backward_hooks = None
+        yield
+    finally:
+        for tensor, hooks in standing:
+            tensor._backward_hooks = hooks
 
 
 def _inverse(places: dict[int, int]) -> dict[int, int]:

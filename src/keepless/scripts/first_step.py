@@ -24,10 +24,10 @@ from keepless.control.captured import Captures
 from keepless.control.parts.module_steps import standing_plan, tensors_of, uncompiled
 from keepless.control.planning import read_budget
 from keepless.control.signature import check_signature, model_signature
-from keepless.errors import InfeasibleBudget, KeeplessError, PlanError
+from keepless.errors import InfeasibleBudget, KeeplessError, PlanError, RewriteError
 from keepless.execute import PlannedForward
-from keepless.ir import format_bytes
-from keepless.machine import Plan
+from keepless.ir import Kind, format_bytes
+from keepless.machine import CHUNKED_LOSS, OPTIMIZER_IN_BACKWARD, REWRITES, Plan
 from keepless.reporting.account import phase_instructions
 from keepless.scripts.deferred import Deferred, calls_reached, is_rerun, rerun
 from keepless.scripts.losses import StandIn, Watch, see
@@ -320,6 +320,12 @@ class FirstStep:
         call = own[-1]
         model = call.module
         inputs = call.inputs
+        in_backward = OPTIMIZER_IN_BACKWARD in self.wish.options.get("rewrites", ())
+        if in_backward and len(own) > 1:
+            raise RewriteError(
+                f"{self._name(model)} is called {len(own)} times before its backward, in which the first to end would "
+                f"update the weights that the others need: leave out rewrites=({OPTIMIZER_IN_BACKWARD!r},)."
+            )
         if optimizer is None:
             self.tell(f"no optimizer steps {self._name(model)} yet: none is counted in the plan.")
         outside = self.wish.outside + standing.beside(model, tensors_of(inputs), optimizer) + call.held_nbytes
@@ -351,10 +357,10 @@ class FirstStep:
                 step_peak = _peak_in(plan, "optimizer") + stepping - max(more, 0) if stepping else 0
                 if step_peak > own_limit:
                     raise _step_too_large(optimizer, stepping, step_peak, own_limit)
-                over = _peak_in(plan, "forward") + call.output_nbytes - own_limit
                 nonlocal stepped_peak
                 stepped_peak = step_peak
-                return plan, max(more + over, (len(own) - 1) * _held_between(plan) + later)
+                forward = _peak_in(plan, "forward") + _returned_nbytes(plan, call)  # the room that is left is in it
+                return plan, max(forward - own_limit, (len(own) - 1) * _held_between(plan) + later)
 
             plan = with_room(planned, limit, is_alone=len(own) == 1)
         if later and isinstance(plan.capture, Captures):  # that room is for plans of other kinds of calls
@@ -367,6 +373,7 @@ class FirstStep:
             )
         self._stepped_peak = stepped_peak
         self._apply(model, plan, optimizer)
+        call.updates = in_backward
 
     def _kept_beside(self, own: list[Deferred], modules: Sequence[torch.nn.Module], after: set[Deferred]) -> int:
         """Bytes that the script's other models keep for their backward, of those that were called; all are named.
@@ -413,6 +420,13 @@ class FirstStep:
             f"{self.name} is planned ({plan.engine} engine): predicted peak "
             f"{format_bytes(plan.predicted_peak)}, {format_bytes(plan.baseline_peak)} with everything kept."
         )
+        if OPTIMIZER_IN_BACKWARD in plan.rewrites:
+            self.tell(
+                "weights are updated in the backward: what the script does to gradients between backward and "
+                "optimizer.step() (clipping, a scaler, logging) finds none, and does NOTHING."
+            )
+        if not all(REWRITES[name].is_exact for name in plan.rewrites):
+            self.tell(f"not the same bits as without Keepless, for --rewrite {' --rewrite '.join(plan.rewrites)}.")
         self.end()
         self._unforeseen = Unforeseen(self._later, self._not_foreseen)
         self.on_planned()
@@ -467,6 +481,13 @@ def _peak_in(plan: Plan, phase: str) -> int:
     the optimizer may step parameters of others, too."""
     first, last = phase_instructions(plan).get(phase, (0, -1))
     return max((event.peak for event in plan.predicted.events[first : last + 1]), default=0)
+
+
+def _returned_nbytes(plan: Plan, call: Deferred) -> int:
+    """Bytes that a planned call returns, of what needs a gradient: logits of a chunked loss are none of it."""
+    if CHUNKED_LOSS not in plan.rewrites:
+        return call.output_nbytes
+    return sum(value.nbytes for value in plan.graph.values if value.kind is Kind.OUTPUT)
 
 
 def _leading_to(own: Sequence[Deferred], nodes: dict[Deferred, Any]) -> set[Deferred]:
