@@ -323,10 +323,10 @@ def test_a_later_step_that_does_not_fit_is_not_called_fitting(
     plan = SimpleNamespace(engine="graph", measured_peak=None)
     name = SimpleNamespace(short="Net")
     first = SimpleNamespace(
-        plan=plan, model=torch.nn.Linear(2, 2), optimizer=None, failure=None, name=name, unforeseen=0
+        plan=plan, model=torch.nn.Linear(2, 2), optimizer=None, failure=None, name=name, unforeseen=0, foretold_peak=0
     )
     watched: Any = SimpleNamespace(first=first, wish=Wish(budget="1MiB"), meter=None, measured=None)
-    monkeypatch.setattr(running, "verdict", lambda plan: "fits: yes")
+    monkeypatch.setattr(running, "verdict", lambda plan, predicted_peak: "fits: yes")
     monkeypatch.setattr(running, "fits", lambda plan: True)
     error = InfeasibleBudget("too small", smallest_budget=2, bound=1)
     assert running._conclude(watched, Ended(1, error=error), None) == 3
@@ -368,6 +368,10 @@ def test_where_other_plans_foretold_the_peak_no_option_is_named(invoke: Invoke) 
     assert (done.exit_code, done.stdout) == (1, plainly("grows.py"))
     assert "fits: NO" in done.stderr
     assert "--outside" not in done.stderr
+    found = re.search(r"predicted peak ([\d.]+) MiB \| measured ([\d.]+) MiB \(\+([\d.]+) %\)", done.stderr)
+    assert found is not None, done.stderr
+    assert 0.9 < float(found[1]) <= 1300 / 1024  # the larger batch's: the first one's is a third of it
+    assert float(found[3]) == pytest.approx(100 * (float(found[2]) / float(found[1]) - 1), abs=1.5)
 
 
 def test_a_budget_is_named_where_counting_alone_would_not_do() -> None:

@@ -141,6 +141,52 @@ def test_second_derivatives() -> None:
     check_grads(plain, subject)
 
 
+@pytest.mark.parametrize("how", ["twice", "second derivatives", "another layout"])
+@pytest.mark.filterwarnings("ignore:A gradient from outside:UserWarning")
+def test_hooks_of_leaves_run_once_where_the_forward_runs_again(how: str) -> None:
+    """Hooks of parameters and inputs, which change gradients, see each whole gradient once: not in the backward of the
+    replayed forward, too, that is inside of the caller's."""
+    torch.manual_seed(2)
+    plain = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 8)).double()
+    inputs = [torch.randn(6, 8, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    inputs[1].data.copy_(inputs[0])
+    subject = keepless.fit(
+        copy.deepcopy(plain), inputs[1], "1GB", loss_fn=lambda output, _: output.square().sum(), cache=False
+    )
+    seen: dict[int, list[float]] = {id(plain): [], id(subject): []}
+    of = {id(plain): inputs[0], id(subject): inputs[1]}
+    for model in (plain, subject):
+        norms = seen[id(model)]
+        for leaf in (*model.parameters(), of[id(model)]):
+
+            def look(gradient: torch.Tensor, norms: list[float] = norms) -> torch.Tensor:
+                norms.append(gradient.norm().item())
+                return gradient * 2
+
+            leaf.register_hook(look)
+
+    def run(model: nn.Module) -> None:
+        output = model(of[id(model)])
+        if how == "twice":
+            output.square().sum().backward(retain_graph=True)
+            output.square().sum().backward()
+        elif how == "another layout":
+            output.backward(torch.randn(8, 6, dtype=torch.float64).t())
+        else:
+            grads = torch.autograd.grad(output.square().sum(), list(model.parameters()), create_graph=True)
+            sum((g.square().sum() for g in grads), torch.zeros(())).backward()
+
+    both(plain, subject, run)
+    if how == "second derivatives":  # sums over the loss's graph and the model's, in another order: as below
+        for p, q in zip(plain.parameters(), subject.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad)
+    else:
+        check_grads(plain, subject)
+        assert zoo.same_bits(inputs[0].grad, inputs[1].grad)
+    assert sorted(seen[id(plain)]) == pytest.approx(sorted(seen[id(subject)]))
+    assert counters(subject).replays == 1
+
+
 def test_gradient_penalty() -> None:
     """Loss and penalty together: the two graphs' gradients are added in another order, so the last bits may differ."""
     x = X.clone().requires_grad_()

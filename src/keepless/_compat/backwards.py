@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -99,3 +100,25 @@ def _told(error: Exception, roots: Sequence[Any]) -> Exception | None:
 def number_of(node: Any) -> int:
     """A node's place in the order in which this thread made them; leaves are greater than any."""
     return int(node._sequence_nr())
+
+
+def hooks_of(tensor: torch.Tensor) -> Any:
+    """What `tensor.register_hook` has registered; None or empty where that is nothing."""
+    return tensor._backward_hooks
+
+
+@contextlib.contextmanager
+def without_hooks(tensors: Iterable[torch.Tensor]) -> Iterator[None]:
+    """No hook of these tensors runs inside the block, where gradients for them are found.
+
+    For a backward inside of another one, which hands these gradients on to the same tensors: their hooks run there,
+    once, on the sums of all that comes from the whole graph.
+    """
+    standing = {id(hooks): (hooks, dict(hooks)) for tensor in tensors if (hooks := hooks_of(tensor))}
+    try:
+        for hooks, _ in standing.values():
+            hooks.clear()
+        yield
+    finally:
+        for hooks, kept in standing.values():
+            hooks.update(kept)

@@ -206,7 +206,8 @@ def _conclude(watched: Watched, ended: Ended, json_file: Path | None) -> int:
     if plan is not None and model is not None:
         plan.measured_peak = watched.measured
         assert first is not None
-        line = f"{verdict(plan)} | {calls} steps planned | {first.name.short}, {plan.engine} engine"
+        line = verdict(plan, predicted_peak=first.foretold_peak)
+        line += f" | {calls} steps planned | {first.name.short}, {plan.engine} engine"
         if strict and not fits(plan):
             code = code or FAILED
         if not fits(plan):
@@ -240,6 +241,7 @@ def _conclude(watched: Watched, ended: Ended, json_file: Path | None) -> int:
             "unforeseen_nbytes": 0 if first is None else first.unforeseen,
             "optimizer": None if optimizer is None else type(optimizer).__name__,
             "steps_planned": calls,
+            "predicted_peak": 0 if first is None else first.foretold_peak,
             "measured_peak": watched.measured,
             "plan": None if plan is None else plan_dict(plan),
             "error": None if error is None else {"type": type(error).__name__, "message": words_of(error, RUN)},

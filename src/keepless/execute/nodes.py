@@ -27,6 +27,7 @@ import torch
 
 from keepless import _compat
 from keepless._compat import graphs
+from keepless._compat.backwards import without_hooks
 from keepless.capture.ordering import has_other_layout
 from keepless.errors import ReplayError, StepError
 from keepless.execute.arena import Arena, Lease
@@ -343,14 +344,15 @@ class Step:
         edges = graphs.graph_behind(out for out, _ in pairs) if several else {}
         noted = {key: graphs.parts_of_gradient(edges, tensor) for key, tensor in several.items()}
         try:
-            gradients = torch.autograd.grad(
-                [out for out, _ in pairs],
-                inside,
-                [t for _, t in pairs],
-                create_graph=create_graph,
-                retain_graph=create_graph,
-                allow_unused=True,
-            )
+            with without_hooks(inside):
+                gradients = torch.autograd.grad(
+                    [out for out, _ in pairs],
+                    inside,
+                    [t for _, t in pairs],
+                    create_graph=create_graph,
+                    retain_graph=create_graph,
+                    allow_unused=True,
+                )
         finally:
             for _, handles in noted.values():
                 for handle in handles:

@@ -26,20 +26,22 @@ def fits(plan: Plan) -> bool:
     return max(plan.predicted_peak, plan.measured_peak or 0) <= plan.budget.limits[DEVICE]
 
 
-def verdict(plan: Plan, *, slowdown: float | None = None) -> str:
+def verdict(plan: Plan, *, slowdown: float | None = None, predicted_peak: int | None = None) -> str:
     """The plan in one line. Percents are of what stands before: the measured peak's of the predicted one, the step's of
     everything kept.
 
     Arguments:
         slowdown: measured, 0.05 is five percent over everything kept; None shows the predicted one.
+        predicted_peak: of several kinds of steps the highest, in bytes; None shows the plan's own.
     """
+    highest = plan.predicted_peak if predicted_peak is None else predicted_peak
     parts = [
         f"fits: {'yes' if fits(plan) else 'NO'}",
         f"budget {format_bytes(plan.budget.limits[DEVICE])}",
-        f"predicted peak {format_bytes(plan.predicted_peak)}",
+        f"predicted peak {format_bytes(highest)}",
     ]
     if plan.measured_peak:
-        over = plan.measured_peak / max(plan.predicted_peak, 1) - 1
+        over = plan.measured_peak / max(highest, 1) - 1
         parts.append(f"measured {format_bytes(plan.measured_peak)} ({format_percent(over)})")
     if plan.on:
         parts.append(f"ANALYTIC, for {plan.on}")

@@ -16,7 +16,7 @@ import torch
 from torch.autograd.graph import get_gradient_edge
 
 from keepless import _compat
-from keepless._compat.backwards import number_of
+from keepless._compat.backwards import hooks_of, number_of, without_hooks
 from keepless.capture import Inputs, planned_device
 from keepless.control.parts.module_steps import standing_alone, tensors_of
 from keepless.errors import CaptureError
@@ -219,35 +219,16 @@ class Deferred:
                     ends.append(get_gradient_edge(leaves[position]))
                     grads.append(grad)
             del leaves
-            if self.updates and not any(_hooks(tensor) for tensor in sources):
+            if self.updates and not any(hooks_of(tensor) for tensor in sources):
                 torch.autograd.backward(ends, grads, inputs=sources)
                 pairs = zip(sources, self._sources, strict=True)
                 found = tuple(None if source is own else source.grad for source, own in pairs)
             else:
-                with _without_hooks(sources):
+                with without_hooks(sources):
                     found = torch.autograd.grad(ends, sources, grads, allow_unused=True, create_graph=differentiated)
         if self.is_last:
             self.inputs, self._tensors, self._sources = Inputs(), [], []
         return found
-
-
-def _hooks(tensor: torch.Tensor) -> Any:
-    """What `tensor.register_hook` has registered; None or empty where that is nothing."""
-    return tensor._backward_hooks
-
-
-@contextlib.contextmanager
-def _without_hooks(tensors: Iterable[torch.Tensor]) -> Iterator[None]:
-    """No hook of these tensors runs inside the block: the backward that the block is part of runs them, on the sums of
-    all that comes from its graph."""
-    standing = [(tensor, hooks) for tensor in tensors if (hooks := _hooks(tensor))]
-    try:
-        for tensor, _ in standing:
-            tensor._backward_hooks = None
-        yield
-    finally:
-        for tensor, hooks in standing:
-            tensor._backward_hooks = hooks
 
 
 def _inverse(places: dict[int, int]) -> dict[int, int]:

@@ -27,7 +27,8 @@ from keepless.control.signature import check_signature, model_signature
 from keepless.errors import InfeasibleBudget, KeeplessError, PlanError, RewriteError
 from keepless.execute import PlannedForward
 from keepless.ir import Kind, format_bytes
-from keepless.machine import CHUNKED_LOSS, OPTIMIZER_IN_BACKWARD, REWRITES, Plan
+from keepless.machine import CHUNKED_LOSS, OPTIMIZER_IN_BACKWARD, REWRITES, Plan, simulate
+from keepless.modules.planned import PlannedModules
 from keepless.reporting.account import phase_instructions
 from keepless.scripts.deferred import Deferred, calls_reached, is_rerun, rerun
 from keepless.scripts.losses import StandIn, Watch, see
@@ -433,8 +434,15 @@ class FirstStep:
 
     @property
     def foretold_peak(self) -> int:
-        """The highest bytes that were foretold of the step that was planned, its optimizer's among them."""
-        return max(self.plan.predicted_peak if self.plan is not None else 0, self._stepped_peak)
+        """The highest bytes that were foretold of steps of all kinds that were planned, with their optimizer's."""
+        forward = None if self.model is None else self.model.__dict__.get("forward")
+        peaks = [0 if self.plan is None else self.plan.predicted_peak, self._stepped_peak]
+        if isinstance(forward, PlannedForward):
+            known = ((entry, entry.cost) for entry in forward.entries)
+            peaks += [simulate(entry.binding.graph, entry.program, cost).peak for entry, cost in known if cost]
+        elif isinstance(forward, PlannedModules):
+            peaks += [found.plan.predicted_peak for found in forward.entries.values() if found.plan is not None]
+        return max(peaks)
 
     @property
     def has_later_plans(self) -> bool:

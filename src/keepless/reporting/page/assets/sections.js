@@ -3,13 +3,13 @@
 function heroSection() {
   const v = report.verdict;
   const card = (title, value, more) => el("div", {}, el("dt", {}, title), el("dd", {}, value, more ? el("small", {}, more) : ""));
-  const off = v.measured_peak ? v.predicted_peak / v.measured_peak - 1 : null;
+  const above = v.measured_peak ? v.measured_peak / v.predicted_peak - 1 : null; // as in the verdict's line
   const saved = v.baseline_peak ? 1 - v.predicted_peak / v.baseline_peak : 0;
   const fitsKept = v.baseline_peak <= v.budget;
   const cards = el("dl", { class: "cards" },
     card("Budget", bytes(v.budget), v.smallest_budget ? `smallest possible ${bytes(v.smallest_budget)}` : ""),
     card("Predicted peak", bytes(v.predicted_peak), `${bytes(Math.abs(v.budget - v.predicted_peak))} ${v.predicted_peak <= v.budget ? "below" : "ABOVE"} the budget`),
-    card("Measured peak", v.measured_peak ? bytes(v.measured_peak) : "not measured", off === null ? "" : `prediction ${percent(off, 2)} off${report.peak.phase === "optimizer" ? "; the optimizer's step is predicted" : ""}`),
+    card("Measured peak", v.measured_peak ? bytes(v.measured_peak) : "not measured", above === null ? "" : `${percent(above, 2)} against the predicted peak${report.peak.phase === "optimizer" ? "; the optimizer's step is predicted" : ""}`),
     card("Step", percent(v.overhead), `predicted: ${seconds(v.predicted_seconds)}, ${seconds(v.baseline_seconds)} with everything kept`),
     card("Without a plan", bytes(v.baseline_peak), fitsKept ? "would fit, too" : "would not fit"));
   const headline = v.fits ? (saved >= 0.005 ? `${Math.round(100 * (1 - saved))} % of the memory for ${percent(v.overhead)} time` : "Everything kept fits") : "The peak is above the budget";
