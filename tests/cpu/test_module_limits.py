@@ -390,3 +390,38 @@ def test_a_number_that_changes_with_each_step_is_planned_for_a_few_times_only() 
     model.zero_grad()
     with pytest.raises(InfeasibleBudget):
         model(*sequences(64), step=100)
+
+
+class KeepsAGradient(nn.Module):
+    """Asks for the gradient of an activation, and holds that; without gradients its forward fails."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 32), nn.Linear(32, 1)
+        self.hidden: torch.Tensor | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """A scalar loss."""
+        hidden = torch.tanh(self.first(x))
+        hidden.retain_grad()
+        self.hidden = hidden
+        loss: torch.Tensor = self.last(hidden).square().mean()
+        return loss
+
+
+def test_a_forward_that_needs_gradients_is_planned() -> None:
+    """What it changes is looked for in a forward without gradients, and where that fails in one with them."""
+    torch.manual_seed(0)
+    plain = KeepsAGradient()
+    subject = KeepsAGradient()
+    subject.load_state_dict(plain.state_dict())
+    x = torch.randn(16, 8)
+    subject = keepless.fit(subject, x, "1GiB", engine="eager", cache=False)
+    for model in (plain, subject):
+        model(x).backward()
+    assert plain.hidden is not None
+    assert subject.hidden is not None
+    assert plain.hidden.grad is not None
+    assert subject.hidden.grad is not None
+    assert torch.equal(plain.hidden.grad, subject.hidden.grad)
+    assert all(torch.equal(p.grad, q.grad) for p, q in zip(plain.parameters(), subject.parameters(), strict=True))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -33,6 +33,7 @@ from keepless.control.parts.module_steps import (
 from keepless.control.parts.region_plans import EAGER
 from keepless.control.runner import Runner
 from keepless.control.signature import check_signature, model_signature
+from keepless.eager.randomness import Stream
 from keepless.errors import (
     BatchError,
     CaptureError,
@@ -220,20 +221,30 @@ def _watching_changes(run: Runner) -> str:
 
     What only a first forward does (libraries hang hooks on modules then) counts for nothing.
     """
-    found = ""
     streams = streams_of(run.device)
+    found = _changed_in_forward(run, run.before, streams)
+    if found:
+        again = Before(run.model, run.device, tensors_of(run.inputs))
+        try:
+            with torch.no_grad():
+                run.model(*run.inputs.args, **run.inputs.kwargs)
+        except Exception:  # it needs gradients itself, as `retain_grad` does
+            run.before.without_gradients()
+            return _changed_in_forward(run, again, streams)
+        found = again.changed(streams)
+    return found
+
+
+def _changed_in_forward(run: Runner, before: Before, streams: Sequence[Stream]) -> str:
+    """What stands otherwise than before when the forward of a step has ended."""
+    found = ""
 
     def mark(phase: str) -> None:
         nonlocal found
         if phase == Phase.FORWARD.value:
-            found = run.before.changed(streams)
+            found = before.changed(streams)
 
     run.forward_backward(mark)
-    if found:
-        again = Before(run.model, run.device, tensors_of(run.inputs))
-        with torch.no_grad():
-            run.model(*run.inputs.args, **run.inputs.kwargs)
-        found = again.changed(streams)
     return found
 
 
