@@ -16,6 +16,8 @@ _VIEWS = tuple(
     )
 )
 """Nodes whose output shares its memory with their input."""
+_SAME_NUMBERS = tuple(f"{name}Backward" for name in ("Permute", "ReshapeAlias", "T", "Transpose", "UnsafeView", "View"))
+"""Of these those that read all of it."""
 _MOST_PARTS = range(64)
 """Parts of a node's output, where a release does not say how many there are."""
 
@@ -122,6 +124,32 @@ def _readers(found: dict[tuple[Any, int], set[Any]], parameter: torch.Tensor) ->
 def _casts(nodes: Iterable[Any]) -> list[Any]:
     """Those of some nodes that cast."""
     return [node for node in nodes if node.name().startswith(_CAST)]
+
+
+def source_of_gradient(
+    found: dict[tuple[Any, int], set[Any]], edge: tuple[Any, int], reader: Any = None
+) -> tuple[Any, int]:
+    """The edge whose gradient is handed on as it is, in the same storage, to another one: by sums and views alone.
+
+    Arguments:
+        found: edges of the graph -> the nodes behind them.
+        edge: where that other gradient goes.
+        reader: the one of several nodes behind it that is looked at; None where there is to be only one.
+    """
+    while True:
+        nodes = found.get(edge, ()) if reader is None else (reader,)
+        node = next(iter(nodes)) if len(nodes) == 1 else None
+        if node is None or not _hands_on(node) or list(node.next_functions).count(edge) != 1:
+            return edge
+        edge, reader = (node, 0), None
+
+
+def _hands_on(node: Any) -> bool:
+    """Whether a node's gradient is that of what it read: of parts of another size or dtype it is not."""
+    name = node.name()
+    if name.startswith("AddBackward"):
+        return bool(getattr(node, "_saved_alpha", 1) == 1)
+    return bool(name.startswith(_SAME_NUMBERS))
 
 
 def next_node_number() -> int:

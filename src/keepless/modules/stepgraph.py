@@ -70,8 +70,9 @@ class StepGraph:
         self.handed: list[tuple[int, int]] = []
         self.read_later: dict[int, list[int]] = {}
         for look in (call.noted for call in self.survey.calls if call.noted is not None):
-            for position, moment in look.read_later.items():
-                self.read_later.setdefault(look.given[position], []).append(moment)
+            for storages, moments in ((look.given, look.read_later), (look.returned, look.returned_read)):
+                for position, moment in moments.items():
+                    self.read_later.setdefault(storages[position], []).append(moment)
 
     def build(self) -> Graph:
         """The graph."""
@@ -233,10 +234,12 @@ class StepGraph:
     def _flows(self) -> None:
         """Gradients between pieces: made where the last reader's backward runs, read where the maker's does.
 
-        A piece that saves nothing (a sum, a view) hands on the gradient that it gets: no new storage.
+        A piece that saves nothing (a sum, a view) hands on the gradient that it gets: no new storage. What a piece sums
+        up gets one gradient for all parts.
         """
         survey, tree = self.survey, self.cut.tree
         flows = self.flows
+        shared: dict[tuple[int, int, int], int] = {}
         made_in: dict[int, list[int]] = {}
         for storage, maker in sorted(self.maker.items(), key=lambda item: (-item[1], item[0])):
             nbytes, last = survey.flows.get(storage), self.last[storage]
@@ -248,10 +251,15 @@ class StepGraph:
             handed = None
             if not from_caller and last not in tree.saving:
                 handed = next((flows[s] for s in made_in.get(last, ()) if survey.flows[s] == nbytes), None)
+            source = survey.sources.get(storage)
+            if handed is None and source is not None and not from_caller:
+                handed = shared.get((source, last, nbytes))
             if handed is None:
                 handed = self.values.new(f"flow.{self._name(maker)}", nbytes, Kind.GRAD)
                 self.makes[self.count if from_caller else tree.backward(last)].add(handed)
             flows[storage] = handed
+            if source is not None and not from_caller:
+                shared.setdefault((source, last, nbytes), handed)
             made_in.setdefault(maker, []).append(storage)
             self.reads[tree.backward(maker)].add(handed)
 

@@ -50,17 +50,21 @@ class Noted:
         reason: why it cannot.
         given: flat position -> storage, of its distinct tensors.
         edges: flat position -> where the gradient of such a tensor goes. Gone when the survey ends.
+        returned_edges: the same of the output.
         last: the number that autograd gave to the first node behind the call.
         autocast: what autocast was like: on or off, its dtype, whether it keeps casts.
         read_later: flat positions of tensors that code behind the call reads, too -> the moment of its last reader.
         returned: flat position of the output -> storage.
+        returned_read: the same -> the moment of its last reader.
     """
 
     flat: FlatInputs | None
     reason: str = ""
     given: dict[int, int] = field(default_factory=dict)
     returned: dict[int, int] = field(default_factory=dict)
+    returned_read: dict[int, int] = field(default_factory=dict)
     edges: dict[int, tuple[Any, int]] = field(default_factory=dict)
+    returned_edges: dict[int, tuple[Any, int]] = field(default_factory=dict)
     last: int = 0
     autocast: tuple[bool, torch.dtype, bool] = (False, torch.bfloat16, True)
     read_later: dict[int, int] = field(default_factory=dict)
@@ -110,6 +114,8 @@ class Survey:
         kept_everything: it could not do without its saved tensors.
         cast_once: names of parameters that autocast casts once for several uses.
         sums: of gradients that have several parts. Autograd holds such a sum aside until all are there.
+        sources: storages of what noted calls were given and returned -> where their gradients come from at first: those
+            with the same number get the same one, in one storage, if they are of one size.
     """
 
     book: StorageBook
@@ -125,6 +131,7 @@ class Survey:
     kept_everything: bool = False
     cast_once: frozenset[str] = frozenset()
     sums: list[Sum] = field(default_factory=list)
+    sources: dict[int, int] = field(default_factory=dict)
 
     def nbytes(self, storages: set[int]) -> int:
         """Bytes of so many storages together."""
@@ -211,10 +218,11 @@ class _Survey:
             result = forward(*args, **kwargs)
             call.outputs = self.numbers(result)
             if call.noted is not None:
-                leaves = enumerate(tree_leaves(result))
-                call.noted.returned.update(
-                    (i, self.number_of(leaf)) for i, leaf in leaves if isinstance(leaf, torch.Tensor)
-                )
+                for i, leaf in enumerate(tree_leaves(result)):
+                    if isinstance(leaf, torch.Tensor):
+                        call.noted.returned[i] = self.number_of(leaf)
+                        if leaf.requires_grad:
+                            call.noted.returned_edges[i] = _edge_of(leaf)
                 call.noted.last = graphs.next_node_number()
             self.tick()
             call.end = self.moment
@@ -279,6 +287,31 @@ def _sums(run: _Survey, name: str, parameter: torch.Tensor, readers: dict[tuple[
     return found
 
 
+def _sources(run: _Survey, readers: dict[tuple[Any, int], set[Any]]) -> dict[int, int]:
+    """See `Survey.sources`; of what calls were given, who reads it behind them is noted with the calls."""
+    found: dict[int, int] = {}
+    numbers: dict[tuple[Any, int], int] = {}
+
+    def note(storage: int, edge: tuple[Any, int], reader: Any = None) -> None:
+        source = graphs.source_of_gradient(readers, edge, reader)
+        found.setdefault(storage, numbers.setdefault(source, len(numbers)))
+
+    for look in (call.noted for call in run.found.calls if call.noted is not None):
+        for position, edge in look.edges.items():
+            last = max(readers.get(edge, ()), key=graphs.node_number, default=None)
+            if last is not None and graphs.node_number(last) >= look.last:
+                look.read_later[position] = run.moment_of(graphs.node_number(last))
+                note(look.given[position], edge, last)
+        for position, edge in look.returned_edges.items():
+            last = max(readers.get(edge, ()), key=graphs.node_number, default=None)
+            if last is not None:
+                look.returned_read[position] = run.moment_of(graphs.node_number(last))
+                note(look.returned[position], edge)
+        look.edges.clear()
+        look.returned_edges.clear()
+    return found
+
+
 def _edge_of(tensor: torch.Tensor) -> tuple[Any, int]:
     edge = torch.autograd.graph.get_gradient_edge(tensor)
     return edge.node, edge.output_nr
@@ -339,12 +372,7 @@ def _surveyed(
     run.forget_the_dead()
     found.outputs = run.numbers(output)
     readers = graphs.graph_behind(tensors_in(output))
-    for look in (call.noted for call in found.calls if call.noted is not None):
-        for position, edge in look.edges.items():
-            last = max(map(graphs.node_number, readers.get(edge, ())), default=-1)
-            if last >= look.last:
-                look.read_later[position] = run.moment_of(last)
-        look.edges.clear()
+    found.sources = _sources(run, readers)
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     found.sums = [one for name, p in trained for one in _sums(run, name, p, readers)]
     last_readers = {cast: last for _, p in trained for cast, last in graphs.last_readers(readers, p).items()}
