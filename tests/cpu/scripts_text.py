@@ -151,14 +151,16 @@ optimizer = torch.optim.AdamW(params, lr=1e-2)
 for step in range(3):
     words, labels = torch.randint(0, 512, (512,)), torch.randint(0, 512, (512,))
     optimizer.zero_grad()
-    loss = sum(model(words, labels)[0] for call in range(len(sys.argv)))
+    outputs = [model(words, labels) for call in range(len(sys.argv))]
+    loss = sum(output[0] for output in outputs)
     loss.backward()
     optimizer.step()
     print(step, loss.item().hex())
 print(digest(model))
 """
 )
-"""The loss of a wide head in the model, called once and once more for each argument."""
+"""The loss of a wide head in the model, called once and once more for each argument; its outputs stand until those of
+the next step do."""
 
 ODD = (
     "from nets import *\n"

@@ -494,6 +494,35 @@ def test_rewrites_of_a_script(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -
     assert "What would help: --rewrite chunked_loss lowers the smallest budget" in done.stderr
 
 
+@pytest.mark.slow
+def test_outputs_of_several_calls_stand_in_the_next_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them, beside what the calls of that step keep, and their gradients."""
+    monkeypatch.chdir(tmp_path)
+    write(words=scripts_text.WORDS)
+    budget = "100KiB"
+    for _ in range(3):  # a larger budget may have a plan that keeps more between forward and backward
+        command = [
+            sys.executable,
+            "-m",
+            "keepless",
+            "run",
+            "words.py",
+            "-b",
+            budget,
+            "--json",
+            "run.json",
+            "--",
+            "again",
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 3:
+            break
+        budget = re.findall(r"or a budget of (\d+) bytes", done.stderr)[-1]
+    answer = json.loads(Path("run.json").read_text())
+    # Seen: 0.3 to 1.2 % above (about one activation, which is not found yet), 16 and 25 % with one call's outputs alone.
+    assert 0.95 * answer["predicted_peak"] < answer["measured_peak"] <= 1.02 * answer["predicted_peak"], done.stderr
+
+
 def test_rewrites_that_a_script_does_not_allow(invoke: Invoke) -> None:
     """Updates in a backward that several calls share, and rewrites of a saved plan: refused before anything is
     stepped."""
@@ -503,6 +532,16 @@ def test_rewrites_that_a_script_does_not_allow(invoke: Invoke) -> None:
     assert "is called 2 times before its backward" in done.stderr
     assert "leave out --rewrite optimizer_in_backward" in done.stderr
     assert done.stdout == ""
+    scaled = scripts_text.WORDS.replace("optimizer = ", "scaler = torch.amp.GradScaler('cpu')\noptimizer = ")
+    late = scripts_text.WORDS.replace(
+        "optimizer = ", "for _ in (1,): loss = model(torch.arange(9), torch.arange(9))[0].backward()\noptimizer = "
+    )
+    write(scaled=scaled, late=late)
+    for script, said in (("late", "No optimizer steps"), ("scaled", "has a GradScaler")):
+        done = invoke("run", f"{script}.py", "-b", "8MiB", "--rewrite", "optimizer_in_backward")
+        assert done.exit_code == 2, done.output
+        assert said in done.stderr
+        assert done.stdout == ""
     Path("step.plan").write_text("")
     done = invoke("run", "words.py", "--plan", "step.plan", "--rewrite", "chunked_loss")
     assert done.exit_code == 2

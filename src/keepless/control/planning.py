@@ -129,7 +129,7 @@ def _make(
         engine = BLOCKS
     if rewrites and engine in (BLOCKS, EAGER):
         raise RewriteError(
-            f"rewrites={rewrites} change the captured step, and engine={engine!r} runs the model's code."
+            f"rewrites={rewrites}: rewrites change the captured step, and engine={engine!r} runs the model's code."
         )
     if engine in (BLOCKS, EAGER):
         model = module_steps.uncompiled(model)

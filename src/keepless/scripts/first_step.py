@@ -35,7 +35,7 @@ from keepless.scripts.losses import StandIn, Watch, see
 from keepless.scripts.naming import Called, called, stands_at
 from keepless.scripts.others import Unforeseen, gradients_to_come, modules_beside, rest_of
 from keepless.scripts.room import with_room
-from keepless.scripts.surroundings import Standing, coming_nbytes, optimizers_of
+from keepless.scripts.surroundings import Standing, coming_nbytes, optimizers_of, scales_gradients
 from keepless.scripts.wish import Wish
 
 Tell = Callable[[str], None]
@@ -322,6 +322,16 @@ class FirstStep:
         model = call.module
         inputs = call.inputs
         in_backward = OPTIMIZER_IN_BACKWARD in self.wish.options.get("rewrites", ())
+        if in_backward and scales_gradients():
+            raise RewriteError(
+                "The script has a GradScaler, with whose scaled gradients the backward would step: train in bfloat16, "
+                f"or leave out rewrites=({OPTIMIZER_IN_BACKWARD!r},)."
+            )
+        if in_backward and optimizer is None:
+            raise RewriteError(
+                f"No optimizer steps {self._name(model)} yet: make it before the first backward, or leave out "
+                f"rewrites=({OPTIMIZER_IN_BACKWARD!r},)."
+            )
         if in_backward and len(own) > 1:
             raise RewriteError(
                 f"{self._name(model)} is called {len(own)} times before its backward, in which the first to end would "
@@ -360,8 +370,11 @@ class FirstStep:
                     raise _step_too_large(optimizer, stepping, step_peak, own_limit)
                 nonlocal stepped_peak
                 stepped_peak = step_peak
-                forward = _peak_in(plan, "forward") + _returned_nbytes(plan, call)  # the room that is left is in it
-                return plan, max(forward - own_limit, (len(own) - 1) * _held_between(plan) + later)
+                kept = (len(own) - 1) * _held_between(plan)
+                # In the last call's forward the outputs of the step before may stand, and what the other calls keep;
+                # in its backward the gradients of the others' outputs. The room that is left is in the plan's peak.
+                forward = _peak_in(plan, "forward") + len(own) * _returned_nbytes(plan, call) + kept
+                return plan, max(forward - own_limit, kept + (len(own) - 1) * loss.nbytes + later)
 
             plan = with_room(planned, limit, is_alone=len(own) == 1)
         if later and isinstance(plan.capture, Captures):  # that room is for plans of other kinds of calls
@@ -424,10 +437,13 @@ class FirstStep:
         if OPTIMIZER_IN_BACKWARD in plan.rewrites:
             self.tell(
                 "weights are updated in the backward: what the script does to gradients between backward and "
-                "optimizer.step() (clipping, a scaler, logging) finds none, and does NOTHING."
+                "optimizer.step() (clipping, logging) finds none, and does NOTHING."
             )
         if not all(REWRITES[name].is_exact for name in plan.rewrites):
-            self.tell(f"not the same bits as without Keepless, for --rewrite {' --rewrite '.join(plan.rewrites)}.")
+            options = " ".join(f"--rewrite {name}" for name in plan.rewrites if not REWRITES[name].is_exact)
+            self.tell(f"not the same bits as without Keepless, for {options}.")
+        if CHUNKED_LOSS in plan.rewrites:
+            self.tell("logits are None in training, from the next step on: their loss is made in chunks.")
         self.end()
         self._unforeseen = Unforeseen(self._later, self._not_foreseen)
         self.on_planned()

@@ -29,6 +29,12 @@ def optimizers_of(model: torch.nn.Module) -> tuple[torch.optim.Optimizer | None,
     return found[best], [optimizer for key, optimizer in found.items() if key != best]
 
 
+def scales_gradients() -> bool:
+    """Whether the process has a gradient scaler that is on."""
+    scalers = (thing for thing in gc.get_objects() if type(thing).__name__ == "GradScaler")
+    return any(scaler.is_enabled() for scaler in scalers if hasattr(scaler, "is_enabled"))
+
+
 def _params(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
