@@ -187,6 +187,30 @@ def test_hooks_of_leaves_run_once_where_the_forward_runs_again(how: str) -> None
     assert counters(subject).replays == 1
 
 
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph:UserWarning")
+def test_a_gradient_that_an_input_retains_comes_once() -> None:
+    """`retain_grad` of what the model is given, where the forward runs again in a backward with `create_graph`."""
+    torch.manual_seed(2)
+    plain = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 8))
+    subject = keepless.fit(
+        copy.deepcopy(plain),
+        torch.randn(6, 8, requires_grad=True),
+        "1GB",
+        loss_fn=lambda output, _: output.square().sum(),
+        cache=False,
+    )
+    found = []
+    for model in (plain, subject):
+        given = X.clone().requires_grad_() * 2
+        given.retain_grad()
+        (grad,) = torch.autograd.grad(model(given).square().sum(), given, create_graph=True)
+        model(given).square().sum().backward(create_graph=True)
+        found.append((grad, given.grad))
+        model.zero_grad()  # else they hold their graph, and it them
+    torch.testing.assert_close(found[0], found[1])
+    assert counters(subject).replays == 2
+
+
 def test_gradient_penalty() -> None:
     """Loss and penalty together: the two graphs' gradients are added in another order, so the last bits may differ."""
     x = X.clone().requires_grad_()

@@ -109,12 +109,14 @@ def hooks_of(tensor: torch.Tensor) -> Any:
 
 @contextlib.contextmanager
 def without_hooks(tensors: Iterable[torch.Tensor]) -> Iterator[None]:
-    """No hook of these tensors runs inside the block, where gradients for them are found.
+    """No hook of these tensors runs inside the block, where gradients for them are found, and none is retained.
 
     For a backward inside of another one, which hands these gradients on to the same tensors: their hooks run there,
     once, on the sums of all that comes from the whole graph.
     """
+    tensors = list(tensors)
     standing = {id(hooks): (hooks, dict(hooks)) for tensor in tensors if (hooks := hooks_of(tensor))}
+    retaining = [(tensor, tensor.grad) for tensor in tensors if tensor.retains_grad and not tensor.is_leaf]
     try:
         for hooks, _ in standing.values():
             hooks.clear()
@@ -122,3 +124,5 @@ def without_hooks(tensors: Iterable[torch.Tensor]) -> Iterator[None]:
     finally:
         for hooks, kept in standing.values():
             hooks.update(kept)
+        for tensor, grad in retaining:  # `retain_grad` is a hook, too, and noted what comes to it once more
+            tensor.grad = grad

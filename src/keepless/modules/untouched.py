@@ -2,7 +2,7 @@
 
 Buffers, tensors, arrays and plain values in modules' attributes and in the containers and objects that those hold,
 hooks, gradients, the batch, and every stream of random numbers that a forward can reach by name. Parameters are not
-copied: a trial step does not change them, and hooks that would step an optimizer in the backward are kept out of it.
+copied: a trial step does not change them, and hooks of gradients, which may step an optimizer, are kept out of it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from keepless import _compat
+from keepless._compat.backwards import hooks_of
 from keepless.eager import randomness, world
 from keepless.eager.profile import global_streams
 
@@ -59,6 +60,8 @@ class Before:
         self.gradients = [(tensor, tensor.grad) for tensor in (*model.parameters(), *leaves)]
         tables = ((p, p._post_accumulate_grad_hooks) for p in model.parameters())
         self.steppers = [(p, table, dict(table or ())) for p, table in tables]
+        watched = (hooks_of(tensor) for tensor, _ in self.gradients)
+        self.watchers = [(hooks, dict(hooks)) for hooks in watched if hooks]
         streams = [randomness.DEFAULT, *global_streams(), *randomness.streams_in(held)]
         if device.type != "cpu":
             streams += randomness.device_streams([device])
@@ -148,10 +151,12 @@ class Before:
             tensor.grad = gradient
 
     def without_steppers(self) -> None:
-        """Takes off what the caller runs whenever a parameter's gradient is there: it may step an optimizer."""
+        """Takes off what the caller runs whenever a gradient is there: it may step an optimizer, count, or log."""
         for _, table, _ in self.steppers:
             if table:
                 table.clear()
+        for hooks, _ in self.watchers:
+            hooks.clear()
 
     def steppers_again(self) -> None:
         """Puts it back."""
@@ -161,6 +166,9 @@ class Before:
             else:
                 table.clear()
                 table.update(hooks)
+        for hooks, kept in self.watchers:
+            hooks.clear()
+            hooks.update(kept)
 
 
 def _attributes(module: torch.nn.Module) -> dict[str, Any]:
