@@ -146,8 +146,7 @@ class Words(torch.nn.Module):
 
 torch.manual_seed(0)
 model = Words()
-params = list(model.parameters())
-optimizer = torch.optim.AdamW(params, lr=1e-2)
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
 for step in range(3):
     words, labels = torch.randint(0, 512, (512,)), torch.randint(0, 512, (512,))
     optimizer.zero_grad()

@@ -112,7 +112,7 @@ def test_selective_context_of_one_region(plan: keepless.Plan) -> None:
     with pytest.raises(PlanError, match=r"no ops in the module 'model.layers.9'"):
         selective_context_fn(plan, "model.layers.9")
     with pytest.raises(PlanError, match="The module None is no path of a module"):
-        selective_context_fn(plan, None)  # type: ignore[arg-type]
+        selective_context_fn(plan, None)  # type: ignore[arg-type]  # no type checker stands before a user's script
 
 
 @pytest.mark.parametrize("count", [2, 3])

@@ -131,13 +131,7 @@ def run_command(
             model_path,
             strict,
             parse_bytes(read_nbytes(outside)) if outside != "0" else 0,
-            {
-                "engine": engine,
-                "solver": solver,
-                "takeover": takeover,
-                "rewrites": tuple(rewrite or ()),
-                "eager_ops": True,
-            },
+            {"engine": engine, "solver": solver, "takeover": takeover, "rewrites": rewrite or (), "eager_ops": True},
             on_oom,
         )
         watched = Watched(wish, save, quiet)
@@ -202,11 +196,12 @@ def _conclude(watched: Watched, ended: Ended, json_file: Path | None) -> int:
         plan, model, optimizer, failure = first.plan, first.model, first.optimizer, first.failure
     error = ended.error or failure
     calls = watched.meter.calls if watched.meter is not None else 0
+    foretold = 0 if first is None else first.foretold_peak
     code = ended.code
     if plan is not None and model is not None:
         plan.measured_peak = watched.measured
         assert first is not None
-        line = verdict(plan, predicted_peak=first.foretold_peak)
+        line = verdict(plan, predicted_peak=foretold)
         line += f" | {calls} steps planned | {first.name.short}, {plan.engine} engine"
         if strict and not fits(plan):
             code = code or FAILED
@@ -241,7 +236,7 @@ def _conclude(watched: Watched, ended: Ended, json_file: Path | None) -> int:
             "unforeseen_nbytes": 0 if first is None else first.unforeseen,
             "optimizer": None if optimizer is None else type(optimizer).__name__,
             "steps_planned": calls,
-            "predicted_peak": 0 if first is None else first.foretold_peak,
+            "predicted_peak": foretold,
             "measured_peak": watched.measured,
             "plan": None if plan is None else plan_dict(plan),
             "error": None if error is None else {"type": type(error).__name__, "message": words_of(error, RUN)},

@@ -251,14 +251,14 @@ class StepGraph:
             handed = None
             if not from_caller and last not in tree.saving:
                 handed = next((flows[s] for s in made_in.get(last, ()) if survey.flows[s] == nbytes), None)
-            source = survey.sources.get(storage)
-            if handed is None and source is not None and not from_caller:
+            source = None if from_caller else survey.sources.get(storage)
+            if handed is None and source is not None:
                 handed = shared.get((source, last, nbytes))
             if handed is None:
                 handed = self.values.new(f"flow.{self._name(maker)}", nbytes, Kind.GRAD)
                 self.makes[self.count if from_caller else tree.backward(last)].add(handed)
             flows[storage] = handed
-            if source is not None and not from_caller:
+            if source is not None:
                 shared.setdefault((source, last, nbytes), handed)
             made_in.setdefault(maker, []).append(storage)
             self.reads[tree.backward(maker)].add(handed)

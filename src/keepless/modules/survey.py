@@ -292,23 +292,19 @@ def _sources(run: _Survey, readers: dict[tuple[Any, int], set[Any]]) -> dict[int
     found: dict[int, int] = {}
     numbers: dict[tuple[Any, int], int] = {}
 
-    def note(storage: int, edge: tuple[Any, int], reader: Any = None) -> None:
-        source = graphs.source_of_gradient(readers, edge, reader)
-        found.setdefault(storage, numbers.setdefault(source, len(numbers)))
+    def note(storages: dict[int, int], edges: dict[int, Any], moments: dict[int, int], behind: int | None) -> None:
+        """Of readers, those of the number `behind` and later, the last of which counts; None: all, if there is one."""
+        for position, edge in edges.items():
+            last = max(readers.get(edge, ()), key=graphs.node_number, default=None)
+            if last is not None and graphs.node_number(last) >= (behind or 0):
+                moments[position] = run.moment_of(graphs.node_number(last))
+                source = graphs.source_of_gradient(readers, edge, None if behind is None else last)
+                found.setdefault(storages[position], numbers.setdefault(source, len(numbers)))
+        edges.clear()
 
     for look in (call.noted for call in run.found.calls if call.noted is not None):
-        for position, edge in look.edges.items():
-            last = max(readers.get(edge, ()), key=graphs.node_number, default=None)
-            if last is not None and graphs.node_number(last) >= look.last:
-                look.read_later[position] = run.moment_of(graphs.node_number(last))
-                note(look.given[position], edge, last)
-        for position, edge in look.returned_edges.items():
-            last = max(readers.get(edge, ()), key=graphs.node_number, default=None)
-            if last is not None:
-                look.returned_read[position] = run.moment_of(graphs.node_number(last))
-                note(look.returned[position], edge)
-        look.edges.clear()
-        look.returned_edges.clear()
+        note(look.given, look.edges, look.read_later, look.last)
+        note(look.returned, look.returned_edges, look.returned_read, None)
     return found
 
 

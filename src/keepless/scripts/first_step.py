@@ -322,21 +322,8 @@ class FirstStep:
         model = call.module
         inputs = call.inputs
         in_backward = OPTIMIZER_IN_BACKWARD in self.wish.options.get("rewrites", ())
-        if in_backward and scales_gradients():
-            raise RewriteError(
-                "The script has a GradScaler, with whose scaled gradients the backward would step: train in bfloat16, "
-                f"or leave out rewrites=({OPTIMIZER_IN_BACKWARD!r},)."
-            )
-        if in_backward and optimizer is None:
-            raise RewriteError(
-                f"No optimizer steps {self._name(model)} yet: make it before the first backward, or leave out "
-                f"rewrites=({OPTIMIZER_IN_BACKWARD!r},)."
-            )
-        if in_backward and len(own) > 1:
-            raise RewriteError(
-                f"{self._name(model)} is called {len(own)} times before its backward, in which the first to end would "
-                f"update the weights that the others need: leave out rewrites=({OPTIMIZER_IN_BACKWARD!r},)."
-            )
+        if in_backward:
+            _check_in_backward(self._name(model), len(own), optimizer)
         if optimizer is None:
             self.tell(f"no optimizer steps {self._name(model)} yet: none is counted in the plan.")
         outside = self.wish.outside + standing.beside(model, tensors_of(inputs), optimizer) + call.held_nbytes
@@ -439,9 +426,9 @@ class FirstStep:
                 "weights are updated in the backward: what the script does to gradients between backward and "
                 "optimizer.step() (clipping, logging) finds none, and does NOTHING."
             )
-        if not all(REWRITES[name].is_exact for name in plan.rewrites):
-            options = " ".join(f"--rewrite {name}" for name in plan.rewrites if not REWRITES[name].is_exact)
-            self.tell(f"not the same bits as without Keepless, for {options}.")
+        inexact = [f"--rewrite {name}" for name in plan.rewrites if not REWRITES[name].is_exact]
+        if inexact:
+            self.tell(f"not the same bits as without Keepless, for {' '.join(inexact)}.")
         if CHUNKED_LOSS in plan.rewrites:
             self.tell("logits are None in training, from the next step on: their loss is made in chunks.")
         self.end()
@@ -454,8 +441,9 @@ class FirstStep:
         forward = None if self.model is None else self.model.__dict__.get("forward")
         peaks = [0 if self.plan is None else self.plan.predicted_peak, self._stepped_peak]
         if isinstance(forward, PlannedForward):
-            known = ((entry, entry.cost) for entry in forward.entries)
-            peaks += [simulate(entry.binding.graph, entry.program, cost).peak for entry, cost in known if cost]
+            for entry in forward.entries:
+                if entry.cost is not None:
+                    peaks.append(simulate(entry.binding.graph, entry.program, entry.cost).peak)
         elif isinstance(forward, PlannedModules):
             peaks += [found.plan.predicted_peak for found in forward.entries.values() if found.plan is not None]
         return max(peaks)
@@ -498,6 +486,27 @@ class FirstStep:
         if self.wish.strict:
             raise error
         self.tell(f"the script goes on WITHOUT a plan: {error}")
+
+
+def _check_in_backward(name: Called, num_calls: int, optimizer: torch.optim.Optimizer | None) -> None:
+    """Refuses updates in the backward where the script's steps do not allow them.
+
+    Raises:
+        RewriteError: its gradients are scaled, nothing steps the model yet, or several calls share a backward.
+    """
+    without = f"leave out rewrites=({OPTIMIZER_IN_BACKWARD!r},)."
+    if scales_gradients():
+        raise RewriteError(
+            "The script has a GradScaler, with whose scaled gradients the backward would step: train in bfloat16, or "
+            f"{without}"
+        )
+    if optimizer is None:
+        raise RewriteError(f"No optimizer steps {name} yet: make it before the first backward, or {without}")
+    if num_calls > 1:
+        raise RewriteError(
+            f"{name} is called {num_calls} times before its backward, in which the first to end would update the "
+            f"weights that the others need: {without}"
+        )
 
 
 def _peak_in(plan: Plan, phase: str) -> int:

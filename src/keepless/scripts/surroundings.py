@@ -31,8 +31,7 @@ def optimizers_of(model: torch.nn.Module) -> tuple[torch.optim.Optimizer | None,
 
 def scales_gradients() -> bool:
     """Whether the process has a gradient scaler that is on."""
-    scalers = (thing for thing in gc.get_objects() if type(thing).__name__ == "GradScaler")
-    return any(scaler.is_enabled() for scaler in scalers if hasattr(scaler, "is_enabled"))
+    return any(issubclass(type(thing), torch.amp.GradScaler) and thing.is_enabled() for thing in gc.get_objects())
 
 
 def _params(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
