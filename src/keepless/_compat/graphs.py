@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from math import prod
 from typing import Any
 
 import torch
 
 _CAST = "ToCopyBackward"
-_VIEWS = tuple(
+_SAME_NUMBERS = tuple(
     f"{name}Backward"
     for name in (
-        *("Alias", "AsStrided", "Diagonal", "Expand", "Permute", "ReshapeAlias", "Select", "Slice", "Split"),
-        *("SplitWithSizes", "Squeeze", "T", "Transpose", "Unbind", "Unfold", "UnsafeView", "Unsqueeze", "View"),
+        *("Alias", "Clone", "Permute", "ReshapeAlias", "Squeeze", "T", "Transpose", "UnsafeView", "Unsqueeze", "View"),
     )
 )
-"""Nodes whose output shares its memory with their input."""
-_SAME_NUMBERS = tuple(f"{name}Backward" for name in ("Permute", "ReshapeAlias", "T", "Transpose", "UnsafeView", "View"))
-"""Of these those that read all of it."""
-_MOST_PARTS = range(64)
-"""Parts of a node's output, where a release does not say how many there are."""
+"""Nodes that read all of their input, as it is."""
+_SUMS = ("AddBackward", "SubBackward")
+_JOINS = ("CatBackward", "StackBackward")
 
 
 def graph_behind(tensors: Iterable[torch.Tensor]) -> dict[tuple[Any, int], set[Any]]:
@@ -74,45 +72,17 @@ def is_cast_for_several(found: dict[tuple[Any, int], set[Any]], parameter: torch
     Arguments:
         found: edges of the graph -> the nodes behind them.
     """
-    return any(len(found.get((cast, 0), ())) > 1 for cast in _casts(_readers(found, parameter)))
+    casts = (node for node in _readers(found, parameter) if node.name().startswith(_CAST))
+    return any(len(found.get((cast, 0), ())) > 1 for cast in casts)
 
 
-def cast_number(tensor: torch.Tensor) -> int | None:
-    """The number of the node that gave a tensor, or what it is a view of, another dtype; None where none did."""
-    node = (tensor if tensor._base is None else tensor._base).grad_fn
-    return node_number(node) if node is not None and node.name().startswith(_CAST) else None
-
-
-def last_readers(found: dict[tuple[Any, int], set[Any]], parameter: torch.Tensor) -> dict[int, int]:
-    """Numbers of the nodes that cast a parameter -> that of the last node which reads what they made, or a view of it.
+def readers_of(found: dict[tuple[Any, int], set[Any]], parameter: torch.Tensor) -> list[int]:
+    """Numbers of the nodes that read a parameter.
 
     Arguments:
         found: edges of the graph -> the nodes behind them.
     """
-    last: dict[int, int] = {}
-    for cast in _casts(_readers(found, parameter)):
-        seen, left = {cast}, [cast]
-        while left:
-            node = left.pop()
-            parts = range(len(getattr(node, "_input_metadata", _MOST_PARTS)))
-            readers = {reader for part in parts for reader in found.get((node, part), ())}
-            left += [reader for reader in readers - seen if reader.name().startswith(_VIEWS)]
-            seen |= readers
-        last[node_number(cast)] = max(map(node_number, seen))
-    return last
-
-
-def readers_of(found: dict[tuple[Any, int], set[Any]], parameter: torch.Tensor) -> tuple[list[int], list[list[int]]]:
-    """Numbers of the nodes that read a parameter; and for each of them that casts it for several others, its own number
-    and theirs.
-
-    Arguments:
-        found: edges of the graph -> the nodes behind them.
-    """
-    readers = _readers(found, parameter)
-    casts = [(cast, found.get((cast, 0), ())) for cast in _casts(readers)]
-    shared = [[node_number(cast), *map(node_number, others)] for cast, others in casts if len(others) > 1]
-    return [node_number(node) for node in readers], shared
+    return [node_number(node) for node in _readers(found, parameter)]
 
 
 def _readers(found: dict[tuple[Any, int], set[Any]], parameter: torch.Tensor) -> Iterable[Any]:
@@ -121,35 +91,39 @@ def _readers(found: dict[tuple[Any, int], set[Any]], parameter: torch.Tensor) ->
     return found.get((edge.node, edge.output_nr), ())
 
 
-def _casts(nodes: Iterable[Any]) -> list[Any]:
-    """Those of some nodes that cast."""
-    return [node for node in nodes if node.name().startswith(_CAST)]
-
-
-def source_of_gradient(
-    found: dict[tuple[Any, int], set[Any]], edge: tuple[Any, int], reader: Any = None
-) -> tuple[Any, int]:
-    """The edge whose gradient is handed on as it is, in the same storage, to another one: by sums and views alone.
-
-    Arguments:
-        found: edges of the graph -> the nodes behind them.
-        edge: where that other gradient goes.
-        reader: the one of several nodes behind it that is looked at; None where there is to be only one.
+def hands_on(node: Any, edge: tuple[Any, int]) -> bool:
+    """Whether the gradient that a node sends there is the one that it gets, or a view of it, in the same storage; of
+    one that is cast on its way, which differs in bytes, it is not.
     """
-    while True:
-        nodes = found.get(edge, ()) if reader is None else (reader,)
-        node = next(iter(nodes)) if len(nodes) == 1 else None
-        if node is None or not _hands_on(node) or list(node.next_functions).count(edge) != 1:
-            return edge
-        edge, reader = (node, 0), None
-
-
-def _hands_on(node: Any) -> bool:
-    """Whether a node's gradient is that of what it read: of parts of another size or dtype it is not."""
+    if list(node.next_functions).count(edge) != 1:
+        return False
     name = node.name()
-    if name.startswith("AddBackward"):
-        return bool(getattr(node, "_saved_alpha", 1) == 1)
-    return bool(name.startswith(_SAME_NUMBERS))
+    if name.startswith(_SUMS):
+        is_same = node.next_functions[0] == edge or (name.startswith("Add") and getattr(node, "_saved_alpha", 1) == 1)
+        return is_same and _shape_of(edge) == _shape_of((node, 0))  # else what was broadcast is summed up
+    return hands_on_views(node) or bool(name.startswith(_SAME_NUMBERS))
+
+
+def hands_on_views(node: Any) -> bool:
+    """Whether a node sends parts of the gradient that it gets as views of it."""
+    return bool(node.name().startswith(_JOINS))
+
+
+def gradient_nbytes(edge: tuple[Any, int]) -> int:
+    """Bytes of the gradient that goes there; 0 where autograd does not tell."""
+    known = _looks_of(edge)
+    return 0 if known is None or known.dtype is None else int(prod(_shape_of(edge)) * known.dtype.itemsize)
+
+
+def _shape_of(edge: tuple[Any, int]) -> tuple[int, ...]:
+    known = _looks_of(edge)
+    return () if known is None else tuple(map(int, known.shape))
+
+
+def _looks_of(edge: tuple[Any, int]) -> Any:
+    """What autograd knows of the gradient that goes there."""
+    known = getattr(edge[0], "_input_metadata", ())
+    return known[edge[1]] if edge[1] < len(known) else None
 
 
 def next_node_number() -> int:

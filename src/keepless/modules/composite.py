@@ -245,13 +245,13 @@ class _Segment:
     def backward(self, number: int) -> None:
         """The backward's ops."""
         composer, binding = self.composer, self.binding
-        flows, noted = composer.flows, self.call.noted
+        noted = self.call.noted
         assert noted is not None
         makes = composer.makes[number]
         missing: set[int] = set()
         taken: set[int] = set()
         for position, slot in zip(binding.grad_outputs, binding.tangents, strict=True):
-            flow = flows.get(noted.returned[position])
+            flow = composer.flow_to(noted.returned_gradients.get(position))
             if flow is None:
                 flow = composer.values.new(f"flow.{self.call.site}", self._nbytes(slot), Kind.GRAD)
                 missing.add(flow)
@@ -265,7 +265,7 @@ class _Segment:
             if isinstance(name, str):
                 outer = composer.gradient_of.get(f"{self.path}.{name}")
             else:
-                outer = flows.get(noted.given[name])
+                outer = composer.flow_from(noted.gradients.get(name), number)
             if outer is not None and outer in makes and outer not in made and inner not in self.value_of:
                 self._resize(outer, binding.graph.values[inner].nbytes)
                 self.value_of[inner] = outer
@@ -281,7 +281,8 @@ class _Segment:
             extra = added.get(op.inputs[0], 0) if op.name == DELIVER else 0
             self.copy(op, extra)
         # Inputs stand until the segment's end; what it gave out, until the last of its own ops that reads it.
-        held = (composer.reads[number] - taken - set(self.outer.values())) | self.held
+        taken |= set(self.outer.values())
+        held = (composer.reads[number] - (taken - composer.outlasting[number])) | self.held
         last = composer.rest(Phase.BACKWARD, held, makes - made, self.path)
         composer.segments.append(Segment(self.call.site, (self.first, self.last), (first, last)))
 

@@ -14,6 +14,7 @@ import torch
 
 from keepless.capture import LOSS, OPTIMIZER, StepShape
 from keepless.ir import Effect, Graph, Kind, Op, Phase, Value
+from keepless.modules.flows import Storage, flows
 from keepless.modules.pieces import Cut
 
 
@@ -65,14 +66,8 @@ class StepGraph:
         self.pinned: set[int] = set()
         self.reads: list[set[int]] = [set() for _ in range(2 * self.count + 1)]
         self.makes: list[set[int]] = [set() for _ in range(2 * self.count + 1)]
-        self.flows: dict[int, int] = {}
         self.gradient_of: dict[str, int] = {}
         self.handed: list[tuple[int, int]] = []
-        self.read_later: dict[int, list[int]] = {}
-        for look in (call.noted for call in self.survey.calls if call.noted is not None):
-            for storages, moments in ((look.given, look.read_later), (look.returned, look.returned_read)):
-                for position, moment in moments.items():
-                    self.read_later.setdefault(storages[position], []).append(moment)
 
     def build(self) -> Graph:
         """The graph."""
@@ -135,16 +130,16 @@ class StepGraph:
     def _begun(self, sizes: Mapping[str, int]) -> dict[str, int]:
         """The backward op in which a parameter that is used several times gets the first part of its gradient.
 
-        Sums that are not the gradient itself, or that come to one which stands already, are values of their own.
+        Sums that come to a gradient which stands already are values of their own.
         """
         found: dict[str, int] = {}
         backward, piece_of = self.cut.tree.backward, self.cut.piece_of
         for item in self.survey.sums:
             first, last = backward(piece_of(item.last)), backward(piece_of(item.first))
-            if not item.nbytes and not self.shape.accumulate:
+            if not self.shape.accumulate:
                 found[item.name] = first
             elif first < last and item.name in self.gradients:
-                part = self.values.new(f"sum.{item.name}", item.nbytes or sizes[item.name], Kind.GRAD)
+                part = self.values.new(f"sum.{item.name}", sizes[item.name], Kind.GRAD)
                 self.makes[first].add(part)
                 self.reads[last].add(part)
         return found
@@ -165,8 +160,6 @@ class StepGraph:
             for storage in survey.calls[number].outputs:
                 readers.setdefault(storage, set())
         self.savers = savers
-        self.last: dict[int, int] = {}
-        self.maker: dict[int, int] = {}
         names: dict[int, str] = {}
         for storage in sorted({*readers, *savers, *survey.outputs}):
             if storage in self.values.of:  # state and batch
@@ -187,12 +180,6 @@ class StepGraph:
             kind = Kind.OUTPUT if is_output else Kind.ACTIVATION
             value = self.values.of[storage] = self.values.new(name, survey.book.nbytes[storage], kind)
             self.makes[maker].add(value)
-            # Code holds what it has read for longer than it reads it: of a reader that is known, a gradient comes (a
-            # sum behind a call reads what the call was given, and saves nothing); of whoever holds it, if there is
-            # none. Autocast, which holds the casts of parameters, reads none of them.
-            reader = cut.piece_of(survey.casts[storage]) if storage in survey.casts else last
-            sends = used | {cut.piece_of(moment) for moment in self.read_later.get(storage, ())}
-            self.maker[storage], self.last[storage] = maker, max((p for p in sends if p > maker), default=reader)
             for piece in held:
                 if piece > maker:
                     self.reads[piece].add(value)
@@ -232,36 +219,29 @@ class StepGraph:
         return self.survey.made[storage] >= call.begin and storage not in call.outputs
 
     def _flows(self) -> None:
-        """Gradients between pieces: made where the last reader's backward runs, read where the maker's does.
+        """Gradients that wait between pieces."""
+        backward = self.cut.tree.backward
+        self.flows = flows(self.survey.gradients, self.cut.piece_of, backward, self.count)
+        self.flow_of: dict[Storage, int] = {}
+        self.outlasting: list[set[int]] = [set() for _ in self.reads]
+        for storage in self.flows.storages:
+            value = self.values.new(f"flow.{self._name(storage.piece)}", storage.nbytes, Kind.GRAD)
+            self.flow_of[storage] = value
+            self.makes[storage.made].add(value)
+            for op in storage.used:
+                self.reads[op].add(value)
+            for op in storage.outlasts:
+                self.outlasting[op].add(value)
 
-        A piece that saves nothing (a sum, a view) hands on the gradient that it gets: no new storage. What a piece sums
-        up gets one gradient for all parts.
-        """
-        survey, tree = self.survey, self.cut.tree
-        flows = self.flows
-        shared: dict[tuple[int, int, int], int] = {}
-        made_in: dict[int, list[int]] = {}
-        for storage, maker in sorted(self.maker.items(), key=lambda item: (-item[1], item[0])):
-            nbytes, last = survey.flows.get(storage), self.last[storage]
-            if nbytes is None:
-                continue
-            from_caller = storage == self.loss if self.loss is not None else storage in survey.outputs
-            if not from_caller and last <= maker:
-                continue
-            handed = None
-            if not from_caller and last not in tree.saving:
-                handed = next((flows[s] for s in made_in.get(last, ()) if survey.flows[s] == nbytes), None)
-            source = None if from_caller else survey.sources.get(storage)
-            if handed is None and source is not None:
-                handed = shared.get((source, last, nbytes))
-            if handed is None:
-                handed = self.values.new(f"flow.{self._name(maker)}", nbytes, Kind.GRAD)
-                self.makes[self.count if from_caller else tree.backward(last)].add(handed)
-            flows[storage] = handed
-            if source is not None:
-                shared.setdefault((source, last, nbytes), handed)
-            made_in.setdefault(maker, []).append(storage)
-            self.reads[tree.backward(maker)].add(handed)
+    def flow_to(self, gradient: int | None) -> int | None:
+        """The value that a gradient is when it is read."""
+        storage = None if gradient is None else self.flows.ended.get(gradient)
+        return None if storage is None else self.flow_of.get(storage)
+
+    def flow_from(self, gradient: int | None, op: int) -> int | None:
+        """The value that a gradient is if it begins in an op, and is made there."""
+        begun, storage = (-1, None) if gradient is None else self.flows.begun.get(gradient, (-1, None))
+        return self.flow_of.get(storage) if storage is not None and begun == storage.made == op else None
 
     def held_by(self, region: int) -> frozenset[int]:
         """The values that a region's recompute holds, beside those that stand anyway."""

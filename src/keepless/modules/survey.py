@@ -19,6 +19,7 @@ from keepless import _compat
 from keepless._compat import graphs, tree_leaves
 from keepless.capture import FlatInputs, Inputs, flatten_inputs, standing_in
 from keepless.errors import BatchError
+from keepless.modules.flows import Edge, Gradient, gradients_behind
 from keepless.modules.sites import Calls, Site, StorageBook, forwards_replaced, tensors_in, without_caches
 
 
@@ -49,25 +50,21 @@ class Noted:
         flat: the call, with tensors on the meta device in the places of its own; None where it cannot be told.
         reason: why it cannot.
         given: flat position -> storage, of its distinct tensors.
-        edges: flat position -> where the gradient of such a tensor goes. Gone when the survey ends.
-        returned_edges: the same of the output.
-        last: the number that autograd gave to the first node behind the call.
+        returned: the same of the output.
+        edges, returned_edges: flat position -> where the gradient of such a tensor goes. Gone when the survey ends.
+        gradients, returned_gradients: flat position -> the place of that gradient in `Survey.gradients`.
         autocast: what autocast was like: on or off, its dtype, whether it keeps casts.
-        read_later: flat positions of tensors that code behind the call reads, too -> the moment of its last reader.
-        returned: flat position of the output -> storage.
-        returned_read: the same -> the moment of its last reader.
     """
 
     flat: FlatInputs | None
     reason: str = ""
     given: dict[int, int] = field(default_factory=dict)
     returned: dict[int, int] = field(default_factory=dict)
-    returned_read: dict[int, int] = field(default_factory=dict)
-    edges: dict[int, tuple[Any, int]] = field(default_factory=dict)
-    returned_edges: dict[int, tuple[Any, int]] = field(default_factory=dict)
-    last: int = 0
+    edges: dict[int, Edge] = field(default_factory=dict)
+    returned_edges: dict[int, Edge] = field(default_factory=dict)
+    gradients: dict[int, int] = field(default_factory=dict)
+    returned_gradients: dict[int, int] = field(default_factory=dict)
     autocast: tuple[bool, torch.dtype, bool] = (False, torch.bfloat16, True)
-    read_later: dict[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,19 +77,16 @@ class Saved:
 
 @dataclass(frozen=True, slots=True)
 class Sum:
-    """A sum of parts of a gradient.
+    """A parameter's gradient that is a sum of parts.
 
     Arguments:
-        name: of the parameter.
         first: moment of the forward whose backward gives the last part.
         last: moment of the one whose backward gives the first part.
-        nbytes: of the sum; 0 where it is the parameter's gradient itself.
     """
 
     name: str
     first: int
     last: int
-    nbytes: int = 0
 
 
 @dataclass
@@ -105,17 +99,13 @@ class Survey:
             once.
         made: moment at which each storage was first seen. Those of the model's state and the batch have moment -1.
         freed: moment at which a storage was first missed; storages that outlived the forward are not in it.
-        flows: storages that gradients flow through -> bytes of the gradient.
-        casts: those of them that hold a parameter in another dtype -> the moment of their last reader. Autocast holds
-            them for longer: until it ends.
         outputs: storages of the model's outputs.
         loss: the storage of its own loss, where it has one.
         end: moment at which the forward ended.
         kept_everything: it could not do without its saved tensors.
         cast_once: names of parameters that autocast casts once for several uses.
-        sums: of gradients that have several parts. Autograd holds such a sum aside until all are there.
-        sources: storages of what noted calls were given and returned -> where their gradients come from at first: those
-            with the same number get the same one, in one storage, if they are of one size.
+        sums: of parameters' gradients that have several parts. Autograd holds such a sum aside until all are there.
+        gradients: of all else that the loss, or the outputs, depend on.
     """
 
     book: StorageBook
@@ -123,15 +113,13 @@ class Survey:
     saved: list[Saved] = field(default_factory=list)
     made: dict[int, int] = field(default_factory=dict)
     freed: dict[int, int] = field(default_factory=dict)
-    flows: dict[int, int] = field(default_factory=dict)
-    casts: dict[int, int] = field(default_factory=dict)
     outputs: tuple[int, ...] = ()
     loss: int | None = None
     end: int = 0
     kept_everything: bool = False
     cast_once: frozenset[str] = frozenset()
     sums: list[Sum] = field(default_factory=list)
-    sources: dict[int, int] = field(default_factory=dict)
+    gradients: list[Gradient] = field(default_factory=list)
 
     def nbytes(self, storages: set[int]) -> int:
         """Bytes of so many storages together."""
@@ -163,18 +151,11 @@ class _Survey:
         self.calls = Calls()
         self.kept: list[weakref.ref[_Kept]] = []
         self.nodes: list[tuple[int, int]] = [(0, 0)]
-        self.cast_into: dict[int, int] = {}
 
     def number_of(self, tensor: torch.Tensor) -> int:
         found = self.found
         number = found.book.number_of(tensor)
         found.made.setdefault(number, self.moment)
-        if tensor.requires_grad and found.made[number] >= 0:
-            nbytes = tensor.numel() * tensor.element_size()
-            found.flows[number] = max(nbytes, found.flows.get(number, 0))
-            cast = graphs.cast_number(tensor)
-            if cast is not None:
-                self.cast_into[cast] = number
         return number
 
     def numbers(self, values: Any) -> tuple[int, ...]:
@@ -223,7 +204,6 @@ class _Survey:
                         call.noted.returned[i] = self.number_of(leaf)
                         if leaf.requires_grad:
                             call.noted.returned_edges[i] = _edge_of(leaf)
-                call.noted.last = graphs.next_node_number()
             self.tick()
             call.end = self.moment
             return result
@@ -257,10 +237,12 @@ def shared_inputs(found: Survey, call: Call) -> frozenset[int]:
     assert call.noted is not None
     later = {item.storage for item in found.saved if item.moment >= call.end}
     later.update(number for other in found.calls if other.begin >= call.end for number in other.inputs)
-    positions = set(call.noted.read_later)
-    for position, number in call.noted.given.items():
+    positions = set()
+    for position, gradient in call.noted.gradients.items():
+        number = call.noted.given[position]
         freed = found.freed.get(number)
-        if number in found.flows and (number in later or freed is None or freed > call.end):
+        is_read = any(part.moment is None or part.moment >= call.end for part in found.gradients[gradient].parts)
+        if is_read or number in later or freed is None or freed > call.end:
             positions.add(position)
     return frozenset(positions)
 
@@ -271,44 +253,18 @@ def saved_nbytes(found: Survey, call: Call) -> int:
     return found.nbytes({storage for storage in own if found.made[storage] >= call.begin})
 
 
-def _sums(run: _Survey, name: str, parameter: torch.Tensor, readers: dict[tuple[Any, int], set[Any]]) -> list[Sum]:
-    """The sums of a parameter's gradient."""
-    nodes, casts = graphs.readers_of(readers, parameter)
-    found: list[Sum] = []
-    if len(nodes) > 1:
-        moments = sorted(map(run.moment_of, nodes))
-        found.append(Sum(name, moments[0], moments[-1]))
-    for cast, *others in casts:
-        storage = run.cast_into.get(cast)
-        nbytes = parameter.numel() * torch.get_autocast_dtype(run.device).itemsize
-        if storage is not None:
-            nbytes = run.found.book.nbytes[storage]
-        found.append(Sum(name, run.moment_of(cast), max(map(run.moment_of, others)), nbytes))
-    return found
-
-
-def _sources(run: _Survey, readers: dict[tuple[Any, int], set[Any]]) -> dict[int, int]:
-    """See `Survey.sources`; of what calls were given, who reads it behind them is noted with the calls."""
-    found: dict[int, int] = {}
-    numbers: dict[tuple[Any, int], int] = {}
-
-    def note(storages: dict[int, int], edges: dict[int, Any], moments: dict[int, int], behind: int | None) -> None:
-        """Of readers, those of the number `behind` and later, the last of which counts; None: all, if there is one."""
-        for position, edge in edges.items():
-            last = max(readers.get(edge, ()), key=graphs.node_number, default=None)
-            if last is not None and graphs.node_number(last) >= (behind or 0):
-                moments[position] = run.moment_of(graphs.node_number(last))
-                source = graphs.source_of_gradient(readers, edge, None if behind is None else last)
-                found.setdefault(storages[position], numbers.setdefault(source, len(numbers)))
-        edges.clear()
-
+def _gradients(run: _Survey, readers: dict[Edge, set[Any]], roots: list[Edge]) -> list[Gradient]:
+    """See `Survey.gradients`; those of what noted calls were given and returned are noted with them."""
+    gradients, places = gradients_behind(readers, roots, run.moment_of)
     for look in (call.noted for call in run.found.calls if call.noted is not None):
-        note(look.given, look.edges, look.read_later, look.last)
-        note(look.returned, look.returned_edges, look.returned_read, None)
-    return found
+        look.gradients = {position: places[edge] for position, edge in look.edges.items() if edge in places}
+        look.returned_gradients = {i: places[edge] for i, edge in look.returned_edges.items() if edge in places}
+        look.edges.clear()
+        look.returned_edges.clear()
+    return gradients
 
 
-def _edge_of(tensor: torch.Tensor) -> tuple[Any, int]:
+def _edge_of(tensor: torch.Tensor) -> Edge:
     edge = torch.autograd.graph.get_gradient_edge(tensor)
     return edge.node, edge.output_nr
 
@@ -367,19 +323,21 @@ def _surveyed(
         output = model(*args, **kwargs)
     run.forget_the_dead()
     found.outputs = run.numbers(output)
-    readers = graphs.graph_behind(tensors_in(output))
-    found.sources = _sources(run, readers)
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    found.sums = [one for name, p in trained for one in _sums(run, name, p, readers)]
-    last_readers = {cast: last for _, p in trained for cast, last in graphs.last_readers(readers, p).items()}
-    for cast in run.cast_into.keys() & last_readers.keys():
-        found.casts[run.cast_into[cast]] = run.moment_of(last_readers[cast])
-    if torch.is_autocast_cache_enabled():
-        found.cast_once = frozenset(name for name, p in trained if graphs.is_cast_for_several(readers, p))
     run.tick()
     found.end = run.moment
     found.kept_everything = keeps
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    roots = tensors_in(output)
     if own_loss is not None:
         loss = own_loss(output)
         found.loss = run.number_of(loss) if isinstance(loss, torch.Tensor) else None
+        roots = [loss] if isinstance(loss, torch.Tensor) else []
+    readers = graphs.graph_behind(roots)
+    found.gradients = _gradients(run, readers, [_edge_of(tensor) for tensor in roots if tensor.requires_grad])
+    for name, parameter in trained:
+        moments = sorted(map(run.moment_of, graphs.readers_of(readers, parameter)))
+        if len(moments) > 1:
+            found.sums.append(Sum(name, moments[0], moments[-1]))
+    if torch.is_autocast_cache_enabled():
+        found.cast_once = frozenset(name for name, p in trained if graphs.is_cast_for_several(readers, p))
     return found
