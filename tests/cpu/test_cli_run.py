@@ -502,7 +502,7 @@ def test_outputs_of_several_calls_stand_in_the_next_step(tmp_path: Path, monkeyp
     monkeypatch.chdir(tmp_path)
     write(words=scripts_text.WORDS)
     budget = "100KiB"
-    for _ in range(3):  # a larger budget may have a plan that keeps more between forward and backward
+    for _ in range(2):
         words = f"run words.py -b {budget} --json run.json -- again".split()
         command = [sys.executable, "-m", "keepless", *words]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -510,8 +510,8 @@ def test_outputs_of_several_calls_stand_in_the_next_step(tmp_path: Path, monkeyp
             break
         budget = re.findall(r"or a budget of (\d+) bytes", done.stderr)[-1]
     answer = json.loads(Path("run.json").read_text())
-    # Seen: 0.3 to 1.2 % above (about one activation: not found yet), 16 and 25 % with the outputs of one call.
-    assert 0.95 * answer["predicted_peak"] < answer["measured_peak"] <= 1.02 * answer["predicted_peak"], done.stderr
+    assert done.returncode == 0, done.stderr
+    assert 0.999 * answer["predicted_peak"] < answer["measured_peak"] <= answer["predicted_peak"], done.stderr
 
 
 def test_rewrites_that_a_script_does_not_allow(invoke: Invoke) -> None:

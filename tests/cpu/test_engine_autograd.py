@@ -21,6 +21,7 @@ import keepless
 from keepless.capture import Inputs
 from keepless.errors import ReplayError, StaleTensorError, StepError
 from keepless.execute.codegen import STEP_FILE
+from keepless.execute.nodes import Step
 
 X = torch.linspace(-2, 2, 48).reshape(6, 8)
 Y = X.flip(0).contiguous()
@@ -337,6 +338,7 @@ def test_dropped_loss_frees_the_step(no_gc: None) -> None:
     out = model(IDS, labels=IDS)
     out["loss"].backward()
     assert live_steps() == 0
+    assert not [o for o in gc.get_objects() if type(o) is Step and o.rng is not None]  # `out` stands
     model(IDS[:1], labels=IDS[:1])["loss"].backward()
     gone = weakref.ref(model)
     del model

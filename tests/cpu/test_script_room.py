@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import weakref
+
 import pytest
+import torch
 
 from keepless.errors import InfeasibleBudget
 from keepless.scripts.room import with_room
@@ -52,7 +57,7 @@ def test_the_budget_that_is_named_is_enough(limit: int, others: int) -> None:
     with pytest.raises(InfeasibleBudget, match="too small") as caught:
         with_room(Calls(limit, others).planned, limit, is_alone=False)
     named = caught.value.smallest_budget
-    assert named == pytest.approx(CALL + 300 * others, rel=0.003)
+    assert named == pytest.approx(CALL + 300 * others, rel=0.006)  # it is enough for a call with a bit more, too
     assert f"or a budget of {named} bytes" in str(caught.value)
     assert caught.value.blocking == "an op"
     assert caught.value.bound == CALL  # the room is no part of what is proven
@@ -63,3 +68,41 @@ def test_a_call_that_does_not_fit_alone_says_so() -> None:
     for others, is_alone in ((0, True), (0, False)):
         with pytest.raises(InfeasibleBudget, match="one call"):
             with_room(Calls(900, others).planned, 900, is_alone=is_alone)
+
+
+class Jumping(Calls):
+    """A call that with one byte more keeps twice as much for its backward, as its highest point is elsewhere."""
+
+    def planned(self, room: int) -> tuple[int, int]:
+        """See `Calls`."""
+        own, _ = super().planned(room)
+        return own, KEPT if own > CALL else KEPT // 2
+
+
+def test_the_budget_that_is_named_is_enough_for_a_plan_that_keeps_more() -> None:
+    with pytest.raises(InfeasibleBudget) as caught:
+        with_room(Jumping(700).planned, 700, is_alone=False)
+    named = caught.value.smallest_budget
+    assert named == pytest.approx(CALL + KEPT, rel=0.006)
+    assert with_room(Jumping(named).planned, named, is_alone=False) >= CALL
+
+
+@pytest.mark.parametrize("limit", [700, 1301])
+def test_what_was_planned_with_is_let_go(limit: int) -> None:
+    """A refusal on the way holds no batch until Python collects."""
+    batch = torch.zeros(1)
+    gone = weakref.ref(batch)
+    calls = Calls(limit)
+
+    def planned(room: int, batch: torch.Tensor = batch) -> tuple[int, int]:
+        return calls.planned(room)
+
+    gc.disable()
+    try:
+        with contextlib.suppress(InfeasibleBudget):
+            with_room(planned, limit, is_alone=False)
+        del planned, batch
+        assert gone() is None
+    finally:
+        gc.enable()
+    assert len(calls.asked) > 1

@@ -269,6 +269,7 @@ class Step:
         self.replay_forward = _gone
         self.tangents = None
         self.replayed = None
+        self.rng = None
         self.outputs.clear()
         self.grads.clear()
 

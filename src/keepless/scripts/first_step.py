@@ -11,7 +11,7 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from keepless.control.planning import read_budget
 from keepless.control.signature import check_signature, model_signature
 from keepless.errors import InfeasibleBudget, KeeplessError, PlanError, RewriteError
 from keepless.execute import PlannedForward
-from keepless.ir import Kind, format_bytes
+from keepless.ir import Effect, Kind, format_bytes
 from keepless.machine import CHUNKED_LOSS, OPTIMIZER_IN_BACKWARD, REWRITES, Plan, simulate
 from keepless.modules.planned import PlannedModules
 from keepless.reporting.account import phase_instructions
@@ -47,6 +47,17 @@ _WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "DataParalle
 
 _MOST_MET = 24
 """Modules whose names are looked for, for a message that lists them."""
+
+
+@dataclass(frozen=True)
+class _Foretold:
+    """A plan, and the highest bytes beyond its own: of the optimizer's step, where it updates more than the model's;
+    and of the last call's forward beside what the others keep, where there are several.
+    """
+
+    plan: Plan
+    step_peak: int = 0
+    forward_peak: int = 0
 
 
 class FirstStep:
@@ -80,7 +91,7 @@ class FirstStep:
         self.others: dict[int, tuple[Called, int | None]] = {}
         self.met: list[Called] = []
         self.unforeseen = 0
-        self._stepped_peak = 0
+        self._foretold: _Foretold | None = None
         self._names: dict[int, Called] = {}
         self._unforeseen: Unforeseen | None = None
         self._later: list[torch.nn.Module] = []
@@ -336,10 +347,10 @@ class FirstStep:
         budget = self.wish.budget
         assert budget is not None
         limit = read_budget(budget, call.device)
-        stepped_peak, later = 0, _more_of_later_kinds(model, inputs) if len(own) > 1 else 0
+        later = _more_of_later_kinds(model, inputs) if len(own) > 1 else 0
         with self._progress() as progress, call.as_called():
 
-            def planned(more: int) -> tuple[Plan, int]:
+            def planned(more: int) -> tuple[_Foretold, int]:
                 """A plan with room for more bytes outside, or a larger budget, and the bytes that it needs there."""
                 plan = api.plan(
                     model,
@@ -355,24 +366,24 @@ class FirstStep:
                 step_peak = _peak_in(plan, "optimizer") + stepping - max(more, 0) if stepping else 0
                 if step_peak > own_limit:
                     raise _step_too_large(optimizer, stepping, step_peak, own_limit)
-                nonlocal stepped_peak
-                stepped_peak = step_peak
-                kept = (len(own) - 1) * _held_between(plan)
+                kept = (len(own) - 1) * _held_between(plan, call.device)
                 # In the last call's forward the outputs of the step before may stand, and what the other calls keep;
                 # in its backward the gradients of the others' outputs. The room that is left is in the plan's peak.
                 forward = _peak_in(plan, "forward") + len(own) * _returned_nbytes(plan, call) + kept
-                return plan, max(forward - own_limit, kept + (len(own) - 1) * loss.nbytes + later)
+                foretold = _Foretold(plan, step_peak, forward - max(more, 0) if len(own) > 1 else 0)
+                return foretold, max(forward - own_limit, kept + (len(own) - 1) * loss.nbytes + later)
 
-            plan = with_room(planned, limit, is_alone=len(own) == 1)
+            foretold = with_room(planned, limit, is_alone=len(own) == 1)
+        plan = foretold.plan
         if later and isinstance(plan.capture, Captures):  # that room is for plans of other kinds of calls
             settings = plan.capture.settings
             plan.capture.settings = replace(settings, outside=settings.outside - later)
-        if stepped_peak > plan.predicted_peak:
+        if foretold.step_peak > plan.predicted_peak:
             self.tell(
                 f"the step of {type(optimizer).__name__}, with the parameters of others, is predicted to reach "
-                f"{format_bytes(stepped_peak)}: above the plan's peak, within the budget."
+                f"{format_bytes(foretold.step_peak)}: above the plan's peak, within the budget."
             )
-        self._stepped_peak = stepped_peak
+        self._foretold = foretold
         self._apply(model, plan, optimizer)
         call.updates = in_backward
 
@@ -439,7 +450,9 @@ class FirstStep:
     def foretold_peak(self) -> int:
         """The highest bytes that were foretold of steps of all kinds that were planned, with their optimizer's."""
         forward = None if self.model is None else self.model.__dict__.get("forward")
-        peaks = [0 if self.plan is None else self.plan.predicted_peak, self._stepped_peak]
+        peaks = [0 if self.plan is None else self.plan.predicted_peak]
+        if self._foretold is not None:
+            peaks += [self._foretold.step_peak, self._foretold.forward_peak]
         if isinstance(forward, PlannedForward):
             for entry in forward.entries:
                 if entry.cost is not None:
@@ -549,14 +562,11 @@ def _more_of_later_kinds(model: torch.nn.Module, inputs: Inputs) -> int:
     return params + sum(tensor.nbytes for tensor in tensors_of(inputs) if tensor.is_floating_point())
 
 
-def _held_between(plan: Plan) -> int:
-    """Bytes that a planned call holds from its end to its backward."""
-    spans = phase_instructions(plan)
-    if "forward" not in spans:
-        return 0
-    events = plan.predicted.events
-    before = sum(plan.graph.values[value].nbytes for value in plan.graph.inputs)
-    return max(0, events[spans["forward"][1]].resident - before)
+def _held_between(plan: Plan, device: torch.device) -> int:
+    """Bytes that a planned call holds from its end to its backward: the generator's state, too."""
+    draws = any(Effect.RNG in op.effects for op in plan.graph.ops)
+    state = torch.get_rng_state().nbytes if draws and device.type == "cpu" else 0
+    return plan.kept_nbytes + state
 
 
 def _put_back(module: torch.nn.Module, forward: Any) -> None:

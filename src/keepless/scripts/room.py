@@ -7,6 +7,7 @@ enough; where even the tightest plan leaves too little, the budget is too small 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TypeVar
 
 from keepless.errors import InfeasibleBudget
@@ -23,7 +24,7 @@ P = TypeVar("P")
 
 
 def with_room(planned: Callable[[int], tuple[P, int]], limit: int, *, is_alone: bool) -> P:
-    """A plan that leaves as much room as it needs. Makes 8 plans at most, and one where no room is needed.
+    """A plan that leaves as much room as it needs. Makes 9 plans at most, and one where no room is needed.
 
     Arguments:
         planned: a plan that leaves so many bytes of the budget, and the bytes that have to be left by it; of a negative
@@ -36,26 +37,36 @@ def with_room(planned: Callable[[int], tuple[P, int]], limit: int, *, is_alone: 
     """
     room, failed = 0, None
     short, lacking, bound = 0, 0, 0
-    for _ in range(_SEARCHED):
-        try:
-            found, needed = planned(room)
-        except InfeasibleBudget as error:
-            bound = error.bound - max(room, 0)  # the room is no part of what is proven
-            failed = failed or error
-            alone = error.smallest_budget - max(room, 0)
-            room = min(limit - alone, room - 1)
-            if room < 0 and is_alone:
-                raise
-            continue
-        if needed <= room:
-            return _with_less(planned, found, short, room, limit)
-        short, lacking = room, needed
-        if failed is not None:
-            break
-        room = needed
-    if failed is not None and lacking <= 0:
-        raise failed
-    raise _too_small(limit, short, lacking, bound, "" if failed is None else failed.blocking)
+    try:
+        for _ in range(_SEARCHED):
+            try:
+                found, needed = planned(room)
+            except InfeasibleBudget as error:
+                bound = error.bound - max(room, 0)  # the room is no part of what is proven
+                failed = failed or error
+                alone = error.smallest_budget - max(room, 0)
+                room = min(limit - alone, room - 1)
+                if room < 0 and is_alone:
+                    raise
+                continue
+            if needed <= room:
+                return _with_less(planned, found, short, room, limit)
+            short, lacking = room, needed
+            if failed is not None:
+                break
+            room = needed
+        if failed is not None and lacking <= 0:
+            raise failed
+        # Of a bit more the call may make a plan that keeps more for its backward, whose highest point is elsewhere.
+        if not is_alone:
+            more = int(2 * _SLACK * (limit - short))
+            with suppress(InfeasibleBudget):
+                _, wider = planned(short - more)
+                if wider > lacking:
+                    short, lacking = short - more, wider
+        raise _too_small(limit, short, lacking, bound, "" if failed is None else failed.blocking)
+    finally:
+        failed = None  # its traceback holds this frame, and all that was planned with
 
 
 def _with_less(planned: Callable[[int], tuple[P, int]], found: P, short: int, room: int, limit: int) -> P:

@@ -253,13 +253,16 @@ def solved(
     """
     plans: list[Plan] = []
     errors: list[InfeasibleBudget] = []
-    for measured in ways:
-        try:
-            plans.append(_solved(run, measured, settings, over, like))
-        except InfeasibleBudget as error:
-            errors.append(error)
-    if not plans:
-        raise min(errors, key=lambda error: error.smallest_budget)
+    try:
+        for measured in ways:
+            try:
+                plans.append(_solved(run, measured, settings, over, like))
+            except InfeasibleBudget as error:
+                errors.append(error)
+        if not plans:
+            raise min(errors, key=lambda error: error.smallest_budget)
+    finally:
+        errors.clear()  # their tracebacks hold this frame, and the batch
     best = min(plans, key=lambda plan: plan.predicted_seconds - plan.baseline_seconds)  # all keep alike
     best.smallest_budget = min(plan.smallest_budget for plan in plans)
     return best
