@@ -272,10 +272,13 @@ def test_batch_norm_under_autocast(size: int, affine: bool, kind: str) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             if is_planned:
                 plan = keepless.plan(model, x, "1GiB", engine="graph", cache=False)
-                plan = keepless.plan(model, x, plan.smallest_budget, engine="graph", cache=False)
+                for _ in range(3):  # which ops run again hangs on measured seconds
+                    plan = keepless.plan(model, x, plan.smallest_budget, engine="graph", cache=False)
+                    again = {i.op for i in plan.program if isinstance(i, Run) and i.replay}
+                    replays = sum("batch_norm" in plan.graph.ops[op].name for op in again)
+                    if replays:
+                        break
                 keepless.apply(model, plan, background=False)
-                again = {i.op for i in plan.program if isinstance(i, Run) and i.replay}
-                replays = sum("batch_norm" in plan.graph.ops[op].name for op in again)
             loss = model(x)
         loss.backward()
         grads = [p.grad for p in model.parameters() if p.grad is not None]

@@ -53,6 +53,7 @@ class Noted:
         returned: the same of the output.
         edges, returned_edges: flat position -> where the gradient of such a tensor goes. Gone when the survey ends.
         gradients, returned_gradients: flat position -> the place of that gradient in `Survey.gradients`.
+        read_later: flat positions of tensors that code behind the call reads, too.
         autocast: what autocast was like: on or off, its dtype, whether it keeps casts.
     """
 
@@ -64,6 +65,7 @@ class Noted:
     returned_edges: dict[int, Edge] = field(default_factory=dict)
     gradients: dict[int, int] = field(default_factory=dict)
     returned_gradients: dict[int, int] = field(default_factory=dict)
+    read_later: set[int] = field(default_factory=set)
     autocast: tuple[bool, torch.dtype, bool] = (False, torch.bfloat16, True)
 
 
@@ -237,12 +239,11 @@ def shared_inputs(found: Survey, call: Call) -> frozenset[int]:
     assert call.noted is not None
     later = {item.storage for item in found.saved if item.moment >= call.end}
     later.update(number for other in found.calls if other.begin >= call.end for number in other.inputs)
-    positions = set()
-    for position, gradient in call.noted.gradients.items():
+    positions = set(call.noted.read_later)
+    for position in call.noted.gradients:
         number = call.noted.given[position]
         freed = found.freed.get(number)
-        is_read = any(part.moment is None or part.moment >= call.end for part in found.gradients[gradient].parts)
-        if is_read or number in later or freed is None or freed > call.end:
+        if number in later or freed is None or freed > call.end:
             positions.add(position)
     return frozenset(positions)
 
@@ -256,7 +257,14 @@ def saved_nbytes(found: Survey, call: Call) -> int:
 def _gradients(run: _Survey, readers: dict[Edge, set[Any]], roots: list[Edge]) -> list[Gradient]:
     """See `Survey.gradients`; those of what noted calls were given and returned are noted with them."""
     gradients, places = gradients_behind(readers, roots, run.moment_of)
-    for look in (call.noted for call in run.found.calls if call.noted is not None):
+    for call in run.found.calls:
+        look = call.noted
+        if look is None:
+            continue
+        for position, edge in look.edges.items():
+            behind = (run.moment_of(graphs.node_number(node)) for node in readers.get(edge, ()))
+            if edge in roots or any(moment >= call.end for moment in behind):
+                look.read_later.add(position)
         look.gradients = {position: places[edge] for position, edge in look.edges.items() if edge in places}
         look.returned_gradients = {i: places[edge] for i, edge in look.returned_edges.items() if edge in places}
         look.edges.clear()
