@@ -161,6 +161,25 @@ print(digest(model))
 """The loss of a wide head in the model, called once and once more for each argument; its outputs stand until those of
 the next step do."""
 
+LATE = """
+import torch
+
+torch.manual_seed(0)
+sizes = ((64, 256), (256, 256), (256, 32))
+net = torch.nn.Sequential(
+    *[part for a, b in sizes for part in (torch.nn.Linear(a, b), torch.nn.GELU(), torch.nn.Dropout(0.1))]
+)
+optimizer = torch.optim.SGD(net.parameters(), lr=1e-2)
+for step in range(3):
+    views = [net(torch.randn(1024, 64)) for call in range(3)]
+    loss = sum(view.square().mean() for view in views)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    print(step, loss.item().hex())
+"""
+"""Three views of a batch; gradients are reset between them and the backward."""
+
 ODD = (
     "from nets import *\n"
     + """

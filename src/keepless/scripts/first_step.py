@@ -11,7 +11,7 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,18 +19,18 @@ from torch.autograd.graph import GradientEdge
 
 from keepless import api
 from keepless._compat.backwards import watch_begins
-from keepless.capture import Inputs, is_tracing
+from keepless.capture import is_tracing
 from keepless.control.captured import Captures
 from keepless.control.parts.module_steps import standing_plan, tensors_of, uncompiled
 from keepless.control.planning import read_budget
 from keepless.control.signature import check_signature, model_signature
 from keepless.errors import InfeasibleBudget, KeeplessError, PlanError, RewriteError
 from keepless.execute import PlannedForward
-from keepless.ir import Effect, Kind, format_bytes
+from keepless.ir import format_bytes
 from keepless.machine import CHUNKED_LOSS, OPTIMIZER_IN_BACKWARD, REWRITES, Plan, simulate
 from keepless.modules.planned import PlannedModules
-from keepless.reporting.account import phase_instructions
 from keepless.scripts.deferred import Deferred, calls_reached, is_rerun, rerun
+from keepless.scripts.foretold import Foretold, foretell, more_of_later_kinds, peak_in
 from keepless.scripts.losses import StandIn, Watch, see
 from keepless.scripts.naming import Called, called, stands_at
 from keepless.scripts.others import Unforeseen, gradients_to_come, modules_beside, rest_of
@@ -47,17 +47,6 @@ _WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "DataParalle
 
 _MOST_MET = 24
 """Modules whose names are looked for, for a message that lists them."""
-
-
-@dataclass(frozen=True)
-class _Foretold:
-    """A plan, and the highest bytes beyond its own: of the optimizer's step, where it updates more than the model's;
-    and of the last call's forward beside what the others keep, where there are several.
-    """
-
-    plan: Plan
-    step_peak: int = 0
-    forward_peak: int = 0
 
 
 class FirstStep:
@@ -91,7 +80,7 @@ class FirstStep:
         self.others: dict[int, tuple[Called, int | None]] = {}
         self.met: list[Called] = []
         self.unforeseen = 0
-        self._foretold: _Foretold | None = None
+        self._foretold: Foretold | None = None
         self._names: dict[int, Called] = {}
         self._unforeseen: Unforeseen | None = None
         self._later: list[torch.nn.Module] = []
@@ -347,10 +336,12 @@ class FirstStep:
         budget = self.wish.budget
         assert budget is not None
         limit = read_budget(budget, call.device)
-        later = _more_of_later_kinds(model, inputs) if len(own) > 1 else 0
+        standing_gradients, of_inputs = more_of_later_kinds(own) if len(own) > 1 else (0, 0)
+        # A plan of another kind of call may keep as many bytes more as it has more room: of each call.
+        later = standing_gradients + len(own) * of_inputs
         with self._progress() as progress, call.as_called():
 
-            def planned(more: int) -> tuple[_Foretold, int]:
+            def planned(more: int) -> tuple[Foretold, int]:
                 """A plan with room for more bytes outside, or a larger budget, and the bytes that it needs there."""
                 plan = api.plan(
                     model,
@@ -363,21 +354,16 @@ class FirstStep:
                     **self.wish.options,
                 )
                 own_limit = plan.budget.limits["device"]
-                step_peak = _peak_in(plan, "optimizer") + stepping - max(more, 0) if stepping else 0
+                step_peak = peak_in(plan, "optimizer") + stepping - max(more, 0) if stepping else 0
                 if step_peak > own_limit:
                     raise _step_too_large(optimizer, stepping, step_peak, own_limit)
-                kept = (len(own) - 1) * _held_between(plan, call.device)
-                # In the last call's forward the outputs of the step before may stand, and what the other calls keep;
-                # in its backward the gradients of the others' outputs. The room that is left is in the plan's peak.
-                forward = _peak_in(plan, "forward") + len(own) * _returned_nbytes(plan, call) + kept
-                foretold = _Foretold(plan, step_peak, forward - max(more, 0) if len(own) > 1 else 0)
-                return foretold, max(forward - own_limit, kept + (len(own) - 1) * loss.nbytes + later)
+                return foretell(plan, call, len(own) - 1, loss.nbytes, later, more, step_peak)
 
             foretold = with_room(planned, limit, is_alone=len(own) == 1)
         plan = foretold.plan
         if later and isinstance(plan.capture, Captures):  # that room is for plans of other kinds of calls
             settings = plan.capture.settings
-            plan.capture.settings = replace(settings, outside=settings.outside - later)
+            plan.capture.settings = replace(settings, outside=settings.outside - standing_gradients - of_inputs)
         if foretold.step_peak > plan.predicted_peak:
             self.tell(
                 f"the step of {type(optimizer).__name__}, with the parameters of others, is predicted to reach "
@@ -450,16 +436,18 @@ class FirstStep:
     def foretold_peak(self) -> int:
         """The highest bytes that were foretold of steps of all kinds that were planned, with their optimizer's."""
         forward = None if self.model is None else self.model.__dict__.get("forward")
-        peaks = [0 if self.plan is None else self.plan.predicted_peak]
-        if self._foretold is not None:
-            peaks += [self._foretold.step_peak, self._foretold.forward_peak]
+        if self.plan is None:
+            return 0
+        foretold = self._foretold or Foretold(self.plan, 0, self.plan.predicted_peak, 0)
+        peaks: list[int] = []
         if isinstance(forward, PlannedForward):
             for entry in forward.entries:
                 if entry.cost is not None:
                     peaks.append(simulate(entry.binding.graph, entry.program, entry.cost).peak)
         elif isinstance(forward, PlannedModules):
             peaks += [found.plan.predicted_peak for found in forward.entries.values() if found.plan is not None]
-        return max(peaks)
+        later = [peak + foretold.more for peak in peaks if peak != self.plan.predicted_peak]
+        return max([foretold.step_peak, foretold.peak, *later])
 
     @property
     def has_later_plans(self) -> bool:
@@ -522,20 +510,6 @@ def _check_in_backward(name: Called, num_calls: int, optimizer: torch.optim.Opti
         )
 
 
-def _peak_in(plan: Plan, phase: str) -> int:
-    """Predicted highest bytes in a phase: in the forward the script may still hold the outputs of the step before, and
-    the optimizer may step parameters of others, too."""
-    first, last = phase_instructions(plan).get(phase, (0, -1))
-    return max((event.peak for event in plan.predicted.events[first : last + 1]), default=0)
-
-
-def _returned_nbytes(plan: Plan, call: Deferred) -> int:
-    """Bytes that a planned call returns, of what needs a gradient: logits of a chunked loss are none of it."""
-    if CHUNKED_LOSS not in plan.rewrites:
-        return call.output_nbytes
-    return sum(value.nbytes for value in plan.graph.values if value.kind is Kind.OUTPUT)
-
-
 def _leading_to(own: Sequence[Deferred], nodes: dict[Deferred, Any]) -> set[Deferred]:
     """Those calls whose graph leads to one of a model's own."""
     others = [call for call in nodes if call.module is not own[0].module]
@@ -553,20 +527,6 @@ def _step_too_large(optimizer: Any, stepping: int, needed: int, limit: int) -> I
         bound=needed,
         blocking=f"the step of {name}",
     )
-
-
-def _more_of_later_kinds(model: torch.nn.Module, inputs: Inputs) -> int:
-    """Bytes by which a later call of the same step may need more than the first: gradients that stand already, and
-    those of its inputs."""
-    params = sum(param.nbytes for param in model.parameters() if param.requires_grad)
-    return params + sum(tensor.nbytes for tensor in tensors_of(inputs) if tensor.is_floating_point())
-
-
-def _held_between(plan: Plan, device: torch.device) -> int:
-    """Bytes that a planned call holds from its end to its backward: the generator's state, too."""
-    draws = any(Effect.RNG in op.effects for op in plan.graph.ops)
-    state = torch.get_rng_state().nbytes if draws and device.type == "cpu" else 0
-    return plan.kept_nbytes + state
 
 
 def _put_back(module: torch.nn.Module, forward: Any) -> None:
