@@ -162,6 +162,8 @@ print(digest(model))
 the next step do."""
 
 LATE = """
+import sys
+
 import torch
 
 torch.manual_seed(0)
@@ -171,14 +173,14 @@ net = torch.nn.Sequential(
 )
 optimizer = torch.optim.SGD(net.parameters(), lr=1e-2)
 for step in range(3):
-    views = [net(torch.randn(1024, 64)) for call in range(3)]
+    views = [net(torch.randn(1024, 64)) for call in range(len(sys.argv))]
     loss = sum(view.square().mean() for view in views)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
     print(step, loss.item().hex())
 """
-"""Three views of a batch; gradients are reset between them and the backward."""
+"""Views of a batch, one and one more for each argument; gradients are reset between them and the backward."""
 
 ODD = (
     "from nets import *\n"

@@ -515,15 +515,16 @@ def test_outputs_of_several_calls_stand_in_the_next_step(tmp_path: Path, monkeyp
 
 
 @pytest.mark.slow
-def test_gradients_that_are_reset_late_stand_beside_several_calls(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("arguments", ["", "two three"])
+def test_gradients_that_are_reset_late_stand_in_the_next_forward(
+    arguments: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between forwards and backward, as many scripts do: the second step's calls are of another kind."""
     monkeypatch.chdir(tmp_path)
     write(late=scripts_text.LATE)
     budget = "100KiB"
     for _ in range(2):
-        words = f"run late.py -b {budget} --json run.json".split()
+        words = f"run late.py -b {budget} --json run.json -- {arguments}".split()
         command = [sys.executable, "-m", "keepless", *words]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 3:
@@ -531,10 +532,10 @@ def test_gradients_that_are_reset_late_stand_beside_several_calls(
         budget = re.findall(r"or a budget of (\d+) bytes", done.stderr)[-1]
     answer = json.loads(Path("run.json").read_text())
     assert done.returncode == 0, done.stderr
-    assert done.stdout == plainly("late.py")
+    assert done.stdout == plainly("late.py", *arguments.split())
     assert answer["measured_peak"] <= int(budget)
-    # Seen: 2.9 % above; a plan of the second kind keeps more for its backward than the first kind's (4.2 % before, and
-    # above the budget).
+    # Seen: as predicted with one call; with three 2.9 % above, as a plan of the second kind keeps more for its backward
+    # than one of the first.
     assert 0.95 * answer["predicted_peak"] < answer["measured_peak"] <= 1.035 * answer["predicted_peak"], done.stderr
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from keepless.errors import InfeasibleBudget
+from keepless.scripts.resets import Resets
 from keepless.scripts.room import with_room
 
 CALL, KEPT = 1000, 600
@@ -106,3 +107,25 @@ def test_what_was_planned_with_is_let_go(limit: int) -> None:
     finally:
         gc.enable()
     assert len(calls.asked) > 1
+
+
+def test_late_resets_are_seen_until_the_end() -> None:
+    own = torch.optim.Optimizer.zero_grad, torch.nn.Module.zero_grad
+    waits = False
+    resets = Resets(lambda: waits)
+    net = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    resets.begin()
+    try:
+        net(torch.ones(2)).sum().backward()
+        optimizer.zero_grad()
+        assert net.weight.grad is None
+        assert not resets.are_late
+        waits = True
+        net(torch.ones(2)).sum().backward()
+        net.zero_grad(set_to_none=False)
+        assert net.weight.grad is not None
+        assert resets.are_late
+    finally:
+        resets.end()
+    assert (torch.optim.Optimizer.zero_grad, torch.nn.Module.zero_grad) == own

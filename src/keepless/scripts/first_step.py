@@ -34,6 +34,7 @@ from keepless.scripts.foretold import Foretold, foretell, more_of_later_kinds, p
 from keepless.scripts.losses import StandIn, Watch, see
 from keepless.scripts.naming import Called, called, stands_at
 from keepless.scripts.others import Unforeseen, gradients_to_come, modules_beside, rest_of
+from keepless.scripts.resets import Resets
 from keepless.scripts.room import with_room
 from keepless.scripts.surroundings import Standing, coming_nbytes, optimizers_of, scales_gradients
 from keepless.scripts.wish import Wish
@@ -93,6 +94,7 @@ class FirstStep:
         self._watch: Watch | None = None
         self._watched = 0
         self._unwatch: Callable[[], None] | None = None
+        self._resets = Resets(lambda: any(ref() is not None for ref in self._calls))
 
     def begin(self) -> None:
         """From here on modules' calls are looked at."""
@@ -103,6 +105,7 @@ class FirstStep:
 
         torch.nn.Module.__call__ = __call__  # type: ignore[method-assign]
         self._unwatch = watch_begins(self._backward)
+        self._resets.begin()
 
     def end(self) -> None:
         """Nothing is looked at any more; calls that are deferred stay right."""
@@ -110,6 +113,7 @@ class FirstStep:
             self._unwatch()
             self._unwatch = None
             torch.nn.Module.__call__ = self._own  # type: ignore[method-assign]
+        self._resets.end()
         if self._watch is not None:
             self._watch.stop()
             self._watch = None
@@ -336,7 +340,8 @@ class FirstStep:
         budget = self.wish.budget
         assert budget is not None
         limit = read_budget(budget, call.device)
-        standing_gradients, of_inputs = more_of_later_kinds(own) if len(own) > 1 else (0, 0)
+        has_others = len(own) > 1 or self._resets.are_late
+        standing_gradients, of_inputs = more_of_later_kinds(own) if has_others else (0, 0)
         # A plan of another kind of call may keep as many bytes more as it has more room: of each call.
         later = standing_gradients + len(own) * of_inputs
         with self._progress() as progress, call.as_called():
@@ -359,7 +364,7 @@ class FirstStep:
                     raise _step_too_large(optimizer, stepping, step_peak, own_limit)
                 return foretell(plan, call, len(own) - 1, loss.nbytes, later, more, step_peak)
 
-            foretold = with_room(planned, limit, is_alone=len(own) == 1)
+            foretold = with_room(planned, limit, is_alone=not has_others)
         plan = foretold.plan
         if later and isinstance(plan.capture, Captures):  # that room is for plans of other kinds of calls
             settings = plan.capture.settings

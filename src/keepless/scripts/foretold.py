@@ -51,10 +51,10 @@ def foretell(
     forward = peak_in(plan, "forward") + returned + kept
     beside = kept + others * loss_nbytes
     needed = max(forward + later - plan.budget.limits[DEVICE], beside + later)
-    if not others:
+    if not others and not later:
         return Foretold(plan, step_peak, plan.predicted_peak, 0), needed
     backward = max(peak_in(plan, "loss"), peak_in(plan, "backward"))
-    first = beside - held - loss_nbytes + later  # beside the call whose backward comes next
+    first = beside - held - loss_nbytes + later if others else 0  # beside the call whose backward comes next
     peak = max(forward, backward + max(beside, first), peak_in(plan, "optimizer")) - max(more, 0)
     return Foretold(plan, step_peak, peak, beside + later - max(more, 0)), needed
 
