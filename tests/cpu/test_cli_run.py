@@ -101,6 +101,7 @@ def test_inside_the_scripts_own_profiler(invoke: Invoke) -> None:
     assert done.exit_code == 0, done.output
     assert done.stdout == expected
     assert json.loads(Path("run.json").read_text())["measured_peak"] is None
+    assert "no step was measured" in done.stderr
 
 
 @pytest.mark.slow

@@ -207,6 +207,11 @@ def _conclude(watched: Watched, ended: Ended, json_file: Path | None) -> int:
             code = code or FAILED
         if not fits(plan):
             _tell_what_was_outside(watched, first, plan)
+        elif watched.measured is None and ended.error is None:
+            first.tell(
+                "no step was measured, so that the last line goes by the prediction: that takes a few steps of the "
+                "optimizer after the one that was planned, and no other profiler."
+            )
     elif failure is not None:
         line = "the model was NOT planned."
         if strict:
