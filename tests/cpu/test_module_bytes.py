@@ -308,6 +308,32 @@ def test_part_of_a_tied_gradient_waits_for_the_rest(engine: str, is_bf16: bool, 
     assert ("sum.words.weight" in moved) is accumulate
 
 
+class TiedBlocks(Around):
+    """All blocks have the same two weights: their gradients wait from the last block's backward on."""
+
+    def __init__(self) -> None:
+        super().__init__(_through, times=(4, 4, 4, 4))
+        for block in self.blocks:
+            assert isinstance(block, nn.Sequential)
+            block[0].weight, block[2].weight = self.blocks[0][0].weight, self.blocks[0][2].weight
+
+
+def _through(blocks: nn.ModuleList, x: torch.Tensor) -> torch.Tensor:
+    for block in blocks:
+        x = x + block(x)
+    return x
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_weights_of_several_blocks_have_one_gradient(accumulate: bool) -> None:
+    """Of each block in the backward a part: the first stands, or the sum for a gradient that stands already."""
+    torch.manual_seed(0)
+    batch = {"x": torch.randn(2048, 64)}
+    plan = plan_between(TiedBlocks(), batch, 0.0, engine="blocks", accumulate=accumulate, cache=False)
+    assert plan.measured_peak is not None
+    assert 0.999 * plan.measured_peak <= plan.predicted_peak <= 1.005 * plan.measured_peak
+
+
 class _Ring:
     """An object that only the garbage collector frees."""
 

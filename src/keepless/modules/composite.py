@@ -91,6 +91,7 @@ class Composer(StepGraph):
         self.scratch: list[int] = []
         self.begun: dict[int, _Segment] = {}
         self.constants: dict[int, int] = {}
+        self.names = {id(parameter): name for name, parameter in model.named_parameters()}
         self.segments: list[Segment] = []
         self.regions: dict[Site, int] = {}
 
@@ -245,7 +246,7 @@ class _Segment:
     def backward(self, number: int) -> None:
         """The backward's ops."""
         composer, binding = self.composer, self.binding
-        noted = self.call.noted
+        noted, module = self.call.noted, composer.model.get_submodule(self.path)
         assert noted is not None
         makes = composer.makes[number]
         missing: set[int] = set()
@@ -263,7 +264,8 @@ class _Segment:
         for name, slot in binding.grads:
             inner = binding.slot_value[slot]
             if isinstance(name, str):
-                outer = composer.gradient_of.get(f"{self.path}.{name}")
+                own = composer.names[id(module.get_parameter(name))]
+                outer = composer.gradient_of.get(own, composer.sum_of.get(own))
             else:
                 outer = composer.flow_from(noted.gradients.get(name), number)
             if outer is not None and outer in makes and outer not in made and inner not in self.value_of:

@@ -67,6 +67,7 @@ class StepGraph:
         self.reads: list[set[int]] = [set() for _ in range(2 * self.count + 1)]
         self.makes: list[set[int]] = [set() for _ in range(2 * self.count + 1)]
         self.gradient_of: dict[str, int] = {}
+        self.sum_of: dict[str, int] = {}
         self.handed: list[tuple[int, int]] = []
 
     def build(self) -> Graph:
@@ -142,6 +143,7 @@ class StepGraph:
                 part = self.values.new(f"sum.{item.name}", sizes[item.name], Kind.GRAD)
                 self.makes[first].add(part)
                 self.reads[last].add(part)
+                self.sum_of[item.name] = part
         return found
 
     def _activations(self) -> None:
