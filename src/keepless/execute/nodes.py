@@ -245,6 +245,7 @@ class Step:
             self.end_lease()
             if not self.kept:
                 self.release()
+                self.rng = None  # of a step that failed, what goes on reads it
         return grads
 
     def check_versions(self, index: int) -> None:
@@ -269,7 +270,6 @@ class Step:
         self.replay_forward = _gone
         self.tangents = None
         self.replayed = None
-        self.rng = None
         self.outputs.clear()
         self.grads.clear()
 

@@ -20,9 +20,9 @@ def uncollected() -> Iterator[None]:
     stand throughout. To look at all takes 0.2 s where transformers is imported, longer than the step of a small model.
     """
     was_on = gc.isenabled()
-    gc.collect(1)
-    gc.disable()
-    try:
+    try:  # an interrupt behind `disable` enables it again, too
+        gc.collect(1)
+        gc.disable()
         yield
     finally:
         if was_on:
