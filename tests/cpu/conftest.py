@@ -103,3 +103,14 @@ def no_ranks_left() -> Iterator[None]:
             os.environ[name] = value
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def no_gc() -> Iterator[None]:
+    """The cycle collector is off, and what other tests imported is not looked through."""
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    yield
+    gc.enable()
+    gc.unfreeze()

@@ -7,7 +7,7 @@ import gc
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import models as zoo
@@ -86,17 +86,6 @@ def counters(model: nn.Module) -> Any:
 def live_steps() -> int:
     """Generated programs that have not ended."""
     return sum(type(o).__name__ == "generator" and o.gi_code.co_filename == STEP_FILE for o in gc.get_objects())
-
-
-@pytest.fixture
-def no_gc() -> Iterator[None]:
-    """The cycle collector is off, and what other tests imported is not looked through."""
-    gc.collect()
-    gc.freeze()
-    gc.disable()
-    yield
-    gc.enable()
-    gc.unfreeze()
 
 
 @pytest.mark.parametrize("name", ["mlp", "conv", "lm"])

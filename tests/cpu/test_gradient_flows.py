@@ -90,15 +90,15 @@ _MAKES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
 def test_what_nodes_hand_on_is_known(name: str) -> None:
     """A part of a gradient is said to be the one of the result exactly where autograd sends it in that storage."""
     x, y = (torch.ones(4, 4, requires_grad=True).mul(2) for _ in "xy")
-    edges = [torch.autograd.graph.get_gradient_edge(tensor) for tensor in (x, y)]
+    edges = [graphs.edge_of(tensor) for tensor in (x, y)]
     out = _MAKES[name](x, y)
     behind = graphs.graph_behind([out])
-    found, places = gradients_behind(behind, [_edge(out)], lambda number: number)
+    found, places = gradients_behind(behind, [graphs.edge_of(out)], lambda number: number)
     gradient = torch.ones_like(out)
 
     def is_of_result(part: Part) -> bool:
         number = part.handed
-        while number is not None and number != places[_edge(out)]:
+        while number is not None and number != places[graphs.edge_of(out)]:
             parts = found[number].parts
             number = parts[0].handed if len(parts) == 1 else None
         return number is not None
@@ -106,8 +106,8 @@ def test_what_nodes_hand_on_is_known(name: str) -> None:
     sent: list[list[bool]] = [[], []]
     handles = []
     for edge, said in zip(edges, sent, strict=True):
-        for node in behind[edge.node, edge.output_nr]:
-            place = [other for other, _ in node.next_functions].index(edge.node)
+        for node in behind[edge]:
+            place = [other for other, _ in node.next_functions].index(edge[0])
 
             def note(parts: Any, _: Any, place: int = place, said: list[bool] = said) -> None:
                 said.append(parts[place].untyped_storage().data_ptr() == gradient.untyped_storage().data_ptr())
@@ -115,13 +115,8 @@ def test_what_nodes_hand_on_is_known(name: str) -> None:
             handles.append(node.register_hook(note))
     out.backward(gradient)
     for edge, said in zip(edges, sent, strict=True):
-        number = places[edge.node, edge.output_nr]
+        number = places[edge]
         assert sorted(said) == sorted(map(is_of_result, found[number].parts))
         assert found[number].nbytes == 64
     for handle in handles:
         handle.remove()
-
-
-def _edge(tensor: torch.Tensor) -> tuple[Any, int]:
-    edge = torch.autograd.graph.get_gradient_edge(tensor)
-    return edge.node, edge.output_nr

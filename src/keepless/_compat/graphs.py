@@ -18,6 +18,13 @@ _SAME_NUMBERS = tuple(
 """Nodes that read all of their input, as it is."""
 _SUMS = ("AddBackward", "SubBackward")
 _JOINS = ("CatBackward", "StackBackward")
+"""Nodes that send parts of the gradient that they get as views of it."""
+
+
+def edge_of(tensor: torch.Tensor) -> tuple[Any, int]:
+    """Where a tensor's gradient goes: a node, and which of its gradients."""
+    edge = torch.autograd.graph.get_gradient_edge(tensor)
+    return edge.node, edge.output_nr
 
 
 def graph_behind(tensors: Iterable[torch.Tensor]) -> dict[tuple[Any, int], set[Any]]:
@@ -47,8 +54,7 @@ def parts_of_gradient(
     Arguments:
         found: `graph_behind` what is differentiated.
     """
-    edge = torch.autograd.graph.get_gradient_edge(tensor)
-    target = (edge.node, edge.output_nr)
+    target = edge_of(tensor)
     parts: list[torch.Tensor] = []
     handles = []
     for node in found.get(target, ()):
@@ -87,26 +93,22 @@ def readers_of(found: dict[tuple[Any, int], set[Any]], parameter: torch.Tensor) 
 
 def _readers(found: dict[tuple[Any, int], set[Any]], parameter: torch.Tensor) -> Iterable[Any]:
     """The nodes that read a parameter."""
-    edge = torch.autograd.graph.get_gradient_edge(parameter)
-    return found.get((edge.node, edge.output_nr), ())
+    return found.get(edge_of(parameter), ())
 
 
 def hands_on(node: Any, edge: tuple[Any, int]) -> bool:
-    """Whether the gradient that a node sends there is the one that it gets, or a view of it, in the same storage; of
-    one that is cast on its way, which differs in bytes, it is not.
-    """
+    """Whether the gradient that a node sends there is the one that it gets, or a view of it, in the same storage."""
     if list(node.next_functions).count(edge) != 1:
         return False
     name = node.name()
+    if name.startswith(_JOINS):
+        return True
+    if gradient_nbytes(edge) != gradient_nbytes((node, 0)):  # it is cast, or summed up
+        return False
     if name.startswith(_SUMS):
         is_same = node.next_functions[0] == edge or (name.startswith("Add") and getattr(node, "_saved_alpha", 1) == 1)
         return is_same and _shape_of(edge) == _shape_of((node, 0))  # else what was broadcast is summed up
-    return hands_on_views(node) or bool(name.startswith(_SAME_NUMBERS))
-
-
-def hands_on_views(node: Any) -> bool:
-    """Whether a node sends parts of the gradient that it gets as views of it."""
-    return bool(node.name().startswith(_JOINS))
+    return bool(name.startswith(_SAME_NUMBERS))
 
 
 def gradient_nbytes(edge: tuple[Any, int]) -> int:

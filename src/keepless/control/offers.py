@@ -153,7 +153,7 @@ def _smallest_budget(
         room: see `control.room`; None is returned where it does not do.
     """
     graph, cost = measured.graph, measured.cost
-    held = held_nbytes(measured.capture.binding)
+    held = held_nbytes(measured.capture.binding.graph, measured.capture.binding.device)
     known = {op.key: OpCost(cost.seconds[op.id], max(0, cost.scratch[op.id] - held), 0.0, 0) for op in graph.ops}
     trials, others = split_by_room([one for one in op_trials(binding, model) if one.key not in known], room)
     if others:

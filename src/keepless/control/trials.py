@@ -14,7 +14,7 @@ from keepless.capture import DELIVER, LOSS, OPTIMIZER, UPDATE
 from keepless.control.indices import spread_indices
 from keepless.control.room import cost_of_unrun, own_params, split_by_room
 from keepless.cost import CostModel, Origin
-from keepless.ir import Effect, Kind
+from keepless.ir import Effect, Graph, Kind
 from keepless.measure import CostCache, OpCost, OptimizerFootprint, Trial, measure_ops
 from keepless.measure.delivery import hand_over_seconds
 
@@ -67,7 +67,7 @@ def cost_model(
     them: all ops then cost their launches.
     """
     graph = binding.graph
-    held = held_nbytes(binding) if holds_state else 0
+    held = held_nbytes(binding.graph, binding.device) if holds_state else 0
     seconds: list[float] = []
     scratch: list[int] = []
     known = [cost for op in graph.ops if (cost := costs.get(op.key)) is not None]
@@ -105,14 +105,14 @@ def cost_model(
     return CostModel(tuple(seconds), tuple(scratch), {}, Origin.MEASURED, spread, late / total if total else 0.0)
 
 
-def held_nbytes(binding: Binding) -> int:
+def held_nbytes(graph: Graph, device: torch.device) -> int:
     """Bytes that the engine itself holds from a step's forward to the end of its backward: the generator's state, for
     a second backward, where the step draws random numbers. They count as scratch of every op but the optimizer's.
 
     The states of CUDA's generators are not on the device.
     """
-    draws = any(Effect.RNG in op.effects for op in binding.graph.ops)
-    return torch.get_rng_state().nbytes if draws and binding.device.type == "cpu" else 0
+    draws = any(Effect.RNG in op.effects for op in graph.ops)
+    return torch.get_rng_state().nbytes if draws and device.type == "cpu" else 0
 
 
 def measure_costs(

@@ -64,17 +64,15 @@ def gradients_behind(
     edges = {edge for edge in (*readers, *roots) if edge[0].next_functions and graphs.node_number(edge[0]) >= 0}
     ordered = sorted(edges, key=lambda edge: (-graphs.node_number(edge[0]), edge[1]))
     number_of = {edge: number for number, edge in enumerate(ordered)}
-    sizes = [graphs.gradient_nbytes(edge) for edge in ordered]
     found: list[Gradient] = []
     for number, edge in enumerate(ordered):
         parts = [Part(None)] if edge in roots else []
         for node in readers.get(edge, ()):
             source = number_of.get((node, 0))
             is_handed = source is not None and source < number and graphs.hands_on(node, edge)
-            if is_handed and source is not None and sizes[source] != sizes[number] and not graphs.hands_on_views(node):
-                is_handed = False  # the part is the other gradient summed up, or in another dtype
             parts.append(Part(moment_of(graphs.node_number(node)), source if is_handed else None))
-        found.append(Gradient(moment_of(graphs.node_number(edge[0])), sizes[number], tuple(parts)))
+        nbytes = graphs.gradient_nbytes(edge)
+        found.append(Gradient(moment_of(graphs.node_number(edge[0])), nbytes, tuple(parts)))
     return found, number_of
 
 

@@ -205,7 +205,7 @@ class _Survey:
                     if isinstance(leaf, torch.Tensor):
                         call.noted.returned[i] = self.number_of(leaf)
                         if leaf.requires_grad:
-                            call.noted.returned_edges[i] = _edge_of(leaf)
+                            call.noted.returned_edges[i] = graphs.edge_of(leaf)
             self.tick()
             call.end = self.moment
             return result
@@ -218,7 +218,7 @@ class _Survey:
         except BatchError as error:
             return Noted(None, str(error))
         given = {position: self.number_of(flat.leaves[position]) for position in flat.tensor_positions}
-        edges = {i: _edge_of(flat.leaves[i]) for i in given if flat.leaves[i].requires_grad}
+        edges = {i: graphs.edge_of(flat.leaves[i]) for i in given if flat.leaves[i].requires_grad}
         autocast = _compat.ambient_state(self.device)[:3]
         return Noted(standing_in(flat), given=given, edges=edges, autocast=autocast)
 
@@ -270,11 +270,6 @@ def _gradients(run: _Survey, readers: dict[Edge, set[Any]], roots: list[Edge]) -
         look.edges.clear()
         look.returned_edges.clear()
     return gradients
-
-
-def _edge_of(tensor: torch.Tensor) -> Edge:
-    edge = torch.autograd.graph.get_gradient_edge(tensor)
-    return edge.node, edge.output_nr
 
 
 def described(forward: Callable[..., Any]) -> tuple[str, str]:
@@ -341,7 +336,7 @@ def _surveyed(
         found.loss = run.number_of(loss) if isinstance(loss, torch.Tensor) else None
         roots = [loss] if isinstance(loss, torch.Tensor) else []
     readers = graphs.graph_behind(roots)
-    found.gradients = _gradients(run, readers, [_edge_of(tensor) for tensor in roots if tensor.requires_grad])
+    found.gradients = _gradients(run, readers, [graphs.edge_of(tensor) for tensor in roots if tensor.requires_grad])
     for name, parameter in trained:
         moments = sorted(map(run.moment_of, graphs.readers_of(readers, parameter)))
         if len(moments) > 1:

@@ -440,9 +440,9 @@ class FirstStep:
     @property
     def foretold_peak(self) -> int:
         """The highest bytes that were foretold of steps of all kinds that were planned, with their optimizer's."""
-        forward = None if self.model is None else self.model.__dict__.get("forward")
-        if self.plan is None:
+        if self.plan is None or self.model is None:
             return 0
+        forward = self.model.__dict__.get("forward")
         foretold = self._foretold or Foretold(self.plan, 0, self.plan.predicted_peak, 0)
         peaks: list[int] = []
         if isinstance(forward, PlannedForward):

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 from keepless.control.parts.module_steps import tensors_of
-from keepless.ir import DEVICE, Effect, Kind
+from keepless.control.trials import held_nbytes
+from keepless.ir import DEVICE, Kind
 from keepless.machine import CHUNKED_LOSS, Plan
 from keepless.reporting.account import phase_instructions
 from keepless.scripts.deferred import Deferred
@@ -46,7 +45,7 @@ def foretell(
         more: bytes that the plan leaves already, which are in its peak; negative where its budget is larger by them.
         step_peak: of the optimizer's step, see `Foretold`.
     """
-    held = _held_between(plan, call.device)
+    held = plan.kept_nbytes + held_nbytes(plan.graph, call.device)  # from a call's end to its backward
     kept, returned = others * held, (others + 1) * _returned_nbytes(plan, call)
     forward = peak_in(plan, "forward") + returned + kept
     beside = kept + others * loss_nbytes
@@ -80,10 +79,3 @@ def _returned_nbytes(plan: Plan, call: Deferred) -> int:
     if CHUNKED_LOSS not in plan.rewrites:
         return call.output_nbytes
     return sum(value.nbytes for value in plan.graph.values if value.kind is Kind.OUTPUT)
-
-
-def _held_between(plan: Plan, device: torch.device) -> int:
-    """Bytes that a planned call holds from its end to its backward: the generator's state, too."""
-    draws = any(Effect.RNG in op.effects for op in plan.graph.ops)
-    state = torch.get_rng_state().nbytes if draws and device.type == "cpu" else 0
-    return plan.kept_nbytes + state

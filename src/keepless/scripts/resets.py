@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-_RESETTING = (torch.optim.Optimizer, torch.nn.Module)
+_RESETTING: tuple[Any, ...] = (torch.optim.Optimizer, torch.nn.Module)
 
 
 class Resets:
@@ -35,7 +35,7 @@ class Resets:
                 own(thing, *args, **kwargs)
 
             self._own.append((kind, own))
-            kind.zero_grad = zero_grad  # type: ignore[assignment]
+            kind.zero_grad = zero_grad
 
     def end(self) -> None:
         """Puts back what was there."""

@@ -68,7 +68,9 @@ def measure_like(
     loss, before = None, plan.graph.loss_op
     if chosen is not None and before is not None and graph.loss_op is not None:
         nbytes = scaled_scratch(graph, graph.loss_op, known, before)
-        loss = OpCost(seconds[graph.ops[graph.loss_op].key], max(0, nbytes - held_nbytes(binding)), 0.0, 0)
+        loss = OpCost(
+            seconds[graph.ops[graph.loss_op].key], max(0, nbytes - held_nbytes(binding.graph, binding.device)), 0.0, 0
+        )
     cost = cost_model(binding, costs, optimizer=settings.optimizer, loss=loss, accumulate=settings.accumulate)
     signature = {**model_signature(model), **batch_signature(flat), **given}
     return Measured(capture, replace(cost, origin=Origin.LEARNED), signature, num_unrun=len(unrun))
