@@ -24,6 +24,9 @@ from keepless.modules import planned as modules_planned
 STEPS = 100
 """Training steps in each step of the meter's."""
 
+SMALLEST_COUNTED = 4096
+"""Bytes of the smallest block of the heap that the interposer counts (`KEEPLESS_MIN_BLOCK`)."""
+
 
 def enduring(engine: str) -> Any:
     """Trains a small GPT by a plan that recomputes."""
@@ -58,12 +61,16 @@ def test_bytes_of_a_thousand_steps() -> None:
     "engine", [pytest.param(e, marks=pytest.mark.exhaustive) if e == "graph" else e for e in ENGINES]
 )
 def test_the_heap_of_a_thousand_steps(engine: str) -> None:
-    """The same in large blocks of the heap, whoever allocates them."""
+    """The same in large blocks of the heap, whoever allocates them.
+
+    The heap gives a block 16 bytes more than were asked for where so little would be left of a free one: whatever adds
+    up is a block or more.
+    """
     reason = interposer.available()
     if reason is not None:
         pytest.skip(reason)
     found = measure_peak(f"{__name__}:enduring", {"engine": engine}, steps=11, method="interposer")
-    assert set(found.ends[2:]) == {found.ends[2]}
+    assert max(found.ends[2:]) - min(found.ends[2:]) < SMALLEST_COUNTED
 
 
 def live() -> tuple[int, int]:
