@@ -25,7 +25,6 @@ from torch._subclasses.fake_tensor import UnsupportedFakeTensorException
 from torch.fx.experimental import symbolic_shapes
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 
 from keepless._compat.ambient import ambient_flags as ambient_flags
 from keepless._compat.ambient import ambient_state as ambient_state
@@ -46,6 +45,8 @@ from keepless._compat.kernels import convolution_backend as convolution_backend
 from keepless._compat.kernels import host_outputs as host_outputs
 from keepless._compat.kernels import keep_busy as keep_busy
 from keepless._compat.kernels import suggested_memory_format as suggested_memory_format
+from keepless._compat.modes import TorchDispatchMode as TorchDispatchMode
+from keepless._compat.modes import WatchingMode as WatchingMode
 from keepless._compat.tensors import quick_look as quick_look
 
 tree_flatten = pytree.tree_flatten

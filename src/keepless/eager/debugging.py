@@ -10,11 +10,11 @@ from keepless.eager.calls import tensors_in
 from keepless.eager.failures import CheckpointError
 
 
-class OpLog(_compat.TorchDispatchMode):
+class OpLog(_compat.WatchingMode):
     """Lists the ops that run, with the shapes of their tensors and the source line that called them."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.lines: list[tuple[str, str]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -31,11 +31,11 @@ def _stream_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Stre
     return next(iter(randomness.device_streams([device])), None)
 
 
-class Draws(_compat.TorchDispatchMode):
+class Draws(_compat.WatchingMode):
     """Notes the state of the stream before each op that draws."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.states: list[tuple[Stream, Any]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -46,11 +46,11 @@ class Draws(_compat.TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-class Redraws(_compat.TorchDispatchMode):
+class Redraws(_compat.WatchingMode):
     """Sets the stream to the noted state before each op that draws."""
 
     def __init__(self, draws: Draws) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.draws = draws
         self.count = 0
 

@@ -44,15 +44,15 @@ def headroom_of(plan: Plan) -> int:
     return int(HEADROOM * max(0, plan.predicted_peak - plan.graph.start_nbytes))
 
 
-class _Sizes(_compat.TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Sizes(_compat.WatchingMode):
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.names: set[str] = set()
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if _SIZES in func.tags and not _picks_by_position(func, args):
+        if _SIZES in getattr(func, "tags", ()) and not _picks_by_position(func, args):
             self.names.add(str(func))
         return func(*args, **(kwargs or {}))
 
