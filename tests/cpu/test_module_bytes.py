@@ -240,6 +240,33 @@ def _joined(blocks: nn.ModuleList, x: torch.Tensor) -> torch.Tensor:
     return x
 
 
+def _around_a_copy(blocks: nn.ModuleList, x: torch.Tensor) -> torch.Tensor:
+    """Nobody saves what stands around a block, and no call is given it."""
+    for block in blocks:
+        x = x + block(x * 1.0)
+    return x
+
+
+class _KeepsItsOwn(torch.autograd.Function):
+    """Keeps what its backward needs without autograd's knowledge."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.own = x.cos()
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        own: torch.Tensor = ctx.own
+        return gradient * own
+
+
+def _kept_by_functions(blocks: nn.ModuleList, x: torch.Tensor) -> torch.Tensor:
+    for block in blocks:
+        x = x + block(_KeepsItsOwn.apply(x))
+    return x
+
+
 def _with_aside(blocks: nn.ModuleList, x: torch.Tensor) -> torch.Tensor:
     aside = x.new_zeros(())
     for block in blocks:
@@ -249,12 +276,42 @@ def _with_aside(blocks: nn.ModuleList, x: torch.Tensor) -> torch.Tensor:
     return x + aside
 
 
-@pytest.mark.parametrize("body", [_scaled, _viewed, _several, _dense, _joined, _with_aside])
+@pytest.mark.parametrize(
+    "body",
+    [_scaled, _viewed, _several, _dense, _joined, _with_aside, _around_a_copy, _kept_by_functions],
+)
 def test_gradients_of_other_skips_are_foretold(body: Body) -> None:
     """At the smallest budget, which the middle block's backward decides on."""
     torch.manual_seed(0)
     model = Around(body, grows=body is _joined)
     plan = plan_between(model, {"x": torch.randn(2048, 64)}, 0.0, engine="blocks", cache=False)
+    assert plan.measured_peak is not None
+    assert 0.999 * plan.measured_peak <= plan.predicted_peak <= 1.015 * plan.measured_peak
+
+
+class KeepsFeatures(Around):
+    """Keeps features for others to read: copies, what goes into blocks, or what comes out of them."""
+
+    which = "copies"
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The loss."""
+        self.features: list[torch.Tensor] = []
+        x = self.embed(x)
+        for block in self.blocks:
+            new = block(x)
+            x = x + new
+            self.features.append({"copies": x * 2, "given": x, "returned": new}[self.which].detach())
+        return {"loss": x.square().mean()}
+
+
+@pytest.mark.parametrize("which", ["copies", "given", "returned"])
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_features_that_a_model_keeps_stand_to_the_end(which: str, share: float) -> None:
+    torch.manual_seed(0)
+    model = KeepsFeatures(_through, times=(1, 4, 4, 1))
+    model.which = which
+    plan = plan_between(model, {"x": torch.randn(2048, 64)}, share, engine="blocks", cache=False)
     assert plan.measured_peak is not None
     assert 0.999 * plan.measured_peak <= plan.predicted_peak <= 1.015 * plan.measured_peak
 

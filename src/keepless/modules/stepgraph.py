@@ -163,7 +163,7 @@ class StepGraph:
                 readers.setdefault(storage, set())
         self.savers = savers
         names: dict[int, str] = {}
-        for storage in sorted({*readers, *savers, *survey.outputs}):
+        for storage in sorted({*readers, *savers, *survey.outputs, *survey.between}):
             if storage in self.values.of:  # state and batch
                 for piece in savers.get(storage, ()):
                     self.reads[piece].add(self.values.of[storage])
@@ -175,13 +175,15 @@ class StepGraph:
             held = used if freed is None else used | {min(cut.piece_of(freed), self.count - 1)}
             is_output = storage in survey.outputs
             is_held = is_output and (not self.shape.release_outputs or storage == self.loss)
+            stands = storage in survey.standing
             last = max(held, default=maker)
-            if not is_output and not savers.get(storage) and last <= maker:
+            if not (is_output or stands or savers.get(storage)) and last <= maker:
                 continue
             name = names.setdefault(maker, self._name(maker))
             kind = Kind.OUTPUT if is_output else Kind.ACTIVATION
             value = self.values.of[storage] = self.values.new(name, survey.book.nbytes[storage], kind)
             self.makes[maker].add(value)
+            self.pinned |= {value} if stands else set()
             for piece in held:
                 if piece > maker:
                     self.reads[piece].add(value)

@@ -7,9 +7,10 @@ tensors at once: it is surveyed again with everything kept.
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from bisect import bisect_right
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -101,6 +102,9 @@ class Survey:
             once.
         made: moment at which each storage was first seen. Those of the model's state and the batch have moment -1.
         freed: moment at which a storage was first missed; storages that outlived the forward are not in it.
+        between: storages that were made between noted calls.
+        standing: those of them, and of what noted calls returned, that outlive forward and backward: features that the
+            model keeps for others to read, and what a `Function` keeps by itself, which goes with the loss.
         outputs: storages of the model's outputs.
         loss: the storage of its own loss, where it has one.
         end: moment at which the forward ended.
@@ -115,6 +119,8 @@ class Survey:
     saved: list[Saved] = field(default_factory=list)
     made: dict[int, int] = field(default_factory=dict)
     freed: dict[int, int] = field(default_factory=dict)
+    between: set[int] = field(default_factory=set)
+    standing: frozenset[int] = frozenset()
     outputs: tuple[int, ...] = ()
     loss: int | None = None
     end: int = 0
@@ -141,6 +147,24 @@ class _Kept:
         self.tensor = tensor
 
 
+class _Between(_compat.WatchingMode):
+    """Notes what ops between noted calls make, whoever holds it: a local, an attribute, a list.
+
+    A weight's cast is autocast's, and gone with it.
+    """
+
+    def __init__(self, run: _Survey) -> None:
+        super().__init__()
+        self.run = run
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        run = self.run
+        if not run.is_inside and not (func is torch.ops.aten._to_copy.default and run.is_state(args[0])):
+            run.found.between.update(map(run.number_of, tensors_in(result)))
+        return result
+
+
 class _Survey:
     """A survey on its way."""
 
@@ -153,6 +177,11 @@ class _Survey:
         self.calls = Calls()
         self.kept: list[weakref.ref[_Kept]] = []
         self.nodes: list[tuple[int, int]] = [(0, 0)]
+        self.is_inside = False
+
+    def is_state(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor is the model's, or the batch's."""
+        return self.found.made[self.number_of(tensor)] < 0
 
     def number_of(self, tensor: torch.Tensor) -> int:
         found = self.found
@@ -197,8 +226,11 @@ class _Survey:
             number = self.begin(path, forward, (args, kwargs))
             call = self.found.calls[number]
             if path in self.noted:
-                call.noted = self.note(args, kwargs)
-            result = forward(*args, **kwargs)
+                with self.aside():
+                    call.noted = self.note(args, kwargs)
+                    result = forward(*args, **kwargs)
+            else:
+                result = forward(*args, **kwargs)
             call.outputs = self.numbers(result)
             if call.noted is not None:
                 for i, leaf in enumerate(tree_leaves(result)):
@@ -211,6 +243,23 @@ class _Survey:
             return result
 
         return watched
+
+    def standing(self) -> frozenset[int]:
+        """See `Survey.standing`; asked when the forward has ended."""
+        found = self.found
+        returned = {number for call in found.calls if call.noted is not None for number in call.noted.returned.values()}
+        left = {number for number in found.between | returned if found.made[number] >= 0} - found.freed.keys()
+        by_autograd = {item.storage for item in found.saved} if self.keeps else set()
+        return frozenset(left - by_autograd.union(found.outputs))
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """What is made in here is not made between noted calls."""
+        before, self.is_inside = self.is_inside, True
+        try:
+            yield
+        finally:
+            self.is_inside = before
 
     def note(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Noted:
         try:
@@ -322,12 +371,14 @@ def _surveyed(
         forwards_replaced(model, run.wrapped),
         torch.enable_grad(),
         torch.autograd.graph.saved_tensors_hooks(run.pack, run.unpack),
+        _Between(run) if noted else contextlib.nullcontext(),
     ):
         output = model(*args, **kwargs)
     run.forget_the_dead()
     found.outputs = run.numbers(output)
     run.tick()
     found.end = run.moment
+    found.standing = run.standing()
     found.kept_everything = keeps
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     roots = tensors_in(output)
