@@ -22,6 +22,7 @@ import argparse
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -35,6 +36,8 @@ from benchmarks.peers import answers, nursery, race
 from benchmarks.peers.models import FAMILIES
 
 MINUTES = 56.0
+LEAST = 0.5
+"""A model has so much of an equal share at least, however long the others took."""
 
 
 def arguments() -> argparse.Namespace:
@@ -52,7 +55,17 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def measure_models(names: list[str], sizes: race.Sizes, path: Path, seed: int, console: Console) -> Table:
+def share_of(left: float, models: int, equal: float) -> float:
+    """Seconds of the next model, of those that are left for so many.
+
+    What a model takes beyond its share, as what it began is ended, the others have less; each has some of an equal one.
+    """
+    return max(left / models, LEAST * equal)
+
+
+def measure_models(
+    names: list[str], sizes: race.Sizes, minutes: float, path: Path, seed: int, console: Console
+) -> Table:
     """The rows of some models; they are on disk as soon as a model is done."""
     table = Table("cpu", seed)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -65,13 +78,15 @@ def measure_models(names: list[str], sizes: race.Sizes, path: Path, seed: int, c
         os.environ["KEEPLESS_CACHE_DIR"] = str(Path(folder) / "costs")
         nursery.prepare()
         task = bar.add_task("starting", total=len(names))
-        for name in names:
+        end = time.perf_counter() + 60.0 * minutes
+        for number, name in enumerate(names):
+            share = share_of(end - time.perf_counter(), len(names) - number, 60.0 * minutes / len(names))
 
             def tell(text: str, name: str = name) -> None:
                 bar.update(task, description=f"{name}: {text}")
 
             try:
-                race.Race(name, table, sizes, seed, tell).run()
+                race.Race(name, table, replace(sizes, seconds=share), seed, tell).run()
             except race.NoReference as error:  # the other models go on
                 console.print(f"{error}", markup=False)
             table.write(path)
@@ -103,8 +118,7 @@ def main() -> None:
     minutes = args.minutes or (7.0 if args.quick else MINUTES * len(args.models) / len(FAMILIES))
     console = Console() if Console().is_terminal else Console(width=160)
     if names:
-        sizes = replace(sizes, seconds=60.0 * minutes / len(names))
-        measure_models(names, sizes, path, args.seed, console)
+        measure_models(names, sizes, minutes, path, args.seed, console)
     rows = [row for row in read_rows(path) if row.model in args.models]
     conclude(console, answers.summary(rows), rows, path)
 

@@ -33,9 +33,6 @@ LEFT_OUT: dict[str, dict[str, int]] = {
 }
 """Samples that plain autograd cannot judge: how many, by what it does."""
 
-UNDER_A_MODE = "torch resolves a conjugate before a complex product under any dispatch mode: the watched call rounds so"
-"""Ops that are not right yet."""
-
 
 def _marked(names: list[str]) -> list[Any]:
     fast = thinned(names)

@@ -279,6 +279,19 @@ def test_a_race_has_a_row_for_everyone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert answers.faults(rows) == []
 
 
+def test_what_a_model_takes_beyond_its_share_the_others_have_less() -> None:
+    """All together end when they should, unless there is hardly anything left for the last."""
+    from benchmarks.peers.run import LEAST, share_of
+
+    left, equal = 420.0, 60.0
+    for models in range(7, 0, -1):
+        share = share_of(left, models, equal)
+        assert share >= LEAST * equal
+        left -= share * 1.2
+    assert -0.2 * equal <= left <= 0
+    assert share_of(-5.0, 2, equal) == LEAST * equal
+
+
 def test_where_our_own_plan_was_not_timed_there_is_no_cell() -> None:
     """A far lower plan, which recomputes more, is not what a user would run at that peak."""
     from benchmarks.common import Table
