@@ -75,6 +75,11 @@ def test_version(invoke: Invoke) -> None:
             "import torch\n\n\ndef make():\n    return torch.ones(2) @ torch.ones(3)\n",
             "(torchy.py:5, in make)",
         ),
+        (
+            "liner",
+            "def make():\n    raise ValueError('first\\nsecond')\n",
+            "has raised: ValueError (liner.py:2, in make):\n    first\n    second",
+        ),
         ("broken", "x = 1 / 0\n", "The module 'broken' of the model 'broken:make' cannot be imported"),
         ("absentee", "import nosuchpackage\n", "No module named 'nosuchpackage' (absentee.py:1"),
         ("syntax", "def make(:\n", "SyntaxError: invalid syntax (syntax.py, line 1)"),

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -154,8 +155,12 @@ def factory_of(spec: str) -> Callable[..., Any]:
 
 
 def _said(error: Exception) -> str:
-    """What a user's code raised, and the line of it: the innermost one outside of installed packages."""
-    words = f"{type(error).__name__}: {error}".rstrip()
+    """What a user's code raised, and the line of it: the innermost one outside of installed packages.
+
+    A message of several lines stands indented below.
+    """
+    kind, text = type(error).__name__, str(error).rstrip()
+    words = f"{kind}: {text}".rstrip()
     if isinstance(error, SyntaxError):
         return words  # says the place itself
     frames = traceback.extract_tb(error.__traceback__)
@@ -169,7 +174,8 @@ def _said(error: Exception) -> str:
         return words
     last = own[-1]
     name = os.path.relpath(last.filename) if last.filename.startswith(os.path.join(os.getcwd(), "")) else last.filename
-    return f"{words} ({name}:{last.lineno}, in {last.name})"
+    place = f"({name}:{last.lineno}, in {last.name})"
+    return f"{kind} {place}:\n{textwrap.indent(text, '    ')}" if "\n" in text else f"{words} {place}"
 
 
 def call_factory(spec: str, device: torch.device, sizes: Mapping[str, int]) -> tuple[torch.nn.Module, Any, Any]:
