@@ -35,7 +35,7 @@ from benchmarks.common import RESULTS, Row, Table, read_rows
 from benchmarks.peers import answers, nursery, race
 from benchmarks.peers.models import FAMILIES
 
-MINUTES = 56.0
+MINUTES, QUICK_MINUTES = 56.0, 6.5
 LEAST = 0.5
 """A model has so much of an equal share at least, however long the others took."""
 
@@ -48,7 +48,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", choices=list(FAMILIES), default=list(FAMILIES), help="default: all")
     parser.add_argument("--quick", action="store_true", help="tiny models, few points; rows go to out/")
     parser.add_argument("--resume", action="store_true", help="leave out models that have their rows already")
-    parser.add_argument("--minutes", type=float, default=0.0, help=f"for all models; default: {MINUTES:g}, quick: 7")
+    parser.add_argument(
+        "--minutes", type=float, default=0.0, help=f"for all models; default: {MINUTES:g}, quick: {QUICK_MINUTES:g}"
+    )
     parser.add_argument("--threads", type=int, default=0, help="of torch; default: as torch chooses")
     parser.add_argument("--seed", type=int, default=0, help="of weights, plans and the order of timed steps")
     parser.add_argument("--out", type=Path, help="folder of peers.csv; default: benchmarks/results")
@@ -115,7 +117,7 @@ def main() -> None:
     done = read_rows(path) if args.resume else []
     names = [name for name in args.models if not race.has_finished(done, name)]
     sizes = race.QUICK if args.quick else race.FULL
-    minutes = args.minutes or (7.0 if args.quick else MINUTES * len(args.models) / len(FAMILIES))
+    minutes = args.minutes or (QUICK_MINUTES if args.quick else MINUTES * len(args.models) / len(FAMILIES))
     console = Console() if Console().is_terminal else Console(width=160)
     if names:
         measure_models(names, sizes, minutes, path, args.seed, console)

@@ -427,3 +427,56 @@ def test_blocks_that_name_nothing(blocks: Any) -> None:
 def test_parts_are_named_in_the_models_order() -> None:
     plan = keepless.plan(built(Net), batch_of(0), 1 << 30, loss_fn=loss_fn)
     assert plan.parts[0].paths == ("blocks.0", "blocks.1", "blocks.2")
+
+
+_ASIDE: list[torch.Tensor] = []
+
+
+class PutsAside(torch.nn.Module):
+    """A block that puts a part of the loss where the code around it looks."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.net = torch.nn.Sequential(
+            torch.nn.Linear(width, 4 * width), torch.nn.GELU(), torch.nn.Linear(4 * width, width)
+        )
+        self.router = torch.nn.Linear(width, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """What goes on; a loss is put aside."""
+        _ASIDE.append(self.router(x).softmax(-1).mean(0).square().sum())
+        out: torch.Tensor = self.net(x)
+        return out
+
+
+class LooksAside(torch.nn.Module):
+    """Adds what its blocks put aside, and asks for data on the way, so that it has no graph."""
+
+    def __init__(self, needs_all: bool) -> None:
+        super().__init__()
+        self.needs_all = needs_all
+        self.blocks = torch.nn.ModuleList(PutsAside() for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The loss."""
+        _ASIDE.clear()
+        for block in self.blocks:
+            x = x + block(x)
+        assert x.abs().max().item() < 1e9
+        aside = torch.stack(_ASIDE).sum() if self.needs_all else sum(_ASIDE)
+        return {"loss": x.square().mean() + aside}
+
+
+@pytest.mark.parametrize("needs_all", [False, True])
+def test_blocks_that_put_a_loss_aside_are_not_captured(needs_all: bool) -> None:
+    """It would be lost: a list that is nobody's attribute is not seen, but the planned step's loss, or failure, is."""
+    torch.manual_seed(0)
+    model, batch = LooksAside(needs_all), {"x": torch.randn(64, 16)}
+    expected = model(**batch)["loss"].detach()
+    said = "stack expects a non-empty" if needs_all else f"of the model's own code one of {float(expected)}"
+    with pytest.raises(CaptureError, match=said):
+        keepless.plan(model, batch, "1GiB", engine="blocks", cache=False)
+    plan = keepless.plan(model, batch, "1GiB", cache=False)
+    assert plan.engine == "eager"
+    assert "puts where code around it looks" in plan.signature["not_blocks"]
+    assert keepless.verify(model, batch, plan, repeats=1).equal

@@ -267,6 +267,14 @@ def _kept_by_functions(blocks: nn.ModuleList, x: torch.Tensor) -> torch.Tensor:
     return x
 
 
+def _beside_a_cast(blocks: nn.ModuleList, x: torch.Tensor) -> torch.Tensor:
+    """A cast of a weight that is none of autocast's."""
+    weight: torch.Tensor = blocks[1][0].weight.detach().double()  # type: ignore[index]
+    for block in blocks:
+        x = x + block(x)
+    return x + weight.sum().float()
+
+
 def _with_aside(blocks: nn.ModuleList, x: torch.Tensor) -> torch.Tensor:
     aside = x.new_zeros(())
     for block in blocks:
@@ -278,7 +286,7 @@ def _with_aside(blocks: nn.ModuleList, x: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     "body",
-    [_scaled, _viewed, _several, _dense, _joined, _with_aside, _around_a_copy, _kept_by_functions],
+    [_scaled, _viewed, _several, _dense, _joined, _with_aside, _around_a_copy, _kept_by_functions, _beside_a_cast],
 )
 def test_gradients_of_other_skips_are_foretold(body: Body) -> None:
     """At the smallest budget, which the middle block's backward decides on."""
@@ -312,6 +320,27 @@ def test_features_that_a_model_keeps_stand_to_the_end(which: str, share: float) 
     model = KeepsFeatures(_through, times=(1, 4, 4, 1))
     model.which = which
     plan = plan_between(model, {"x": torch.randn(2048, 64)}, share, engine="blocks", cache=False)
+    assert plan.measured_peak is not None
+    assert 0.999 * plan.measured_peak <= plan.predicted_peak <= 1.015 * plan.measured_peak
+
+
+class ReadsTables(Around):
+    """Reads and changes tensors that stand since before the step, and that are none of its state."""
+
+    def __init__(self) -> None:
+        super().__init__(_through)
+        self.table = torch.randn(8192, 64)
+        self.mean = torch.zeros(2048, 64)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The loss."""
+        self.mean.mul_(0.9).add_(x.detach(), alpha=0.1)
+        return super().forward(x + self.table[: len(x)])
+
+
+def test_tensors_that_stood_before_the_step_are_not_made_in_it() -> None:
+    torch.manual_seed(0)
+    plan = plan_between(ReadsTables(), {"x": torch.randn(2048, 64)}, 0.0, engine="blocks", cache=False)
     assert plan.measured_peak is not None
     assert 0.999 * plan.measured_peak <= plan.predicted_peak <= 1.015 * plan.measured_peak
 

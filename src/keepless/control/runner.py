@@ -57,6 +57,17 @@ class Runner:
         self.loss_fn = loss_fn
         self.settings = settings
         self.device = device
+        self._losses: list[torch.Tensor] = []
+
+    def note_loss(self, loss: torch.Tensor) -> None:
+        """The loss of a step that ran by the model's own code."""
+        self._losses = [*self._losses[-1:], loss.detach().clone()]
+
+    def own_loss_beside(self, loss: torch.Tensor) -> float | None:
+        """The loss of the model's own code, where that repeats itself, and this one is another; else None."""
+        if len(self._losses) < 2 or any(not _same(self._losses[-1], one) for one in self._losses):
+            return None
+        return None if _same(self._losses[-1], loss.detach()) else float(self._losses[-1])
 
     def loss_of(self, output: Any) -> torch.Tensor:
         """The loss of an output."""
@@ -127,6 +138,10 @@ class Runner:
         """Highest bytes above the level at the step's start."""
         self.prepare()
         return increments(self.forward_backward, self.device)
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.dtype == other.dtype and torch.allclose(one, other, rtol=0.0, atol=0.0, equal_nan=True)
 
 
 @contextlib.contextmanager

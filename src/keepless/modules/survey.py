@@ -150,7 +150,8 @@ class _Kept:
 class _Between(_compat.WatchingMode):
     """Notes what ops between noted calls make, whoever holds it: a local, an attribute, a list.
 
-    A weight's cast is autocast's, and gone with it.
+    What an op reads that no other has made stood before, or is not torch's (an array of numpy's): it is none of it.
+    Autocast keeps casts of weights, and lets them go with itself.
     """
 
     def __init__(self, run: _Survey) -> None:
@@ -158,10 +159,16 @@ class _Between(_compat.WatchingMode):
         self.run = run
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
         run = self.run
-        if not run.is_inside and not (func is torch.ops.aten._to_copy.default and run.is_state(args[0])):
-            run.found.between.update(map(run.number_of, tensors_in(result)))
+        if run.is_inside:
+            return func(*args, **(kwargs or {}))
+        if func is not torch.ops.aten.lift_fresh.default:  # of what `torch.tensor` makes without an op
+            for tensor in tensors_in((args, kwargs)):
+                if not run.found.book.knows(tensor):
+                    run.stood.add(run.number_of(tensor))
+        result = func(*args, **(kwargs or {}))
+        if not (func is torch.ops.aten._to_copy.default and run.is_cached_cast(args[0])):
+            run.found.between.update({*map(run.number_of, tensors_in(result))} - run.stood)
         return result
 
 
@@ -178,10 +185,11 @@ class _Survey:
         self.kept: list[weakref.ref[_Kept]] = []
         self.nodes: list[tuple[int, int]] = [(0, 0)]
         self.is_inside = False
+        self.stood: set[int] = set()
 
-    def is_state(self, tensor: torch.Tensor) -> bool:
-        """Whether a tensor is the model's, or the batch's."""
-        return self.found.made[self.number_of(tensor)] < 0
+    def is_cached_cast(self, tensor: torch.Tensor) -> bool:
+        """Whether autocast keeps the cast of a tensor, which is the model's."""
+        return torch.is_autocast_enabled(self.device) and self.found.made[self.number_of(tensor)] < 0
 
     def number_of(self, tensor: torch.Tensor) -> int:
         found = self.found

@@ -100,7 +100,7 @@ def measure_modules(
         whole: list[dict[int, float]] = []
         for number in range(repeats):
             run.prepare()
-            whole.append(_timed(run, probe, lambda: _step(run, probe)))
+            whole.append(_timed(run, probe, lambda: run.note_loss(_step(run, probe))))
             tell(5 + number, total)
     gradients = dict(probe.gradients)
     forwards: list[dict[int, float]] = []
@@ -152,13 +152,13 @@ def _warmed_up(run: Runner, probe: Probe) -> float:
         watched = checkpoint_counters().watched
         start = time.perf_counter()
         run.prepare()
-        _step(run, probe)
+        run.note_loss(_step(run, probe))
         if checkpoint_counters().watched == watched:
             break
     return time.perf_counter() - start
 
 
-def _step(run: Runner, probe: Probe) -> None:
+def _step(run: Runner, probe: Probe) -> torch.Tensor:
     probe.begin()
     output = run.model(*run.inputs.args, **run.inputs.kwargs)
     probe.loss()
@@ -168,6 +168,7 @@ def _step(run: Runner, probe: Probe) -> None:
         del output
     with autocast_over(run.device):
         loss.backward()  # type: ignore[no-untyped-call]
+    return loss
 
 
 def _forward(run: Runner, probe: Probe) -> None:

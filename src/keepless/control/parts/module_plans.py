@@ -46,6 +46,7 @@ from keepless.errors import (
     SolverError,
 )
 from keepless.execute import Attached
+from keepless.execute.recovery import covers
 from keepless.ir import Phase
 from keepless.machine import Plan, managed_share
 from keepless.measure.steps import increments
@@ -61,6 +62,13 @@ from keepless.solve.regions import NAME
 _ROUNDS = 3
 """How often a plan whose step rose above its budget is planned again for less."""
 
+
+_LOST = (
+    "Captured blocks do what their ops do: what their code does beside that (a loss that it puts where code around it "
+    'looks, kernels of its own that it is compiled to) is lost. engine="eager" runs the model\'s own code.'
+)
+OTHER_LOSS = "A planned step has a loss of {}, a step of the model's own code one of {}. " + _LOST
+FAILS = "A planned step fails, and a step of the model's own code does not ({}). " + _LOST
 
 _REPEATS = 5
 """Timed steps at most; a kind of step that is planned when it comes is timed once."""
@@ -196,7 +204,7 @@ def _landed(run: Runner, settings: Settings, tell: Any, solve: Callable[[int], P
         planned.on_miss = _never
         try:
             run.prepare()
-            changes = _watching_changes(run)  # and regions are watched the first time
+            changes = _tried(run, plan, settings)  # and regions are watched the first time
             run.prepare()
             plan.measured_peak = resident + increments(run.forward_backward, run.device)
         finally:
@@ -216,13 +224,33 @@ def _landed(run: Runner, settings: Settings, tell: Any, solve: Callable[[int], P
     )
 
 
-def _watching_changes(run: Runner) -> str:
-    """Runs a step, and gives what its forward changes beside random numbers; empty where it is nothing.
+def _tried(run: Runner, plan: Plan, settings: Settings) -> str:
+    """Runs a planned step for the first time, and gives what its forward changes, see `_watching_changes`.
+
+    Raises:
+        CaptureError: captured blocks make it fail, or give it another loss than the model's own code does.
+    """
+    if plan.engine != BLOCKS:
+        return _watching_changes(run)[1]
+    try:
+        loss, changes = _watching_changes(run)
+    except Exception as error:
+        if isinstance(error, (KeeplessError, RecursionError)) or covers(error):
+            raise
+        raise CaptureError(FAILS.format(f"{type(error).__name__}: {error}")) from error
+    own = None if settings.rewrites else run.own_loss_beside(loss)
+    if own is not None:
+        raise CaptureError(OTHER_LOSS.format(float(loss), own))
+    return changes
+
+
+def _watching_changes(run: Runner) -> tuple[torch.Tensor, str]:
+    """Runs a step, and gives its loss, and what its forward changes beside random numbers; empty where it is nothing.
 
     What only a first forward does (libraries hang hooks on modules then) counts for nothing.
     """
     streams = streams_of(run.device)
-    found = _changed_in_forward(run, run.before, streams)
+    loss, found = _changed_in_forward(run, run.before, streams)
     if found:
         again = Before(run.model, run.device, tensors_of(run.inputs))
         try:
@@ -230,13 +258,13 @@ def _watching_changes(run: Runner) -> str:
                 run.model(*run.inputs.args, **run.inputs.kwargs)
         except Exception:  # it needs gradients itself, as `retain_grad` does
             run.before.without_gradients()
-            return _changed_in_forward(run, again, streams)
+            return loss, _changed_in_forward(run, again, streams)[1]
         found = again.changed(streams)
-    return found
+    return loss, found
 
 
-def _changed_in_forward(run: Runner, before: Before, streams: Sequence[Stream]) -> str:
-    """What stands otherwise than before when the forward of a step has ended."""
+def _changed_in_forward(run: Runner, before: Before, streams: Sequence[Stream]) -> tuple[torch.Tensor, str]:
+    """The loss of a step, and what stands otherwise than before when its forward has ended."""
     found = ""
 
     def mark(phase: str) -> None:
@@ -244,8 +272,8 @@ def _changed_in_forward(run: Runner, before: Before, streams: Sequence[Stream]) 
         if phase == Phase.FORWARD.value:
             found = before.changed(streams)
 
-    run.forward_backward(mark)
-    return found
+    loss = run.forward_backward(mark)
+    return loss, found
 
 
 def apply(
