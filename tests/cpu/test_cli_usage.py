@@ -80,6 +80,13 @@ def test_version(invoke: Invoke) -> None:
             "def make():\n    raise ValueError('first\\nsecond')\n",
             "has raised: ValueError (liner.py:2, in make):\n    first\n    second",
         ),
+        (
+            "quitter",
+            "import sys\n\n\ndef make():\n    sys.exit(3)\n",
+            "ends the program: SystemExit: 3 (quitter.py:5, in make)",
+        ),
+        ("leaver", "import sys\n\nsys.exit(3)\n", "ends the program: SystemExit: 3 (leaver.py:3, in <module>)"),
+        ("silent", "def make():\n    raise ValueError\n", "has raised: ValueError (silent.py:2, in make)"),
         ("broken", "x = 1 / 0\n", "The module 'broken' of the model 'broken:make' cannot be imported"),
         ("absentee", "import nosuchpackage\n", "No module named 'nosuchpackage' (absentee.py:1"),
         ("syntax", "def make(:\n", "SyntaxError: invalid syntax (syntax.py, line 1)"),
@@ -95,6 +102,32 @@ def test_what_a_factory_raises_is_told_with_its_name_and_line(
     assert done.exit_code == 1
     assert json.loads(done.stdout)["error"]["type"] == "FactoryError"
     assert said in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ("empty:make",),
+            "'empty:make' must return (model, batch) or (model, batch, loss_fn), the model a Module; it returns None",
+        ),
+        (("pair:make",), "it returns (int, str)."),
+        (("pair.py:make",), "The model 'pair.py:make' names a file; give its module: pair:make."),
+        (("factories:tiny", "--outside", "lots"), "--outside lots cannot be read."),
+        (("factories:tiny", "--outside", "-1MiB"), "cannot be read."),
+    ],
+)
+def test_what_was_given_is_in_the_error(
+    invoke: Invoke, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], said: str
+) -> None:
+    """What a factory returned, how a module is written, and which option it was."""
+    for module, text in (("empty", "def make():\n    pass\n"), ("pair", "def make():\n    return 1, ''\n")):
+        Path(f"{module}.py").write_text(text)
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    done = invoke("plan", *words, "-b", "1MiB")
+    assert done.exit_code == 2
+    assert said in " ".join(done.stderr.split())
+    assert "budget" not in done.stderr
 
 
 def test_remedies_name_options(invoke: Invoke) -> None:

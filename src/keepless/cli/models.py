@@ -16,6 +16,7 @@ import textwrap
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -133,6 +134,10 @@ def factory_of(spec: str) -> Callable[..., Any]:
     name, colon, attribute = spec.partition(":")
     if not colon or not name or not attribute:
         raise UsageError(f"The model {spec!r} is neither package.module:factory nor hf:PATH_TO_CONFIG.json.")
+    if name.endswith(".py") and Path(name).is_file():
+        module = Path(name).with_suffix("")
+        inside = f", in the folder {str(module.parent)!r}" if module.parent != Path() else ""
+        raise UsageError(f"The model {spec!r} names a file; give its module: {module.name}:{attribute}{inside}.")
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
@@ -145,6 +150,8 @@ def factory_of(spec: str) -> Callable[..., Any]:
         raise
     except Exception as error:
         raise FactoryError(f"The module {name!r} of the model {spec!r} cannot be imported: {_said(error)}") from error
+    except SystemExit as error:
+        raise FactoryError(f"The module {name!r} of the model {spec!r} ends the program: {_said(error)}") from error
     for part in attribute.split("."):
         if not hasattr(found, part):
             raise UsageError(f"The module {name!r} has no {attribute!r}.")
@@ -154,13 +161,13 @@ def factory_of(spec: str) -> Callable[..., Any]:
     return found  # type: ignore[no-any-return]
 
 
-def _said(error: Exception) -> str:
+def _said(error: BaseException) -> str:
     """What a user's code raised, and the line of it: the innermost one outside of installed packages.
 
     A message of several lines stands indented below.
     """
     kind, text = type(error).__name__, str(error).rstrip()
-    words = f"{kind}: {text}".rstrip()
+    words = f"{kind}: {text}" if text else kind
     if isinstance(error, SyntaxError):
         return words  # says the place itself
     frames = traceback.extract_tb(error.__traceback__)
@@ -197,8 +204,13 @@ def call_factory(spec: str, device: torch.device, sizes: Mapping[str, int]) -> t
         given = ", ".join(f"{name}={size}" for name, size in sizes.items())
         called = f", called with {given}" if given else ""
         raise FactoryError(f"The factory {spec!r} has raised{called}: {_said(error)}") from error
+    except SystemExit as error:
+        raise FactoryError(f"The factory {spec!r} ends the program: {_said(error)}") from error
     if not isinstance(made, tuple) or len(made) not in (2, 3) or not isinstance(made[0], torch.nn.Module):
-        raise UsageError(f"{spec!r} must return (model, batch) or (model, batch, loss_fn), the model a Module.")
+        found = f"({', '.join(type(one).__name__ for one in made)})" if isinstance(made, tuple) else type(made).__name__
+        raise UsageError(
+            f"{spec!r} must return (model, batch) or (model, batch, loss_fn), the model a Module; it returns {found}."
+        )
     loss_fn = made[2] if len(made) == 3 else None
     return made[0].to(device), _move(made[1], device), loss_fn
 

@@ -188,7 +188,7 @@ def read_settings(
         options.loss_fn,
         options.accumulate,
         options.release_outputs,
-        0 if options.outside == 0 else parse_bytes(options.outside),
+        0 if options.outside == 0 else parse_bytes(options.outside, name="outside="),
         options.solver,
         options.seed,
         CostCache() if options.cache else None,

@@ -30,45 +30,46 @@ MAX_NBYTES = 2**60
 """Above any machine; larger numbers in a file or an argument are a mistake."""
 
 
-def parse_bytes(budget: object, *, device_nbytes: int | None = None) -> int:
+def parse_bytes(budget: object, *, device_nbytes: int | None = None, name: str = "The budget ") -> int:
     """Bytes that a budget means.
 
     Arguments:
         budget: text with a unit, an int of bytes, or a float in (0, 1] as a share of the device.
         device_nbytes: bytes of the device, needed for a share.
+        name: what errors call it; its value follows.
 
     Raises:
         BudgetError: the budget cannot be read, is not positive, or is beyond any machine.
     """
     if isinstance(budget, bool):
-        raise BudgetError(f"The budget {budget!r} is a bool, not a number of bytes. {_HELP}")
+        raise BudgetError(f"{name}{budget!r} is a bool, not a number of bytes. {_HELP}")
     if isinstance(budget, str):
-        nbytes = _parse_text(budget)
+        nbytes = _parse_text(budget, name)
     elif isinstance(budget, float):
         if not (math.isfinite(budget) and 0 < budget <= 1):
-            raise BudgetError(f"The budget {budget!r} is a float outside (0, 1]. {_HELP}")
+            raise BudgetError(f"{name}{budget!r} is a float outside (0, 1]. {_HELP}")
         if device_nbytes is None:
-            raise BudgetError(f"The budget {budget!r} is a share of the device, and the device's size is not known.")
+            raise BudgetError(f"{name}{budget!r} is a share of the device, and the device's size is not known.")
         nbytes = int(budget * device_nbytes)
     else:
         try:
             nbytes = operator.index(budget)  # type: ignore[arg-type]  # ints, numpy's too; whatever else has one
         except TypeError:
             raise BudgetError(
-                f"The budget {budget!r} is of type {type(budget).__name__}, not a number of bytes. {_HELP}"
+                f"{name}{budget!r} is of type {type(budget).__name__}, not a number of bytes. {_HELP}"
             ) from None
     if not 0 < nbytes <= MAX_NBYTES:
-        raise BudgetError(f"The budget {budget!r} is {nbytes} bytes; it must be between 1 and 2**60. {_HELP}")
+        raise BudgetError(f"{name}{budget!r} is {nbytes} bytes; it must be between 1 and 2**60. {_HELP}")
     return nbytes
 
 
-def _parse_text(text: str) -> int:
+def _parse_text(text: str, name: str) -> int:
     match = _TEXT.fullmatch(text) if len(text) <= 64 else None
     unit = match.group(2).lower() if match else ""
     if match is None or (unit and unit not in _UNITS):
-        raise BudgetError(f"The budget {text[:64]!r} cannot be read. {_HELP}")
+        raise BudgetError(f"{name}{text[:64]!r} cannot be read. {_HELP}")
     if not unit:
-        raise BudgetError(f"The budget {text!r} has no unit. {_HELP}")
+        raise BudgetError(f"{name}{text!r} has no unit. {_HELP}")
     return int(float(match.group(1)) * _UNITS[unit])
 
 
