@@ -52,6 +52,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: long.get(item.path.name, len(LONG)))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    """For fixtures of whole modules, too, which begin before those of a test: on some processors bits hang on it."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def _alike() -> Iterator[None]:
     threads = torch.get_num_threads()
