@@ -534,9 +534,10 @@ def test_gradients_that_are_reset_late_stand_in_the_next_forward(
     budget, answer, done = run_at_the_named_budget("late.py", *arguments.split())
     assert done.stdout == plainly("late.py", *arguments.split())
     assert answer["measured_peak"] <= budget
-    # Seen: as predicted with one call; with three 2.9 and, by other seconds of ops, 7.8 % above, as a plan of the
-    # second kind keeps more for its backward than one of the first.
-    assert 0.95 * answer["predicted_peak"] < answer["measured_peak"] <= 1.1 * answer["predicted_peak"], done.stderr
+    # Seen: with one call as predicted and once, by other seconds of ops, 7.8 % above; with three 2.9. A plan of the
+    # second kind may keep more for its backward than one of the first.
+    above = 1.1 if not arguments else 1.035
+    assert 0.95 * answer["predicted_peak"] < answer["measured_peak"] <= above * answer["predicted_peak"], done.stderr
 
 
 def test_rewrites_that_a_script_does_not_allow(invoke: Invoke) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 
 import pytest
@@ -15,10 +14,13 @@ from keepless.control.parts.data_sizes import _Sizes
 from keepless.eager.debugging import OpLog
 from keepless.eager.selective import Draws, Redraws
 
-pytestmark = pytest.mark.skipif(
-    not hasattr(TorchDispatchMode, "ignore_compile_internals"),
-    reason="this torch runs flex attention under no mode at all",
-)
+pytestmark = [
+    pytest.mark.skipif(
+        not hasattr(TorchDispatchMode, "ignore_compile_internals"),
+        reason="this torch runs flex attention, which it compiles as a whole, under no mode at all",
+    ),
+    pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile"),
+]
 
 
 class Looks(torch.nn.Module):
@@ -37,11 +39,6 @@ class Looks(torch.nn.Module):
             heads = x.detach().unflatten(-1, (2, -1)).transpose(1, 2)
             x = x + block(x + flex_attention(heads, heads, heads).transpose(1, 2).flatten(-2))
         return {"loss": x.square().mean()}
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> None:
-    warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
 
 
 @pytest.mark.parametrize("make", [_Sizes, OpLog, Draws, lambda: Redraws(Draws())])

@@ -269,7 +269,7 @@ def _kept_by_functions(blocks: nn.ModuleList, x: torch.Tensor) -> torch.Tensor:
 
 def _beside_a_cast(blocks: nn.ModuleList, x: torch.Tensor) -> torch.Tensor:
     """A cast of a weight that is none of autocast's."""
-    weight: torch.Tensor = blocks[1][0].weight.detach().double()  # type: ignore[index]
+    weight = blocks.get_parameter("1.0.weight").detach().double()
     for block in blocks:
         x = x + block(x)
     return x + weight.sum().float()

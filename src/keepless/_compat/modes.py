@@ -13,6 +13,8 @@ class WatchingMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Higher-order ops (flex attention) come to it like all others: torch raises on those under a mode that does not say
     so. Compiled code stays compiled, and what goes on inside of it is not seen: where a mode does not say so, torch
     runs the code as it is written, and raises where it must be compiled as a whole.
+
+    Torch's class has no types: its calls are left unchecked here, and nowhere else.
     """
 
     supports_higher_order_operators = True

@@ -65,9 +65,9 @@ class Runner:
 
     def own_loss_beside(self, loss: torch.Tensor) -> float | None:
         """The loss of the model's own code, where that repeats itself, and this one is another; else None."""
-        if len(self._losses) < 2 or any(not _same(self._losses[-1], one) for one in self._losses):
+        if len(self._losses) < 2 or any(not _same_bits(self._losses[-1], one) for one in self._losses):
             return None
-        return None if _same(self._losses[-1], loss.detach()) else float(self._losses[-1])
+        return None if _same_bits(self._losses[-1], loss.detach()) else float(self._losses[-1])
 
     def loss_of(self, output: Any) -> torch.Tensor:
         """The loss of an output."""
@@ -138,10 +138,6 @@ class Runner:
         """Highest bytes above the level at the step's start."""
         self.prepare()
         return increments(self.forward_backward, self.device)
-
-
-def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one.dtype == other.dtype and torch.allclose(one, other, rtol=0.0, atol=0.0, equal_nan=True)
 
 
 @contextlib.contextmanager

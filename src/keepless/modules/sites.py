@@ -151,14 +151,6 @@ class StorageBook:
         self.nbytes.append(nbytes)
         return number
 
-    def knows(self, tensor: torch.Tensor) -> bool:
-        """Whether a tensor's storage has a number."""
-        try:
-            return tensor.untyped_storage()._cdata in self._known
-        except (NotImplementedError, RuntimeError, AttributeError):
-            known = self._known.get(("tensor", id(tensor)))
-            return known is not None and known[1]() is tensor
-
     def last_throughout(self) -> None:
         """The storages so far are held by the caller: nobody asks whether they are freed."""
         self._alive.clear()

@@ -183,7 +183,8 @@ class StepGraph:
             kind = Kind.OUTPUT if is_output else Kind.ACTIVATION
             value = self.values.of[storage] = self.values.new(name, survey.book.nbytes[storage], kind)
             self.makes[maker].add(value)
-            self.pinned |= {value} if stands else set()
+            if stands:
+                self.pinned.add(value)
             for piece in held:
                 if piece > maker:
                     self.reads[piece].add(value)

@@ -163,9 +163,8 @@ class _Between(_compat.WatchingMode):
         if run.is_inside:
             return func(*args, **(kwargs or {}))
         if func is not torch.ops.aten.lift_fresh.default:  # of what `torch.tensor` makes without an op
-            for tensor in tensors_in((args, kwargs)):
-                if not run.found.book.knows(tensor):
-                    run.stood.add(run.number_of(tensor))
+            known = len(run.found.book.nbytes)
+            run.stood.update(number for number in map(run.number_of, tensors_in((args, kwargs))) if number >= known)
         result = func(*args, **(kwargs or {}))
         if not (func is torch.ops.aten._to_copy.default and run.is_cached_cast(args[0])):
             run.found.between.update({*map(run.number_of, tensors_in(result))} - run.stood)

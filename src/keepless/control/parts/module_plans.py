@@ -234,7 +234,7 @@ def _tried(run: Runner, plan: Plan, settings: Settings) -> str:
         return _watching_changes(run)[1]
     try:
         loss, changes = _watching_changes(run)
-    except Exception as error:
+    except Exception as error:  # whatever the model's code raises where something of it is missing
         if isinstance(error, (KeeplessError, RecursionError)) or covers(error):
             raise
         raise CaptureError(FAILS.format(f"{type(error).__name__}: {error}")) from error
