@@ -137,6 +137,10 @@ def fail(m: Any, h: torch.Tensor) -> torch.Tensor:
     raise ValueError("no such thing")
 
 
+def fail_at_length(m: Any, h: torch.Tensor) -> torch.Tensor:
+    raise ValueError("no such thing:\n- a\n- b")
+
+
 FORWARDS: dict[str, tuple[Callable[..., Any], type[Exception], str]] = {
     "counter": (count, CaptureError, "counter"),
     "list": (remember, CaptureError, "seen"),
@@ -149,6 +153,7 @@ FORWARDS: dict[str, tuple[Callable[..., Any], type[Exception], str]] = {
     "nonzero": (lambda m, h: h[h > 0].sum(), DataDependentError, "data"),
     "numpy": (lambda m, h: h.sum() * float(h.detach().numpy()[0, 0]), CaptureError, "numpy"),
     "raises": (fail, BatchError, "ValueError: no such thing"),
+    "raises in lines": (fail_at_length, BatchError, "ValueError:\n    no such thing:\n    - a\n    - b"),
     "hidden parameter": (lambda m, h: (h * m.hidden[0]).sum(), CaptureError, "requires a gradient"),
     "own generator": (lambda m, h: (h * torch.rand(8, generator=m.generator[0])).sum(), CaptureError, "generator"),
     "not a scalar": (lambda m, h: h, LossError, "not a scalar"),

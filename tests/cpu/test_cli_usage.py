@@ -113,6 +113,8 @@ def test_what_a_factory_raises_is_told_with_its_name_and_line(
         ),
         (("pair:make",), "it returns (int, str)."),
         (("pair.py:make",), "The model 'pair.py:make' names a file; give its module: pair:make."),
+        (("factories:tiny", "--batch-size", "4"), "def tiny(batch_size=...), and make the batch by it."),
+        (("factories:sized", "--seq-len", "4"), "the function has no parameter seq_len."),
         (("factories:tiny", "--outside", "lots"), "--outside lots cannot be read."),
         (("factories:tiny", "--outside", "-1MiB"), "cannot be read."),
     ],
@@ -158,3 +160,49 @@ def test_wording(text: str, expected: str) -> None:
 def test_run_has_fewer_options() -> None:
     """What it cannot do is keepless.plan's."""
     assert in_options("blocks=('a',) or engine='auto'", RUN) == "keepless.plan's blocks=('a',) or --engine auto"
+
+
+def test_a_factory_makes_the_batch_that_is_asked_for(invoke: Invoke) -> None:
+    """It was called without the number, and its own batch planned for."""
+    peaks = []
+    for words in ((), ("--batch-size", "64"), ("--batch-size", "128")):
+        done = invoke("plan", "factories:sized", "-b", "64MiB", "--json", *words)
+        assert done.exit_code == 0, done.output
+        peaks.append(json.loads(done.stdout)["baseline_peak"])
+    assert peaks[0] == peaks[1] < peaks[2]
+    done = invoke("verify", "factories:sized", "-b", "64MiB", "--batch-size", "128", "--json")
+    assert done.exit_code == 0, done.output
+
+
+def test_what_the_users_code_raises_in_a_step_is_told_with_its_line(
+    invoke: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A label out of range is found by the kernel: where the loss is measured, or as late as in the first real step."""
+    text = """import torch
+import torch.nn.functional as F
+
+
+def loss_of(output, _):
+    return F.cross_entropy(output, torch.full((len(output),), 41))
+
+
+def make():
+    return torch.nn.Linear(8, 4), torch.randn(16, 8), loss_of
+
+
+class Own(torch.nn.Linear):
+    def forward(self, x, labels):
+        return {"loss": F.cross_entropy(super().forward(x), labels)}
+
+
+def own():
+    return Own(8, 4), (torch.randn(16, 8), torch.full((16,), 41))
+"""
+    Path("mislabelled.py").write_text(text)
+    monkeypatch.delitem(sys.modules, "mislabelled", raising=False)
+    done = invoke("verify", "mislabelled:make", "-b", "1MiB")
+    assert done.exit_code == 1
+    assert "/mislabelled.py:6: IndexError: Target 41 is out of bounds." in done.stderr
+    done = invoke("verify", "mislabelled:own", "-b", "1MiB")
+    assert done.exit_code == 1
+    assert "Error: IndexError: Target 41 is out of bounds. (mislabelled.py:15, in forward)" in done.stderr

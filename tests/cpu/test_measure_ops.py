@@ -122,6 +122,9 @@ def test_scratch_alone_is_the_same() -> None:
 
     with pytest.raises(MeasureError, match=r"bad op.*no inputs today"):
         measure_scratch([Trial("bad op", failing, 0)])
+    key = "aten.mm.default|(('<float32:64x8:8,1>', '<float16::>'), {})"
+    with pytest.raises(MeasureError, match=r"The op aten\.mm\.default of float32 \[64, 8\], float16 \[\] could not"):
+        measure_scratch([Trial(key, failing, 0)])
     with pytest.raises(MeasureError, match="CPU and CUDA"):
         measure_scratch([], device="meta")
 

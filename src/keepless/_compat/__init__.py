@@ -482,6 +482,18 @@ def caller_source() -> str:
     return ""
 
 
+def where_of(error: BaseException) -> str:
+    """The innermost line of the user's code in a traceback."""
+    place = ""
+    step = error.__traceback__
+    while step is not None:
+        name = step.tb_frame.f_code.co_filename
+        if not name.startswith((_TORCH_DIR, _OWN_DIR)):
+            place = f" at {'/'.join(name.split('/')[-2:])}:{step.tb_lineno}"
+        step = step.tb_next
+    return place
+
+
 def is_checkpoint_wrapper(module: torch.nn.Module) -> bool:
     """Whether a module is what torch's own `checkpoint_wrapper` makes."""
     home = sys.modules.get("torch.distributed.algorithms._checkpoint.checkpoint_wrapper")

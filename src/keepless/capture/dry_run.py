@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,8 @@ from keepless.warning import warn_caller
 
 LossFn = Callable[[Any, Any], torch.Tensor]
 
+_MOST_LINES = 12
+"""Of what a forward raises."""
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
@@ -187,7 +190,7 @@ def forward_error(error: Exception, what: str) -> CaptureError:
     if isinstance(error, CaptureError):
         return error
     text = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else '(no message)'}"
-    where = where_of(error)
+    where = _compat.where_of(error)
     if isinstance(error, _compat.data_dependent_errors()) or "data-dependent" in str(error).lower():
         return DataDependentError(
             f"{what} needs a tensor's data in Python{where}, so it cannot be captured as one graph ({text}). "
@@ -195,16 +198,7 @@ def forward_error(error: Exception, what: str) -> CaptureError:
         )
     if isinstance(error, _compat.capture_errors()) or ".numpy() is not supported" in str(error):
         return CaptureError(f"{what} cannot be captured{where}: {text}")
+    lines = str(error).strip().splitlines()[:_MOST_LINES]
+    if len(lines) > 1:
+        text = f"{type(error).__name__}:\n" + textwrap.indent("\n".join(lines), "    ")
     return BatchError(f"{what} fails on this batch, run on fake tensors{where}: {text}")
-
-
-def where_of(error: BaseException) -> str:
-    """The innermost line of the user's code in a traceback."""
-    place = ""
-    step = error.__traceback__
-    while step is not None:
-        name = step.tb_frame.f_code.co_filename
-        if not name.startswith((_compat._TORCH_DIR, _compat._OWN_DIR)):
-            place = f" at {'/'.join(name.split('/')[-2:])}:{step.tb_lineno}"
-        step = step.tb_next
-    return place

@@ -19,7 +19,7 @@ from keepless import _compat
 from keepless._compat import fakes as fakes_compat
 from keepless.binding import Fact
 from keepless.capture.checkpointed import checkpointed_places, refuse_checkpointing
-from keepless.capture.dry_run import LossFn, dry_run, where_of
+from keepless.capture.dry_run import LossFn, dry_run
 from keepless.capture.faking import Faking, given_fakes
 from keepless.capture.inputs import FlatInputs
 from keepless.capture.ordering import MARK, Ordered, Orders, is_ordering
@@ -344,12 +344,12 @@ def _export(
         text = str(error).strip().splitlines()
         if isinstance(error, NotImplementedError) and "torch._C.Generator" in str(error):  # torch 2.11
             raise CaptureError(
-                f"The forward uses a generator of its own{where_of(error)}, which a captured step cannot replay. Draw "
-                "from torch's default generator."
+                f"The forward uses a generator of its own{_compat.where_of(error)}, which a captured step cannot "
+                "replay. Draw from torch's default generator."
             ) from error
         kind = DataDependentError if isinstance(error, _compat.data_dependent_errors()) else CaptureError
         raise kind(
-            f"The training step cannot be captured as one graph{where_of(error)}: "
+            f"The training step cannot be captured as one graph{_compat.where_of(error)}: "
             f"{type(error).__name__}: {text[0] if text else '(no message)'}"
         ) from error
     finally:

@@ -94,8 +94,8 @@ def bench_command(
         list[str] | None, typer.Option("--budget", "-b", help="A budget to plan for; may be repeated.")
     ] = None,
     rounds: Annotated[int, typer.Option("--rounds", "-n", min=1, help="Timed steps of each way, taken in turn.")] = 8,
-    batch_size: BatchSize = 8,
-    seq_len: SeqLen = 128,
+    batch_size: BatchSize = None,
+    seq_len: SeqLen = None,
     dtype: Dtype = "float32",
     optimizer: Optimizer = "adamw",
     device: Device = "cpu",

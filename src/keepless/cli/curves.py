@@ -42,8 +42,8 @@ def curve_command(
     strategy: Annotated[
         list[str] | None, typer.Option(help="A solver to show beside the curve, once or more often; a few are shown.")
     ] = None,
-    batch_size: BatchSize = 8,
-    seq_len: SeqLen = 128,
+    batch_size: BatchSize = None,
+    seq_len: SeqLen = None,
     dtype: Dtype = "float32",
     optimizer: Optimizer = "adamw",
     device: PlannedDevice = "cpu",

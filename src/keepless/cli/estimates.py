@@ -26,8 +26,8 @@ from keepless.reporting.account_table import account_table
 
 def estimate_command(
     model: ModelArgument,
-    batch_size: BatchSize = 8,
-    seq_len: SeqLen = 128,
+    batch_size: BatchSize = None,
+    seq_len: SeqLen = None,
     dtype: Dtype = "float32",
     optimizer: Optimizer = "adamw",
     device: PlannedDevice = "cpu",

@@ -96,7 +96,7 @@ def fits_command(
         if device == "cpu" and (model or named or "").startswith("hf:"):
             device = "meta"  # the same answer without making weights
         rows, tokens = read_sizes("--batch", batches), read_sizes("--length", lengths)
-        smallest = batch_size or min(rows, default=8), seq_len or min(tokens, default=128)
+        smallest = batch_size or min(rows, default=None), seq_len or min(tokens, default=None)
         recipe = Recipe(model or named or "", *smallest, dtype, optimizer, device, 1e-3, seed)
         given = {axis: size for axis, size in (("batch", batch_size), ("length", seq_len)) if size is not None}
         options: dict[str, Any] = {
@@ -274,7 +274,7 @@ def _instead(
     """A smaller batch that fits; with none, a shorter text."""
     tries = [("batch", {"low": 1, "high": subject.num_rows - 1})]
     if subject.is_config or "length" in subject.given:
-        tries.append(("length", {"low": 8, "high": subject.given.get("length", subject.recipe.seq_len) - 1}))
+        tries.append(("length", {"low": 8, "high": subject.given.get("length", subject.recipe.tokens) - 1}))
     for axis, limits in tries:
         if limits["high"] < limits["low"] or axis not in subject.sizes:
             continue

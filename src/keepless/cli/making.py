@@ -15,7 +15,14 @@ if TYPE_CHECKING:
 
 
 def recipe_of(
-    spec: str, batch_size: int, seq_len: int, dtype: str, optimizer: str, device: str, lr: float, seed: int
+    spec: str,
+    batch_size: int | None,
+    seq_len: int | None,
+    dtype: str,
+    optimizer: str,
+    device: str,
+    lr: float,
+    seed: int,
 ) -> Recipe:
     """How to build what a command names."""
     from keepless.cli.models import Recipe

@@ -12,8 +12,6 @@ import json
 import os
 import re
 import sys
-import textwrap
-import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +19,9 @@ from typing import Any
 
 import torch
 
-from keepless.cli.session import UsageError
+from keepless.cli.session import UsageError, said_by
 from keepless.cost import DeviceSpec, find_device
 from keepless.errors import KeeplessError
-
-_HERE = __file__
 
 OPTIMIZERS = {
     "adamw": torch.optim.AdamW,
@@ -34,6 +30,8 @@ OPTIMIZERS = {
     "rmsprop": torch.optim.RMSprop,
     "adagrad": torch.optim.Adagrad,
 }
+AXES = {"batch": "batch_size", "length": "seq_len", "depth": "depth"}
+"""Sizes, and what a factory's parameter of each is called."""
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -47,7 +45,7 @@ class Recipe:
 
     Arguments:
         spec: the model's name on the command line.
-        batch_size, seq_len: of an hf: model's batch.
+        batch_size, seq_len: of the batch; None is 8 and 128 of an hf: model, and a factory's own.
         dtype: of an hf: model's floating-point parameters.
         optimizer: a name in `OPTIMIZERS`, or "none".
         device: "cpu", "cuda", "cuda:1", or "meta" (planning only: no weights are made).
@@ -56,13 +54,23 @@ class Recipe:
     """
 
     spec: str
-    batch_size: int = 8
-    seq_len: int = 128
+    batch_size: int | None = None
+    seq_len: int | None = None
     dtype: str = "float32"
     optimizer: str = "adamw"
     device: str = "cpu"
     learning_rate: float = 1e-3
     seed: int = 0
+
+    @property
+    def rows(self) -> int:
+        """Of an hf: model's batch."""
+        return 8 if self.batch_size is None else self.batch_size
+
+    @property
+    def tokens(self) -> int:
+        """Per row of it."""
+        return 128 if self.seq_len is None else self.seq_len
 
 
 @dataclass
@@ -97,14 +105,14 @@ def build(recipe: Recipe, sizes: Mapping[str, int] | None = None) -> Built:
     """Builds what a recipe says.
 
     Arguments:
-        sizes: what a factory is called with; None for its own sizes.
+        sizes: what a factory is called with; None for the recipe's.
 
     Raises:
         UsageError: the name, the factory or an option cannot be used.
     """
     if recipe.optimizer not in (*OPTIMIZERS, "none"):
         raise UsageError(f"There is no optimizer {recipe.optimizer!r}; use {', '.join(OPTIMIZERS)} or none.")
-    if recipe.batch_size < 1 or recipe.seq_len < 1:
+    if recipe.rows < 1 or recipe.tokens < 1:
         raise UsageError("--batch-size and --seq-len must be at least 1.")
     try:
         device = torch.device(recipe.device)
@@ -116,13 +124,45 @@ def build(recipe: Recipe, sizes: Mapping[str, int] | None = None) -> Built:
     if recipe.spec.startswith("hf:"):
         model, batch, loss_fn = _hugging_face(recipe, device)
     else:
-        model, batch, loss_fn = call_factory(recipe.spec, device, sizes or {})
+        model, batch, loss_fn = call_factory(recipe.spec, device, _own_sizes(recipe) if sizes is None else sizes)
     optimizer = None
     trainable = [p for p in model.parameters() if p.requires_grad]
     if recipe.optimizer != "none" and trainable:  # planning says what is wrong where nothing can be trained
         kind: Any = OPTIMIZERS[recipe.optimizer]
         optimizer = kind(trainable, lr=recipe.learning_rate)
     return Built(model, batch, loss_fn, optimizer)
+
+
+def _own_sizes(recipe: Recipe) -> dict[str, int]:
+    """What a recipe's factory is called with.
+
+    Raises:
+        UsageError: it does not take that.
+    """
+    given = {"batch": recipe.batch_size, "length": recipe.seq_len}
+    found = {AXES[axis]: size for axis, size in given.items() if size is not None}
+    taken = axes_of(factory_of(recipe.spec)) if found else set()
+    for axis in (axis for axis, size in given.items() if size is not None and axis not in taken):
+        raise UsageError(unchangeable(recipe.spec, axis))
+    return found
+
+
+def axes_of(factory: Callable[..., Any]) -> set[str]:
+    """Which sizes a factory takes."""
+    try:
+        taken = inspect.signature(factory).parameters.keys()
+    except (TypeError, ValueError):  # callables without a signature
+        return set()
+    return {axis for axis, name in AXES.items() if name in taken}
+
+
+def unchangeable(spec: str, axis: str) -> str:
+    """Why a factory's model or batch has no other size."""
+    name = spec.rpartition(":")[2]
+    return (
+        f"The {axis} of {spec!r} is what its factory says: the function has no parameter {AXES[axis]}. Give it one, as "
+        f"def {name}({AXES[axis]}=...), and make {'the model' if axis == 'depth' else 'the batch'} by it."
+    )
 
 
 def factory_of(spec: str) -> Callable[..., Any]:
@@ -145,13 +185,13 @@ def factory_of(spec: str) -> Callable[..., Any]:
     except ModuleNotFoundError as error:
         if error.name is not None and (name == error.name or name.startswith(error.name + ".")):
             raise UsageError(f"There is no module {error.name!r} (looked for the model {spec!r}).") from None
-        raise FactoryError(f"The module {name!r} of the model {spec!r} cannot be imported: {_said(error)}") from error
+        raise FactoryError(f"The module {name!r} of the model {spec!r} cannot be imported: {said_by(error)}") from error
     except KeeplessError:
         raise
     except Exception as error:
-        raise FactoryError(f"The module {name!r} of the model {spec!r} cannot be imported: {_said(error)}") from error
+        raise FactoryError(f"The module {name!r} of the model {spec!r} cannot be imported: {said_by(error)}") from error
     except SystemExit as error:
-        raise FactoryError(f"The module {name!r} of the model {spec!r} ends the program: {_said(error)}") from error
+        raise FactoryError(f"The module {name!r} of the model {spec!r} ends the program: {said_by(error)}") from error
     for part in attribute.split("."):
         if not hasattr(found, part):
             raise UsageError(f"The module {name!r} has no {attribute!r}.")
@@ -159,30 +199,6 @@ def factory_of(spec: str) -> Callable[..., Any]:
     if not callable(found):
         raise UsageError(f"{spec!r} is a {type(found).__name__}, not a function that returns (model, batch).")
     return found  # type: ignore[no-any-return]
-
-
-def _said(error: BaseException) -> str:
-    """What a user's code raised, and the line of it: the innermost one outside of installed packages.
-
-    A message of several lines stands indented below.
-    """
-    kind, text = type(error).__name__, str(error).rstrip()
-    words = f"{kind}: {text}" if text else kind
-    if isinstance(error, SyntaxError):
-        return words  # says the place itself
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [
-        frame
-        for frame in frames
-        if not re.search(r"[\\/](site|dist)-packages[\\/]", frame.filename)
-        and not frame.filename.startswith(("<frozen", _HERE, importlib.__file__))
-    ]
-    if not own:
-        return words
-    last = own[-1]
-    name = os.path.relpath(last.filename) if last.filename.startswith(os.path.join(os.getcwd(), "")) else last.filename
-    place = f"({name}:{last.lineno}, in {last.name})"
-    return f"{kind} {place}:\n{textwrap.indent(text, '    ')}" if "\n" in text else f"{words} {place}"
 
 
 def call_factory(spec: str, device: torch.device, sizes: Mapping[str, int]) -> tuple[torch.nn.Module, Any, Any]:
@@ -203,9 +219,9 @@ def call_factory(spec: str, device: torch.device, sizes: Mapping[str, int]) -> t
     except Exception as error:
         given = ", ".join(f"{name}={size}" for name, size in sizes.items())
         called = f", called with {given}" if given else ""
-        raise FactoryError(f"The factory {spec!r} has raised{called}: {_said(error)}") from error
+        raise FactoryError(f"The factory {spec!r} has raised{called}: {said_by(error)}") from error
     except SystemExit as error:
-        raise FactoryError(f"The factory {spec!r} ends the program: {_said(error)}") from error
+        raise FactoryError(f"The factory {spec!r} ends the program: {said_by(error)}") from error
     if not isinstance(made, tuple) or len(made) not in (2, 3) or not isinstance(made[0], torch.nn.Module):
         found = f"({', '.join(type(one).__name__ for one in made)})" if isinstance(made, tuple) else type(made).__name__
         raise UsageError(
@@ -232,9 +248,9 @@ def _hugging_face(recipe: Recipe, device: torch.device) -> tuple[torch.nn.Module
     model = model_of(recipe, config, device)
     longest: int = getattr(config, "max_position_embeddings", None) or 0
     is_learned = any(isinstance(m, torch.nn.Embedding) and m.num_embeddings == longest for m in model.modules())
-    if is_learned and recipe.seq_len > longest:
+    if is_learned and recipe.tokens > longest:
         path = recipe.spec.removeprefix("hf:")
-        raise UsageError(f"--seq-len {recipe.seq_len} is more than the {longest} positions of the config {path!r}.")
+        raise UsageError(f"--seq-len {recipe.tokens} is more than the {longest} positions of the config {path!r}.")
     return model, batch_of(model, recipe, device), None
 
 
@@ -335,7 +351,7 @@ def batch_of(model: Any, recipe: Recipe, device: torch.device) -> dict[str, torc
     _check_batch(model)
     config = model.config
     name = type(model).__name__
-    size, count = recipe.batch_size, recipe.seq_len
+    size, count = recipe.rows, recipe.tokens
 
     def integers(high: int, *shape: int) -> torch.Tensor:
         return torch.randint(0, max(1, high), shape, device=device)

@@ -37,8 +37,8 @@ ModelArgument = Annotated[
         autocompletion=completing.models,
     ),
 ]
-BatchSize = Annotated[int, typer.Option(help="Batch size of an hf: model.")]
-SeqLen = Annotated[int, typer.Option(help="Tokens per row of an hf: model.")]
+BatchSize = Annotated[int | None, typer.Option(help="Rows; of a config 8, where a factory says.")]
+SeqLen = Annotated[int | None, typer.Option(help="Tokens per row; of a config 128, where a factory says.")]
 Dtype = Annotated[
     str,
     typer.Option(

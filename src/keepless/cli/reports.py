@@ -63,8 +63,8 @@ def report_command(
         str | None, typer.Option("--length", help="With what fits: of these texts, as 512,1024.")
     ] = None,
     title: Annotated[str, typer.Option(help="Above the page. [default: the model's name]")] = "",
-    batch_size: BatchSize = 8,
-    seq_len: SeqLen = 128,
+    batch_size: BatchSize = None,
+    seq_len: SeqLen = None,
     dtype: Dtype = "float32",
     optimizer: Optimizer = "adamw",
     device: PlannedDevice = "cpu",

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import importlib
 import importlib.util
 import json
 import os
+import re
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
@@ -46,6 +49,8 @@ _INERT = dict.fromkeys(
 
 _quiet = contextvars.ContextVar("quiet", default=False)
 """Whether the command that runs shows no progress."""
+
+_PACKAGE = str(Path(__file__).parents[1])
 
 FAILED, BAD_USAGE, INFEASIBLE, INTERRUPTED = 1, 2, 3, 130
 
@@ -133,7 +138,7 @@ def session(as_json: bool, debug: bool, quiet: bool = False) -> Iterator[Session
             traceback.print_exc()
         name = type(error).__name__
         message = words_of(error)
-        shown = message if isinstance(error, (KeeplessError, OSError)) else f"{name}: {message}"
+        shown = message if isinstance(error, (KeeplessError, OSError)) else said_by(error)
         print(f"Error: {shown}", file=sys.stderr)
         if as_json:
             facts = {"type": name, "message": message}
@@ -160,6 +165,30 @@ def session(as_json: bool, debug: bool, quiet: bool = False) -> Iterator[Session
 def print_error(facts: dict[str, Any], code: int) -> None:
     """An error as the JSON document of a command."""
     print(json.dumps({"error": facts, "exit_code": code}, indent=1))
+
+
+def said_by(error: BaseException) -> str:
+    """What a user's code raised, and the line of it: the innermost one outside of installed packages.
+
+    A message of several lines stands indented below.
+    """
+    kind, text = type(error).__name__, str(error).rstrip()
+    words = f"{kind}: {text}" if text else kind
+    if isinstance(error, SyntaxError):
+        return words  # says the place itself
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [
+        frame
+        for frame in frames
+        if not re.search(r"[\\/](site|dist)-packages[\\/]", frame.filename)
+        and not frame.filename.startswith(("<frozen", _PACKAGE, importlib.__file__))
+    ]
+    if not own:
+        return words
+    last = own[-1]
+    name = os.path.relpath(last.filename) if last.filename.startswith(os.path.join(os.getcwd(), "")) else last.filename
+    place = f"({name}:{last.lineno}, in {last.name})"
+    return f"{kind} {place}:\n{textwrap.indent(text, '    ')}" if "\n" in text else f"{words} {place}"
 
 
 def words_of(error: BaseException, known: Collection[str] | None = None) -> str:

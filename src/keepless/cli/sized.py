@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -11,11 +10,20 @@ import torch
 
 from keepless import api
 from keepless.capture import Inputs
-from keepless.cli.models import OPTIMIZERS, Recipe, batch_of, build, call_factory, config_of, factory_of, model_of
+from keepless.cli.models import (
+    AXES,
+    OPTIMIZERS,
+    Recipe,
+    axes_of,
+    batch_of,
+    build,
+    call_factory,
+    config_of,
+    factory_of,
+    model_of,
+    unchangeable,
+)
 from keepless.cli.session import UsageError
-
-AXES = {"batch": "batch_size", "length": "seq_len", "depth": "depth"}
-"""What a factory's parameter is called."""
 
 
 class Sized:
@@ -54,17 +62,16 @@ class Sized:
             UsageError: with what the factory would have to take.
         """
         if axis not in self.sizes:
-            raise UsageError(
-                f"The {axis} of {self.recipe.spec!r} cannot be changed: a factory takes the parameter {AXES[axis]} for "
-                "that, and a config is one of a model of texts where it is the length."
-            )
+            if not self.is_config:
+                raise UsageError(unchangeable(self.recipe.spec, axis))
+            raise UsageError(f"The {axis} of {self.recipe.spec!r} cannot be changed: it is a model of images.")
 
     def batch(self, **sizes: int) -> Any:
         """A batch of so many rows (`batch`), tokens (`length`) or both, for the same model."""
         device = torch.device(self.recipe.device)
         if not self.is_config:
             return call_factory(self.recipe.spec, device, self._sizes(sizes))[1]
-        rows, tokens = sizes.get("batch", self.recipe.batch_size), sizes.get("length", self.recipe.seq_len)
+        rows, tokens = sizes.get("batch", self.recipe.rows), sizes.get("length", self.recipe.tokens)
         return batch_of(self.built.model, replace(self.recipe, batch_size=rows, seq_len=tokens), device)
 
     def model(self, depth: int) -> torch.nn.Module:
@@ -83,12 +90,3 @@ class Sized:
         """The recipe's optimizer for other parameters."""
         kind: Any = OPTIMIZERS.get(self.recipe.optimizer)
         return None if kind is None else lambda params: kind(params, lr=self.recipe.learning_rate)
-
-
-def axes_of(factory: Callable[..., Any]) -> set[str]:
-    """Which sizes a factory takes."""
-    try:
-        taken = inspect.signature(factory).parameters.keys()
-    except (TypeError, ValueError):  # callables without a signature
-        return set()
-    return {axis for axis, name in AXES.items() if name in taken}

@@ -15,6 +15,7 @@ say so, and are not remembered.
 from __future__ import annotations
 
 import gc
+import re
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -157,6 +158,10 @@ def _undisturbed(device: torch.device) -> Iterator[None]:
             gc.enable()
 
 
+_TENSOR = re.compile(r"<(\w+):([\dx]*):")
+"""A tensor in an op's key."""
+
+
 def _measure(trial: Trial, device: torch.device, min_seconds: float) -> OpCost:
     with _told(trial, device):
         thunk = trial.make()
@@ -180,8 +185,16 @@ def _told(trial: Trial, device: torch.device) -> Iterator[None]:
         yield
     except Exception as error:
         raise MeasureError(
-            f"The op {trial.key} could not be measured on {device}: {type(error).__name__}: {error}"
+            f"The op {_in_words(trial.key)} could not be measured on {device}{_compat.where_of(error)}: "
+            f"{type(error).__name__}: {error}"
         ) from error
+
+
+def _in_words(key: str) -> str:
+    """An op and the tensors that it is given: "aten.mm.default of float32 [64, 8], float16 [8, 2]"."""
+    name, _, given = key.partition("|")
+    tensors = [f"{dtype} [{shape.replace('x', ', ')}]" for dtype, shape in _TENSOR.findall(given)]
+    return f"{name} of {', '.join(tensors)}" if tensors else name
 
 
 def _peak(thunk: Callable[[], object], device: torch.device) -> int:
