@@ -447,3 +447,33 @@ def test_bytes_do_not_depend_on_when_python_collects(every: int) -> None:
         assert gc.isenabled()
     finally:
         gc.set_threshold(*before)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of the compiler's own
+def test_blocks_that_are_compiled_in_place_run_as_planned() -> None:
+    """`module.compile()` goes around a module's forward: captured blocks became checkpoints, and rose higher."""
+    torch.manual_seed(0)
+    model, batch = Around(_through, times=(4, 4, 4)), {"x": torch.randn(1024, 64)}
+    for block in model.blocks:
+        block.compile(backend="aot_eager")
+    before = [block._compiled_call_impl for block in model.blocks]
+    expected = model(**batch)["loss"]
+    expected.backward()
+    gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    plan = plan_between(model, batch, 0.0, engine="blocks", cache=False)
+    seen = keepless.verify(model, batch, plan)
+    assert seen.equal
+    assert seen.measured_peak <= plan.budget.limits["device"]
+    keepless.apply(model, plan)
+    losses: list[torch.Tensor] = []
+
+    def step() -> None:
+        losses.append(model(**batch)["loss"])
+        losses[-1].backward()
+
+    assert plan.graph.start_nbytes + increments(step, torch.device("cpu")) <= plan.budget.limits["device"]
+    assert torch.equal(losses[0], expected)
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), gradients, strict=True) if p.grad is not None)
+    keepless.remove(model)
+    assert [block._compiled_call_impl for block in model.blocks] == before

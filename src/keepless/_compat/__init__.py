@@ -507,6 +507,16 @@ def is_compiled(value: Any) -> bool:
     return hasattr(value, "_torchdynamo_orig_callable")
 
 
+def take_compiled_call(module: torch.nn.Module) -> Any:
+    """What `module.compile()` made, which a call runs in the place of the forward; the module has none from now on."""
+    return module.__dict__.pop("_compiled_call_impl", None)
+
+
+def give_compiled_call(module: torch.nn.Module, compiled: Any) -> None:
+    """Puts it back, where no other has been made."""
+    module.__dict__.setdefault("_compiled_call_impl", compiled)
+
+
 def user_saved_tensor_hooks() -> Any:
     """The saved-tensor hooks around this call that are not a checkpoint's; None where there are none."""
     find = getattr(torch.utils.checkpoint, "_current_user_saved_tensors_hooks", None)

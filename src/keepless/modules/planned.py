@@ -104,6 +104,8 @@ class PlannedModules(StandingForward):
         self._with_buffers: list[weakref.ref[torch.nn.Module]] = []
         self._streams: list[Stream] = []
         self._unwatch: weakref.finalize[Any, Any] | None = None
+        self._captured: set[str] = set()
+        self._compiled_calls: list[tuple[weakref.ref[torch.nn.Module], Any]] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -327,6 +329,16 @@ class PlannedModules(StandingForward):
             if path not in self._wrapped:
                 wrapped = self._wrapped[path] = RegionForward(self, path, modules[path])
                 modules[path].__dict__["forward"] = wrapped
+        self._captured.update(site.path for site in chosen.segments)
+        self._leave_compiled_calls()
+
+    def _leave_compiled_calls(self) -> None:
+        """A module with a captured call in it, or that is one, runs its forward: `module.compile()` would go around."""
+        model = self._model()
+        for path, module in model.named_modules() if model is not None and self._captured else ():
+            inside = path and any(f"{one}.".startswith(f"{path}.") for one in self._captured)
+            if inside and (compiled := _compat.take_compiled_call(module)) is not None:
+                self._compiled_calls.append((weakref.ref(module), compiled))
 
     def put_in(self) -> None:
         """The model runs by this plan."""
@@ -341,6 +353,7 @@ class PlannedModules(StandingForward):
             module = wrapped._model()
             if module is not None:
                 module.__dict__["forward"] = wrapped
+        self._leave_compiled_calls()
 
     def take_out(self) -> None:
         """The model and its modules run their own forwards again."""
@@ -352,6 +365,10 @@ class PlannedModules(StandingForward):
             self._unwatch = None
         for wrapped in self._wrapped.values():
             wrapped.take_out()
+        for reference, compiled in self._compiled_calls:
+            if (module := reference()) is not None:
+                _compat.give_compiled_call(module, compiled)
+        self._compiled_calls.clear()
 
 
 def _call(reference: Any, error: Exception, roots: Sequence[Any]) -> Exception | None:

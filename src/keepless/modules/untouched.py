@@ -23,7 +23,7 @@ from keepless.eager.profile import global_streams
 
 _CONTAINERS = (list, dict, set, deque)
 _SCALARS = frozenset({int, float, bool, str, bytes, complex})
-_INTERNAL = frozenset(torch.nn.Module().__dict__) - {"training"}
+_INTERNAL = frozenset(torch.nn.Module().__dict__) - {"training"} | {"_compiled_call_impl"}
 
 
 class Before:
