@@ -38,6 +38,9 @@ class Runner:
     Arguments:
         loss_fn: loss of (output, batch); None where the output holds it.
         before: what each step starts from.
+
+    Attributes:
+        steps_before: what so many steps of a loop leave stands beside the next one (`modules.leftovers`).
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class Runner:
         self.loss_fn = loss_fn
         self.settings = settings
         self.device = device
+        self.steps_before = 0
         self._losses: list[torch.Tensor] = []
 
     def note_loss(self, loss: torch.Tensor) -> None:
@@ -135,9 +139,27 @@ class Runner:
         return Outcome(loss.clone(), grads, buffers, _get_rng(self.device), seconds)
 
     def measure(self) -> int:
-        """Highest bytes above the level at the step's start."""
+        """Highest bytes above the level at a first step's start, of a step of a loop."""
         self.prepare()
-        return increments(self.forward_backward, self.device)
+        if not self.steps_before:
+            return increments(self.forward_backward, self.device)
+        try:
+            return increments(self._behind_others, self.device)
+        except Exception:  # between two steps, the training loop may detach a state that the model keeps
+            self.steps_before = 0
+            return self.measure()
+
+    def _behind_others(self) -> None:
+        self.lead_in()
+        self.forward_backward()
+
+    def lead_in(self) -> None:
+        """The steps before: gradients go behind each, and nothing is put back."""
+        for _ in range(self.steps_before):
+            self.forward_backward()
+            torch.clear_autocast_cache()
+            if not self.settings.accumulate:
+                self.before.without_gradients()
 
 
 @contextlib.contextmanager

@@ -72,13 +72,17 @@ def _by_phases(model: torch.nn.Module, batch: Any, plan: Plan, loss_fn: Any, rep
             mark(-1)
             run.forward_backward(lambda phase: mark(PHASES.index(phase)))
 
+        def behind_others(mark: _Note) -> None:
+            run.lead_in()
+            step(mark)
+
         planned = apply_modules(run.model, plan)
         try:
             run.prepare()
             run.forward_backward()  # regions are watched the first time
             taken = _timed(run, step, repeats)
             run.prepare()
-            parts = memory_parts(step, run.device)
+            parts = memory_parts(behind_others, run.device)
         finally:
             planned.take_out()
     return _joined(plan, [(number, -1, phase) for number, phase in enumerate(PHASES)], taken, parts)

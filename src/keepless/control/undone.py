@@ -27,6 +27,7 @@ from keepless.errors import LossError, PlanError
 from keepless.execute import PlannedForward, make_entry
 from keepless.machine import Plan
 from keepless.modules.kinds import autocast_now
+from keepless.modules.leftovers import steps_before
 from keepless.modules.untouched import untouched
 
 
@@ -91,7 +92,9 @@ def modules_run(model: torch.nn.Module, batch: Any, plan: Plan, loss_fn: Any, ca
         without_plan(model),
         untouched(model, device, tensors_of(inputs)) as before,
     ):
-        yield Runner(model, inputs, batch, loss_fn, settings, device, before)
+        run = Runner(model, inputs, batch, loss_fn, settings, device, before)
+        run.steps_before = steps_before(plan.signature)
+        yield run
 
 
 @contextlib.contextmanager

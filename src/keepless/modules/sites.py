@@ -155,6 +155,15 @@ class StorageBook:
         """The storages so far are held by the caller: nobody asks whether they are freed."""
         self._alive.clear()
 
+    def lasts_throughout(self, number: int) -> None:
+        """A storage is held by the caller, too."""
+        self._alive.pop(number, None)
+
+    def standing_nbytes(self) -> int:
+        """Bytes of the storages that stand, those that the caller holds left out. Those that are gone are told of."""
+        self.freed()
+        return sum(self.nbytes[number] for number in self._alive)
+
     def freed(self) -> list[int]:
         """Numbers of the storages that were freed since the last time."""
         gone = [number for number, reference in self._alive.items() if _is_gone(reference)]

@@ -44,6 +44,9 @@ class StepGraph:
         loss: storage of the model's own loss; None where the caller computes it from the outputs.
         inside: pieces of whose own saved tensors only their outputs are values here.
         holds: the graph gets ops for what a recompute holds (`keepless.solve.holds`): a kept call holds no input.
+
+    Attributes:
+        before: values that the steps before left.
     """
 
     def __init__(
@@ -69,6 +72,7 @@ class StepGraph:
         self.gradient_of: dict[str, int] = {}
         self.sum_of: dict[str, int] = {}
         self.handed: list[tuple[int, int]] = []
+        self.before: set[int] = set()
 
     def build(self) -> Graph:
         """The graph."""
@@ -80,6 +84,7 @@ class StepGraph:
         self._state()
         self.grads = self._parameter_gradients()
         self._activations()
+        self._leftovers()
         self._flows()
 
     def graph_of(self, ops: list[Op]) -> Graph:
@@ -196,6 +201,27 @@ class StepGraph:
             if is_output and value not in self.makes[self.count]:
                 self.reads[self.count].add(value)
                 self.pinned |= {value} if is_held else set()
+
+    def _leftovers(self) -> None:
+        """What the steps before left: from the first piece on, until one that never runs again has let go of it.
+
+        A first step, from whose start bytes are counted, has none of it.
+        """
+        found, owners = self.survey.leftovers, self.cut.owners
+        sizes = {-1: found.throughout} if found.throughout else {}
+        for moment, nbytes in found.until.items():
+            piece = self.count
+            if moment < self.survey.end:
+                piece = next((one for one in range(self.cut.piece_of(moment), self.count) if owners[one] < 0), piece)
+            sizes[piece] = sizes.get(piece, 0) + nbytes
+        for piece, nbytes in sizes.items():
+            value = self.values.new("left_over", nbytes, Kind.ACTIVATION)
+            self.makes[0].add(value)
+            self.before.add(value)
+            if piece < 0:
+                self.pinned.add(value)
+            else:
+                self.reads[piece].add(value)
 
     def _is_read_once(self, maker: int, readers: set[int]) -> bool:
         """Whether a piece may run again, and none that reads what it makes."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from bisect import bisect_right
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ from keepless._compat import graphs, tree_leaves
 from keepless.capture import FlatInputs, Inputs, flatten_inputs, standing_in
 from keepless.errors import BatchError
 from keepless.modules.flows import Edge, Gradient, gradients_behind
+from keepless.modules.leftovers import Forward, Leftovers, leftovers
 from keepless.modules.sites import Calls, Site, StorageBook, forwards_replaced, tensors_in, without_caches
 
 
@@ -112,6 +113,7 @@ class Survey:
         cast_once: names of parameters that autocast casts once for several uses.
         sums: of parameters' gradients that have several parts. Autograd holds such a sum aside until all are there.
         gradients: of all else that the loss, or the outputs, depend on.
+        leftovers: what the steps before left.
     """
 
     book: StorageBook
@@ -128,6 +130,7 @@ class Survey:
     cast_once: frozenset[str] = frozenset()
     sums: list[Sum] = field(default_factory=list)
     gradients: list[Gradient] = field(default_factory=list)
+    leftovers: Leftovers = field(default_factory=Leftovers)
 
     def nbytes(self, storages: set[int]) -> int:
         """Bytes of so many storages together."""
@@ -147,8 +150,8 @@ class _Kept:
         self.tensor = tensor
 
 
-class _Between(_compat.WatchingMode):
-    """Notes what ops between noted calls make, whoever holds it: a local, an attribute, a list.
+class _Made(_compat.WatchingMode):
+    """Notes what ops make, whoever holds it: a local, an attribute, a list; and what of it is made between noted calls.
 
     What an op reads that no other has made stood before, or is not torch's (an array of numpy's): it is none of it.
     Autocast keeps casts of weights, and lets them go with itself.
@@ -159,23 +162,32 @@ class _Between(_compat.WatchingMode):
         self.run = run
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        run = self.run
-        if run.is_inside:
-            return func(*args, **(kwargs or {}))
+        run, book = self.run, self.run.made
         if func is not torch.ops.aten.lift_fresh.default:  # of what `torch.tensor` makes without an op
-            known = len(run.found.book.nbytes)
-            run.stood.update(number for number in map(run.number_of, tensors_in((args, kwargs))) if number >= known)
+            known = len(book.nbytes)
+            for number in map(book.number_of, tensors_in((args, kwargs))):
+                if number >= known:
+                    run.stood.add(number)
+                    book.lasts_throughout(number)
         result = func(*args, **(kwargs or {}))
         if not (func is torch.ops.aten._to_copy.default and run.is_cached_cast(args[0])):
-            run.found.between.update({*map(run.number_of, tensors_in(result))} - run.stood)
+            real = (
+                tensor for tensor in tensors_in(result) if not tensor.is_meta
+            )  # not what stands in for a call's own
+            made = [tensor for tensor in real if book.number_of(tensor) not in run.stood]
+            if run.noted and not run.is_inside:
+                run.found.between.update(map(run.number_of, made))
         return result
 
 
 class _Survey:
     """A survey on its way."""
 
-    def __init__(self, keeps: bool, noted: Container[str], device: str) -> None:
+    def __init__(self, keeps: bool, noted: Collection[str], device: str, older: Sequence[StorageBook]) -> None:
         self.found = Survey(StorageBook())
+        self.made = StorageBook()
+        self.older = older
+        self.let_go: dict[int, int] = {}
         self.device = device
         self.keeps = keeps
         self.noted = noted
@@ -188,7 +200,8 @@ class _Survey:
 
     def is_cached_cast(self, tensor: torch.Tensor) -> bool:
         """Whether autocast keeps the cast of a tensor, which is the model's."""
-        return torch.is_autocast_enabled(self.device) and self.found.made[self.number_of(tensor)] < 0
+        found = self.found
+        return torch.is_autocast_enabled(self.device) and found.made.get(found.book.number_of(tensor), 0) < 0
 
     def number_of(self, tensor: torch.Tensor) -> int:
         found = self.found
@@ -202,6 +215,9 @@ class _Survey:
     def tick(self) -> None:
         for number in self.found.book.freed():
             self.found.freed[number] = self.moment
+        for book in self.older:
+            for number in book.freed():
+                self.let_go[self.moment] = self.let_go.get(self.moment, 0) + book.nbytes[number]
         self.moment += 1
         self.nodes.append((graphs.next_node_number(), self.moment))
 
@@ -343,20 +359,28 @@ def survey(
     *,
     own_loss: Callable[[Any], torch.Tensor] | None,
     again: Callable[[], None],
-    noted: Container[str] = (),
+    noted: Collection[str] = (),
 ) -> Survey:
-    """Watches one training forward of a model. What the forward changes stays changed.
+    """Watches a training forward of a model, and others behind it where it leaves something. What they change stays.
 
     Arguments:
         own_loss: the loss in the model's output; None where the caller computes it.
         again: puts the model's state back, for a second try.
         noted: paths of modules of whose calls is noted how they look.
     """
+    keeps = False
+
+    def forward(older: Sequence[StorageBook]) -> tuple[Survey, Forward]:
+        return _surveyed(model, args, kwargs, own_loss, noted, older, keeps=keeps)
+
     try:
-        return _surveyed(model, args, kwargs, own_loss, noted, keeps=False)
+        found, first = forward(())
     except _NeededAtOnce:
         again()
-        return _surveyed(model, args, kwargs, own_loss, noted, keeps=True)
+        keeps = True
+        found, first = forward(())
+    found.leftovers = leftovers(first, lambda older: forward(older)[1])
+    return found
 
 
 def _surveyed(
@@ -364,21 +388,24 @@ def _surveyed(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     own_loss: Callable[[Any], torch.Tensor] | None,
-    noted: Container[str],
+    noted: Collection[str],
+    older: Sequence[StorageBook],
     *,
     keeps: bool,
-) -> Survey:
-    run = _Survey(keeps, noted, next((p.device.type for p in model.parameters()), "cpu"))
+) -> tuple[Survey, Forward]:
+    run = _Survey(keeps, noted, next((p.device.type for p in model.parameters()), "cpu"), older)
     found = run.found
     for tensor in (*model.parameters(), *model.buffers(), *tree_leaves((args, kwargs))):
         if isinstance(tensor, torch.Tensor):
             found.made[found.book.number_of(tensor)] = -1
+            run.stood.add(run.made.number_of(tensor))
     found.book.last_throughout()
+    run.made.last_throughout()
     with (
         forwards_replaced(model, run.wrapped),
         torch.enable_grad(),
         torch.autograd.graph.saved_tensors_hooks(run.pack, run.unpack),
-        _Between(run) if noted else contextlib.nullcontext(),
+        _Made(run),
     ):
         output = model(*args, **kwargs)
     run.forget_the_dead()
@@ -401,4 +428,5 @@ def _surveyed(
             found.sums.append(Sum(name, moments[0], moments[-1]))
     if torch.is_autocast_cache_enabled():
         found.cast_once = frozenset(name for name, p in trained if graphs.is_cast_for_several(readers, p))
-    return found
+    events = tuple((call.site, call.begin, call.end) for call in found.calls)
+    return found, Forward(run.made, run.let_go, found.end, events)

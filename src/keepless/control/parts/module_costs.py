@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Container, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Container, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -68,7 +68,7 @@ def measure_modules(
     settings: Settings,
     tell: Tell,
     choose: Choose = cut,
-    noted: Container[str] = (),
+    noted: Collection[str] = (),
     most_repeats: int = 5,
 ) -> MeasuredModules:
     """Surveys a model and measures every piece of its step, in steps of which all regions are recomputed.
@@ -88,6 +88,7 @@ def measure_modules(
     run.prepare()
     own_loss = run.loss_of if run.loss_fn is None else None
     found = survey(model, run.inputs.args, run.inputs.kwargs, own_loss=own_loss, again=run.prepare, noted=noted)
+    run.steps_before = found.leftovers.num_steps
     probe, once, failed = _recomputable(run, found, choose)
     pieces = probe.cut
     with probe.regionwise():
@@ -117,7 +118,7 @@ def measure_modules(
         held = [steps.held_by(number) for number in range(len(tree.regions))]
         state = torch.get_rng_state().nbytes if run.device.type == "cpu" else 0
         graph, tree, place = with_holds(graph, tree, held, list(map(str, pieces.sites)), state)
-    scratch = _scratch(graph, tree, place, parts)
+    scratch = _scratch(_without(graph, steps.before), tree, place, parts)
     if settings.optimizer is not None:
         scratch[-1] = settings.optimizer.scratch_nbytes
     seconds = spread_over(seconds, place, len(graph.ops))
@@ -243,6 +244,11 @@ def _seconds(
         if values[0] > 0:
             spreads.append(values[-1] / values[0] - 1)
     return found, statistics.median(spreads) if spreads else 0.0
+
+
+def _without(graph: Graph, values: Container[int]) -> Graph:
+    """The graph of a step that does not have these values: a first one."""
+    return replace(graph, values=tuple(replace(v, nbytes=0) if v.id in values else v for v in graph.values))
 
 
 def _scratch(graph: Graph, tree: RegionTree, numbers: Sequence[int], parts: Sequence[Part]) -> list[int]:

@@ -49,10 +49,10 @@ from keepless.execute import Attached
 from keepless.execute.recovery import covers
 from keepless.ir import Phase
 from keepless.machine import Plan, managed_share
-from keepless.measure.steps import increments
 from keepless.modules.blocks import Blocks
 from keepless.modules.chosen import Chosen
 from keepless.modules.kinds import CONSTANT, STRUCTURE, Key, autocast_now, model_key
+from keepless.modules.leftovers import STEPS_BEFORE
 from keepless.modules.planned import PlannedModules
 from keepless.modules.recovery import CHANGES, CallSurvivor, streams_of
 from keepless.modules.sites import tensors_in
@@ -205,12 +205,13 @@ def _landed(run: Runner, settings: Settings, tell: Any, solve: Callable[[int], P
         try:
             run.prepare()
             changes = _tried(run, plan, settings)  # and regions are watched the first time
-            run.prepare()
-            plan.measured_peak = resident + increments(run.forward_backward, run.device)
+            plan.measured_peak = resident + run.measure()
         finally:
             planned.take_out()
         if plan.measured_peak <= settings.budget - spare:
             plan.signature = {**plan.signature, CHANGES: changes}
+            if run.steps_before:
+                plan.signature = {**plan.signature, STEPS_BEFORE: run.steps_before}
             tell("solve", 1, 1)
             return plan
         over += plan.measured_peak - (settings.budget - spare)
