@@ -188,35 +188,3 @@ def test_a_state_that_the_loop_detaches_can_be_planned_for(engine: str) -> None:
     peak = increments(lambda: losses.extend(trained(model, batch, detached(model))), CPU)
     assert losses == expected
     assert plan.graph.start_nbytes + peak <= plan.budget.limits["device"]
-
-
-def _with_gradient(model: Keeps, x: torch.Tensor, number: int) -> None:
-    feature = x * 2
-    feature.retain_grad()
-    model.pending.append(feature)
-    model.reads = model.reads + feature.mean()
-    if number == len(model.blocks) - 1:
-        model.features = model.pending
-
-
-class ReadsFeatures(Keeps):
-    """A loss that depends on what is kept."""
-
-    reads: Any = 0.0
-
-    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The loss."""
-        self.reads = 0.0
-        return {"loss": super().forward(x)["loss"] + self.reads}
-
-
-def test_the_named_budget_has_room_for_what_no_prediction_knows() -> None:
-    """Gradients of features, which the model asks for, were missing: the named budget was refused."""
-    torch.manual_seed(0)
-    model, batch = ReadsFeatures(_with_gradient), {"x": torch.randn(2048, 64)}
-    plan = plan_between(model, batch, 0.0, engine="blocks", cache=False)
-    assert plan.measured_peak is not None
-    assert plan.predicted_peak < plan.measured_peak  # or else this tests nothing
-    keepless.apply(model, plan)
-    peak = plan.graph.start_nbytes + increments(lambda: trained(model, batch), CPU)
-    assert peak <= plan.budget.limits["device"]

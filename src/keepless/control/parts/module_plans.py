@@ -61,9 +61,6 @@ from keepless.solve.regions import NAME
 
 _ROUNDS = 3
 """How often a plan whose step rose above its budget is planned again for less."""
-_UNEXPLAINED = 0.005
-"""Where a step rises above its prediction by more than this share of itself, the smallest budget is named with room
-for that: gradients that a model asks for (`retain_grad`) stand in no prediction."""
 
 
 _LOST = (
@@ -212,9 +209,6 @@ def _landed(run: Runner, settings: Settings, tell: Any, solve: Callable[[int], P
         finally:
             planned.take_out()
         if plan.measured_peak <= settings.budget - spare:
-            unexplained = plan.measured_peak - plan.predicted_peak
-            if unexplained > _UNEXPLAINED * plan.measured_peak:
-                plan.smallest_budget += unexplained  # steps of its plan will have it, too
             plan.signature = {**plan.signature, CHANGES: changes}
             if run.steps_before:
                 plan.signature = {**plan.signature, STEPS_BEFORE: run.steps_before}
