@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections import OrderedDict
-from collections.abc import Iterator
+import sys
+import types
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -51,38 +54,103 @@ def _numpy_key(state: Any) -> tuple[Any, ...]:
     return (state[0], state[1].tobytes(), *state[2:])
 
 
-def python_state(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module, dict[str, Any]]]:
-    """Each module's attributes, its tables of hooks among them; lists and dicts by a shallow copy."""
-    return [(name, m, {k: _snapshot(v) for k, v in m.__dict__.items()}) for name, m in model.named_modules()]
+@dataclass(frozen=True)
+class PythonState:
+    """What a model's attributes are, and what stands in the containers and objects that they hold.
+
+    Arguments:
+        holders: name, modules and plain objects, their attributes.
+        contents: name, lists, dicts, sets and deques, a shallow copy of each.
+        own: ids of the modules, and of the containers that stand in their attributes.
+    """
+
+    holders: list[tuple[str, Any, dict[str, Any]]]
+    contents: list[tuple[str, Any, Any]]
+    own: frozenset[int]
 
 
-def _snapshot(value: Any) -> Any:
-    return (value, value.copy()) if type(value) in (list, dict, set, OrderedDict) else (value, None)
+_CONTAINERS = (list, dict, set, OrderedDict, deque, defaultdict)
+_HOSTS = ("lightning", "pytorch_lightning", "lightning_fabric")
+_FOREIGN = frozenset(("torch", "numpy", "keepless", *_HOSTS, *sys.stdlib_module_names))
+"""Packages whose objects are no state of a model: a trainer leads to the loader, and that to all data."""
+_MOST_ITEMS = 4096
+"""Longer containers that stand in others are left out, and so are objects beyond so many."""
 
 
-def restore_python_state(
-    model: torch.nn.Module, before: list[tuple[str, torch.nn.Module, dict[str, Any]]]
-) -> list[str]:
-    """Puts attributes back; returns the names of those that had changed."""
+def python_state(model: torch.nn.Module) -> PythonState:
+    """What a forward may change in Python: see `PythonState`."""
+    modules = list(model.named_modules())
+    holders = [(name, module, dict(module.__dict__)) for name, module in modules]
+    contents: list[tuple[str, Any, Any]] = []
+    own = {id(module) for _, module in modules}
+    seen = set(own)
+    waiting = deque((f"{name}.{key}", value, True) for name, _, held in holders for key, value in held.items())
+    while waiting:
+        name, value, is_own = waiting.popleft()
+        if id(value) in seen or isinstance(value, (str, bytes, int, float, torch.Tensor)):
+            continue
+        is_container = type(value) in _CONTAINERS
+        if not is_own and len(seen) > _MOST_ITEMS + len(modules):
+            break
+        if is_container and (is_own or len(value) <= _MOST_ITEMS):
+            seen.add(id(value))
+            if is_own:
+                own.add(id(value))
+            contents.append((name, value, value.copy()))
+        elif _is_plain(value):
+            seen.add(id(value))
+            holders.append((name, value, dict(vars(value))))
+            waiting.extend((f"{name}.{key}", item, False) for key, item in vars(value).items())
+        if (is_container or type(value) is tuple) and len(value) <= _MOST_ITEMS:
+            waiting.extend((name, item, False) for item in (value.values() if isinstance(value, dict) else value))
+    return PythonState(holders, contents, frozenset(own))
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is an object of the user's with attributes of its own."""
+    if isinstance(value, (type, types.ModuleType, types.FunctionType, types.MethodType, torch.nn.Module)):
+        return False
+    return type(value).__module__.partition(".")[0] not in _FOREIGN and hasattr(value, "__dict__")
+
+
+def restore_python_state(model: torch.nn.Module, before: PythonState) -> list[str]:
+    """Puts attributes and contents back; returns the names of those that had changed and count.
+
+    Deeper than a module's own attributes and containers only tensors count: a model may log there what it likes.
+    """
     changed: list[str] = []
-    for name, module, attributes in before:
-        now = module.__dict__
+
+    def note(name: str, holder: Any, values: Iterable[Any]) -> None:
+        if id(holder) in before.own or any(_holds_tensors(value) for value in values):
+            changed.append(name.lstrip("."))
+
+    for name, container, copy in before.contents:
+        if not _same_items(container, copy):
+            note(name, container, container.values() if isinstance(container, dict) else container)
+            _refill(container, copy)
+    for name, holder, attributes in before.holders:
+        now = holder.__dict__
         for key in [key for key in now if key not in attributes]:
-            changed.append(f"{name}.{key}".lstrip("."))
+            note(f"{name}.{key}", holder, (now[key],))
             del now[key]
-        for key, (value, copy) in attributes.items():
+        for key, value in attributes.items():
             if now.get(key, _MISSING) is not value:
-                changed.append(f"{name}.{key}".lstrip("."))
+                note(f"{name}.{key}", holder, (now.get(key),))
                 now[key] = value
-            if copy is not None and not _same_items(value, copy):
-                changed.append(f"{name}.{key}".lstrip("."))
-                _refill(value, copy)
     return [name for name in changed if name.rpartition(".")[2] not in _HARMLESS]
 
 
 _MISSING = object()
 _HARMLESS = ("_is_full_backward_hook", "_flat_weights", "_flat_weight_refs")
 """Caches of torch's own modules that swapping parameters refreshes."""
+
+
+def _holds_tensors(value: Any, depth: int = 3) -> bool:
+    if isinstance(value, torch.Tensor) or not depth:
+        return isinstance(value, torch.Tensor)
+    if type(value) in _CONTAINERS or type(value) is tuple:
+        return any(_holds_tensors(item, depth - 1) for item in (value.values() if isinstance(value, dict) else value))
+    return _is_plain(value) and any(_holds_tensors(item, depth - 1) for item in vars(value).values())
 
 
 def _same_items(now: Any, copy: Any) -> bool:
@@ -97,4 +165,4 @@ def _same_items(now: Any, copy: Any) -> bool:
 
 def _refill(container: Any, items: Any) -> None:
     container.clear()
-    container.extend(items) if isinstance(container, list) else container.update(items)
+    container.extend(items) if isinstance(container, (list, deque)) else container.update(items)

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from copy import deepcopy
+from dataclasses import dataclass, field, fields
 from functools import cached_property
+from typing import Any
 
 from keepless.cost import CostModel
 from keepless.ir.budget import Budget, format_bytes
@@ -70,6 +72,12 @@ class Plan:
     measured_peak: int | None = None
     landing: tuple[Landing, ...] = ()
     capture: object | None = field(default=None, repr=False, compare=False)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Plan:
+        """A copy that shares what was captured: tensors without data stand in it, which torch cannot copy."""
+        values = {one.name: getattr(self, one.name) for one in fields(self)}
+        copied = {name: value if name == "capture" else deepcopy(value, memo) for name, value in values.items()}
+        return type(self)(**copied)
 
     @property
     def predicted_peak(self) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import types
-from collections import deque
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -21,7 +21,7 @@ from keepless._compat.backwards import hooks_of
 from keepless.eager import randomness, world
 from keepless.eager.profile import global_streams
 
-_CONTAINERS = (list, dict, set, deque)
+_CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict)
 _SCALARS = frozenset({int, float, bool, str, bytes, complex})
 _INTERNAL = frozenset(torch.nn.Module().__dict__) - {"training"} | {"_compiled_call_impl"}
 
@@ -208,7 +208,7 @@ def _held(tables: list[dict[str, Any]], others: set[int]) -> list[Any]:
         if value is None or type(value) in _SCALARS or id(value) in found or id(value) in others:
             continue
         found[id(value)] = value
-        if type(value) is dict:
+        if isinstance(value, dict) and type(value) in _CONTAINERS:
             left += value.values()
         elif isinstance(value, (list, tuple, deque)):
             left += value
