@@ -18,7 +18,7 @@ from keepless.measure.steps import increments
 Keep = Callable[["Keeps", torch.Tensor, int], None]
 """What a model does with the tensor behind a block, which has a number."""
 CPU = torch.device("cpu")
-STEPS = 5
+STEPS = 7
 
 
 class Keeps(Around):
@@ -68,6 +68,13 @@ def _of_three_steps(model: Keeps, x: torch.Tensor, number: int) -> None:
         model.features.append((x * 2).detach())
 
 
+def _of_five_steps(model: Keeps, x: torch.Tensor, number: int) -> None:
+    if not isinstance(model.features, deque):
+        model.features = deque(maxlen=5)
+    if number == 1:
+        model.features.append((x * 2).detach())
+
+
 def _table(model: Keeps, x: torch.Tensor, number: int) -> None:
     if not len(model.features):
         model.features = torch.ones(4096, 64)
@@ -80,7 +87,16 @@ def _table_and_features(model: Keeps, x: torch.Tensor, number: int) -> None:
     _at_the_end(model, x + model.__dict__["table"][: len(x)], number)
 
 
-KEEPS = [_at_the_begin, _at_the_end, _one_by_one, _with_graph, _of_three_steps, _table, _table_and_features]
+KEEPS = [
+    _at_the_begin,
+    _at_the_end,
+    _one_by_one,
+    _with_graph,
+    _of_three_steps,
+    _of_five_steps,
+    _table,
+    _table_and_features,
+]
 
 
 def made(keep: Keep) -> tuple[Keeps, dict[str, torch.Tensor]]:
@@ -123,9 +139,8 @@ def test_steps_of_a_loop_stay_within_the_budget(engine: str, share: float, keep:
     assert 0.985 * peak <= plan.predicted_peak <= 1.03 * peak
 
 
-@pytest.mark.parametrize("keep", [_at_the_end, _of_three_steps])
-def test_verify_and_timeline_look_at_a_step_of_a_loop(keep: Keep) -> None:
-    model, batch = made(keep)
+def test_verify_and_timeline_look_at_a_step_of_a_loop() -> None:
+    model, batch = made(_of_three_steps)
     plan = plan_between(model, batch, 0.0, engine="blocks", cache=False)
     planned = plan.measured_peak
     seen = keepless.verify(model, batch, plan)

@@ -18,7 +18,7 @@ from keepless.modules.sites import StorageBook
 
 STEPS_BEFORE = "steps_before"
 """Key of a plan's signature: `Leftovers.num_steps`, where there are any."""
-_MOST_FORWARDS = 4
+_MOST_FORWARDS = 6
 """What still grows after so many forwards is taken for something that the training loop empties."""
 
 
@@ -71,7 +71,7 @@ def leftovers(first: Forward, forward: Callable[[Sequence[StorageBook]], Forward
     if not first.made.standing_nbytes():
         return Leftovers()
     gc.collect(1)  # rings of objects hold tensors for a while: they are not what the model keeps
-    kept = level = first.made.standing_nbytes()
+    kept = level = highest = first.made.standing_nbytes()
     while level and len(books) < _MOST_FORWARDS:
         try:
             last = forward(books)
@@ -80,7 +80,7 @@ def leftovers(first: Forward, forward: Callable[[Sequence[StorageBook]], Forward
         gc.collect(1)
         old = sum(book.standing_nbytes() for book in books)
         new = last.made.standing_nbytes()
-        if old + new == level:
+        if old + new <= highest:
             once = kept - new  # made by the first forward only, as tables are: they stand for their own
             until = dict(last.let_go) if last.events == first.events else {}
             until[last.end] = until.get(last.end, 0) + level - old - sum(until.values())
@@ -89,4 +89,5 @@ def leftovers(first: Forward, forward: Callable[[Sequence[StorageBook]], Forward
             return Leftovers(len(books), until, throughout) if until or throughout else Leftovers()
         books.append(last.made)
         level = old + new
+        highest = max(highest, level)
     return Leftovers()

@@ -171,9 +171,7 @@ class _Made(_compat.WatchingMode):
                     book.lasts_throughout(number)
         result = func(*args, **(kwargs or {}))
         if not (func is torch.ops.aten._to_copy.default and run.is_cached_cast(args[0])):
-            real = (
-                tensor for tensor in tensors_in(result) if not tensor.is_meta
-            )  # not what stands in for a call's own
+            real = [tensor for tensor in tensors_in(result) if not tensor.is_meta]  # others stand in for a call's own
             made = [tensor for tensor in real if book.number_of(tensor) not in run.stood]
             if run.noted and not run.is_inside:
                 run.found.between.update(map(run.number_of, made))
