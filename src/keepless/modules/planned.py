@@ -105,6 +105,7 @@ class PlannedModules(StandingForward):
         self._streams: list[Stream] = []
         self._unwatch: weakref.finalize[Any, Any] | None = None
         self._captured: set[str] = set()
+        self._around_captured: list[dict[str, Any]] = []
         self._compiled_calls: list[tuple[weakref.ref[torch.nn.Module], Any]] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -115,6 +116,8 @@ class PlannedModules(StandingForward):
             return self.original(*args, **kwargs)
         try:
             current.is_running = True
+            if any("_compiled_call_impl" in table for table in self._around_captured):
+                self._leave_compiled_calls()  # made since then
             current.calls.restart()
             chosen = _NONE
             if torch.is_grad_enabled() and not (is_tracing() or _compat.transforms_active()):
@@ -335,10 +338,12 @@ class PlannedModules(StandingForward):
     def _leave_compiled_calls(self) -> None:
         """A module with a captured call in it, or that is one, runs its forward: `module.compile()` would go around."""
         model = self._model()
+        self._around_captured.clear()
         for path, module in model.named_modules() if model is not None and self._captured else ():
-            inside = path and any(f"{one}.".startswith(f"{path}.") for one in self._captured)
-            if inside and (compiled := _compat.take_compiled_call(module)) is not None:
-                self._compiled_calls.append((weakref.ref(module), compiled))
+            if path and any(f"{one}.".startswith(f"{path}.") for one in self._captured):
+                self._around_captured.append(module.__dict__)
+                if (compiled := _compat.take_compiled_call(module)) is not None:
+                    self._compiled_calls.append((weakref.ref(module), compiled))
 
     def put_in(self) -> None:
         """The model runs by this plan."""
@@ -369,6 +374,7 @@ class PlannedModules(StandingForward):
             if (module := reference()) is not None:
                 _compat.give_compiled_call(module, compiled)
         self._compiled_calls.clear()
+        self._around_captured.clear()
 
 
 def _call(reference: Any, error: Exception, roots: Sequence[Any]) -> Exception | None:
