@@ -94,8 +94,6 @@ def test_options_are_spelled_alike() -> None:
     several = {option: found for option, found in names.items() if len(found) > 1}
     assert set(several) == {
         "--accumulate",  # a flag of plans; of `train` a number
-        "--batch-size",  # `fits` can leave it to the factory
-        "--seq-len",
         "--budget",  # several of `bench`
         "--export",  # a file; of `show` the tool that it is for
         "--out",  # a file; of `demo` a folder

@@ -91,7 +91,8 @@ def test_selective_contexts_in_transformers(plan: keepless.Plan) -> None:
     full = model()
     full.gradient_checkpointing_enable({"use_reentrant": False})
     _, all_again, _ = step(full)
-    assert all_again["aten.mm.default"] > after["aten.mm.default"]
+    kept = sum(kept for row in calls for kept in row)  # seconds of this machine decide how many
+    assert all_again["aten.mm.default"] >= after["aten.mm.default"] + max(0, kept - LAYERS)
 
 
 def test_selective_context_of_one_region(plan: keepless.Plan) -> None:

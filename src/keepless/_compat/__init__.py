@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import sys
+import sysconfig
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -57,6 +58,7 @@ tree_unflatten = pytree.tree_unflatten
 BatchNorm = _BatchNorm
 
 _TORCH_DIR = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
+_STANDARD_DIR = sysconfig.get_path("stdlib") + os.sep
 _OWN_DIR = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 
 
@@ -488,7 +490,7 @@ def where_of(error: BaseException) -> str:
     step = error.__traceback__
     while step is not None:
         name = step.tb_frame.f_code.co_filename
-        if not name.startswith((_TORCH_DIR, _OWN_DIR)):
+        if not name.startswith((_TORCH_DIR, _OWN_DIR)) and (not name.startswith(_STANDARD_DIR) or "-packages" in name):
             place = f" at {'/'.join(name.split('/')[-2:])}:{step.tb_lineno}"
         step = step.tb_next
     return place

@@ -150,15 +150,18 @@ def _own_sizes(recipe: Recipe) -> dict[str, int]:
 def axes_of(factory: Callable[..., Any]) -> set[str]:
     """Which sizes a factory takes."""
     try:
-        taken = inspect.signature(factory).parameters.keys()
+        parameters = inspect.signature(factory).parameters.values()
     except (TypeError, ValueError):  # callables without a signature
         return set()
+    if any(one.kind is one.VAR_KEYWORD for one in parameters):
+        return set(AXES)
+    taken = {one.name for one in parameters if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)}
     return {axis for axis, name in AXES.items() if name in taken}
 
 
 def unchangeable(spec: str, axis: str) -> str:
     """Why a factory's model or batch has no other size."""
-    name = spec.rpartition(":")[2]
+    name = spec.rpartition(":")[2].rpartition(".")[2]
     return (
         f"The {axis} of {spec!r} is what its factory says: the function has no parameter {AXES[axis]}. Give it one, as "
         f"def {name}({AXES[axis]}=...), and make {'the model' if axis == 'depth' else 'the batch'} by it."
@@ -357,6 +360,8 @@ def batch_of(model: Any, recipe: Recipe, device: torch.device) -> dict[str, torc
         return torch.randint(0, max(1, high), shape, device=device)
 
     if getattr(model, "main_input_name", "input_ids") == "pixel_values":
+        if recipe.seq_len is not None:
+            raise UsageError(f"--seq-len is of texts, and {recipe.spec!r} is a model of images.")
         side = getattr(config, "image_size", 224)
         height, width = side if isinstance(side, (tuple, list)) else (side, side)
         channels = getattr(config, "num_channels", 3)

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import importlib
 import importlib.util
 import json
 import os
 import re
 import sys
+import sysconfig
 import textwrap
 import traceback
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -51,6 +51,7 @@ _quiet = contextvars.ContextVar("quiet", default=False)
 """Whether the command that runs shows no progress."""
 
 _PACKAGE = str(Path(__file__).parents[1])
+_STANDARD = sysconfig.get_path("stdlib")
 
 FAILED, BAD_USAGE, INFEASIBLE, INTERRUPTED = 1, 2, 3, 130
 
@@ -141,7 +142,7 @@ def session(as_json: bool, debug: bool, quiet: bool = False) -> Iterator[Session
         shown = message if isinstance(error, (KeeplessError, OSError)) else said_by(error)
         print(f"Error: {shown}", file=sys.stderr)
         if as_json:
-            facts = {"type": name, "message": message}
+            facts = {"type": name, "message": shown.removeprefix(f"{name}: ")}
             if isinstance(error, InfeasibleBudget):
                 facts |= {
                     "smallest_budget": error.smallest_budget,
@@ -181,7 +182,7 @@ def said_by(error: BaseException) -> str:
         frame
         for frame in frames
         if not re.search(r"[\\/](site|dist)-packages[\\/]", frame.filename)
-        and not frame.filename.startswith(("<frozen", _PACKAGE, importlib.__file__))
+        and not frame.filename.startswith(("<frozen", _PACKAGE, _STANDARD))
     ]
     if not own:
         return words
