@@ -27,7 +27,8 @@ SMALL = {
 
 def plan(invoke: Invoke, **fields: Any) -> Any:
     Path("c.json").write_text(json.dumps(SMALL | fields))
-    return invoke("plan", "hf:c.json", "-b", "1GiB", "--batch-size", "2", "--seq-len", "8", "--json")
+    of_texts = () if fields.get("model_type") == "vit" else ("--seq-len", "8")
+    return invoke("plan", "hf:c.json", "-b", "1GiB", "--batch-size", "2", *of_texts, "--json")
 
 
 @pytest.mark.slow
@@ -51,6 +52,20 @@ def test_a_config_is_planned_for(invoke: Invoke, fields: dict[str, Any]) -> None
     result = plan(invoke, **fields)
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["budget"] == 1 << 30
+
+
+def test_images_have_no_tokens(invoke: Invoke) -> None:
+    """It was ignored."""
+    Path("c.json").write_text(json.dumps({"model_type": "vit", "architectures": ["ViTForImageClassification"]}))
+    result = invoke("plan", "hf:c.json", "-b", "1GiB", "--device", "meta", "--seq-len", "8")
+    assert result.exit_code == 2
+    assert "--seq-len is of texts, and 'hf:c.json' is a model of images." in result.stderr
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    Path("c.json").write_text(
+        json.dumps({"model_type": "vit", "architectures": ["ViTForImageClassification"], "image_size": 32, **small})
+    )
+    result = invoke("fits", "hf:c.json", "-b", "2MiB", "--max-batch", "--json")
+    assert result.exit_code == 0, result.output
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ class Sized:
         device = torch.device(self.recipe.device)
         if not self.is_config:
             return call_factory(self.recipe.spec, device, self._sizes(sizes))[1]
-        rows, tokens = sizes.get("batch", self.recipe.rows), sizes.get("length", self.recipe.tokens)
+        rows, tokens = sizes.get("batch", self.recipe.batch_size), sizes.get("length", self.recipe.seq_len)
         return batch_of(self.built.model, replace(self.recipe, batch_size=rows, seq_len=tokens), device)
 
     def model(self, depth: int) -> torch.nn.Module:
