@@ -36,7 +36,7 @@ def guard_side_effects(model: torch.nn.Module) -> Iterator[None]:
         random.setstate(python_rng)
         np.random.set_state(numpy_rng)
         torch.set_rng_state(torch_rng)
-        changed = restore_python_state(model, before)
+        changed = restore_python_state(before)
         for module, training in modes:
             module.training = training
     if python_drawn or numpy_drawn:
@@ -69,10 +69,11 @@ class PythonState:
     own: frozenset[int]
 
 
-_CONTAINERS = (list, dict, set, OrderedDict, deque, defaultdict)
-_HOSTS = ("lightning", "pytorch_lightning", "lightning_fabric")
-_FOREIGN = frozenset(("torch", "numpy", "keepless", *_HOSTS, *sys.stdlib_module_names))
-"""Packages whose objects are no state of a model: a trainer leads to the loader, and that to all data."""
+CONTAINERS = (list, dict, set, OrderedDict, deque, defaultdict)
+"""Whose content a forward may change, and which are put back."""
+HOSTS = frozenset({"lightning", "pytorch_lightning", "lightning_fabric"})
+"""Packages whose objects have a model, and are no state of it: a trainer leads to the loader, and that to all data."""
+_FOREIGN = frozenset(("torch", "numpy", "keepless", *HOSTS, *sys.stdlib_module_names))
 _MOST_ITEMS = 4096
 """Longer containers that stand in others are left out, and so are objects beyond so many."""
 
@@ -89,7 +90,7 @@ def python_state(model: torch.nn.Module) -> PythonState:
         name, value, is_own = waiting.popleft()
         if id(value) in seen or isinstance(value, (str, bytes, int, float, torch.Tensor)):
             continue
-        is_container = type(value) in _CONTAINERS
+        is_container = type(value) in CONTAINERS
         if not is_own and len(seen) > _MOST_ITEMS + len(modules):
             break
         if is_container and (is_own or len(value) <= _MOST_ITEMS):
@@ -113,7 +114,7 @@ def _is_plain(value: Any) -> bool:
     return type(value).__module__.partition(".")[0] not in _FOREIGN and hasattr(value, "__dict__")
 
 
-def restore_python_state(model: torch.nn.Module, before: PythonState) -> list[str]:
+def restore_python_state(before: PythonState) -> list[str]:
     """Puts attributes and contents back; returns the names of those that had changed and count.
 
     Deeper than a module's own attributes and containers only tensors count: a model may log there what it likes.
@@ -148,7 +149,7 @@ _HARMLESS = ("_is_full_backward_hook", "_flat_weights", "_flat_weight_refs")
 def _holds_tensors(value: Any, depth: int = 3) -> bool:
     if isinstance(value, torch.Tensor) or not depth:
         return isinstance(value, torch.Tensor)
-    if type(value) in _CONTAINERS or type(value) is tuple:
+    if type(value) in CONTAINERS or type(value) is tuple:
         return any(_holds_tensors(item, depth - 1) for item in (value.values() if isinstance(value, dict) else value))
     return _is_plain(value) and any(_holds_tensors(item, depth - 1) for item in vars(value).values())
 

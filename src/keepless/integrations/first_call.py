@@ -84,7 +84,7 @@ class LossOf:
             with quiet(), _giving(module, output) as given:
                 found = step(*args, **kwargs)
         finally:
-            restore_python_state(root, before)
+            restore_python_state(before)
             random.setstate(draws[0])
             np.random.set_state(draws[1])
         if not given:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import types
-from collections import OrderedDict, defaultdict, deque
+from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -18,10 +18,10 @@ import torch
 
 from keepless import _compat
 from keepless._compat.backwards import hooks_of
+from keepless.capture.side_effects import CONTAINERS, HOSTS
 from keepless.eager import randomness, world
 from keepless.eager.profile import global_streams
 
-_CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict)
 _SCALARS = frozenset({int, float, bool, str, bytes, complex})
 _INTERNAL = frozenset(torch.nn.Module().__dict__) - {"training"} | {"_compiled_call_impl"}
 
@@ -45,7 +45,7 @@ class Before:
             if isinstance(value, torch.Tensor) and _can_be_written(value)
         ]
         self.arrays = [(value, value.copy()) for value in held if type(value) is np.ndarray and value.flags.writeable]
-        self.contents = [(value, _copied(value)) for value in held if type(value) in _CONTAINERS]
+        self.contents = [(value, _copied(value)) for value in held if type(value) in CONTAINERS]
         self.objects = [(vars(value), vars(value).copy()) for value in held if _is_object(value)]
         # The batch may stand in memory that cannot be written: it is put back only where it was changed.
         self.batch = [
@@ -208,7 +208,7 @@ def _held(tables: list[dict[str, Any]], others: set[int]) -> list[Any]:
         if value is None or type(value) in _SCALARS or id(value) in found or id(value) in others:
             continue
         found[id(value)] = value
-        if isinstance(value, dict) and type(value) in _CONTAINERS:
+        if isinstance(value, dict) and type(value) in CONTAINERS:
             left += value.values()
         elif isinstance(value, (list, tuple, deque)):
             left += value
@@ -217,12 +217,8 @@ def _held(tables: list[dict[str, Any]], others: set[int]) -> list[Any]:
     return list(found.values())
 
 
-_HOSTS = frozenset({"lightning", "pytorch_lightning", "lightning_fabric"})
-"""Packages whose objects have a model, and are no state of it: a trainer leads to the loader, and that to all data."""
-
-
 def _is_object(value: Any) -> bool:
-    if isinstance(value, torch.nn.Module) or type(value).__module__.partition(".")[0] in _HOSTS:
+    if isinstance(value, torch.nn.Module) or type(value).__module__.partition(".")[0] in HOSTS:
         return False
     return world.is_plain(value) or type(value) is types.SimpleNamespace
 
